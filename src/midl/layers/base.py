@@ -1,0 +1,165 @@
+"""MIDLayer: what the linear layer and the convolution share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from midl.config import MIDConfig, auto_rank, check_active, num_active_groups
+from midl.errors import DTypeError, MIDLError
+from midl.layers.lowrank import truncated_svd
+
+__all__ = ["MIDLayer", "observers"]
+
+# Called with (layer, selected) after each forward pass; a list of the process, so that layers stay copyable.
+observers: list[Callable[[MIDLayer, Tensor], None]] = []
+
+
+def _autocast(x: Tensor) -> bool:
+    """Return whether autocast casts ``x``: as for torch's own layers, float64 stays."""
+    device = x.device.type
+    return x.dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device)
+
+
+class MIDLayer(nn.Module):
+    """Base of the MID-L layers: parameters of light path and gate, the budget and who watches the selection."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    gate_weight: nn.Parameter | None
+    gate_bias: nn.Parameter | None
+
+    config: MIDConfig
+    """The configuration, with ``rank`` resolved to a number and ``active`` as last set."""
+
+    def _setup(self, weight_shape: tuple[int, ...], bias: bool, config: MIDConfig, device: Any, dtype: Any) -> None:
+        """Validate the configuration against the layer's sizes and create the parameters, uninitialised."""
+        owner, (n, *fan_in_shape) = type(self).__name__, weight_shape
+        fan_in = math.prod(fan_in_shape)
+        if dtype is not None and not dtype.is_floating_point:
+            raise DTypeError(f"{owner}: dtype={dtype}, expected a floating-point dtype")
+        if n % config.group_size:
+            raise MIDLError(f"{owner}: group_size={config.group_size} does not divide {self._width_name}={n}")
+        rank = config.rank
+        if rank == "auto":
+            rank = auto_rank(
+                fan_in, n, active=config.active, group_size=config.group_size, gate=config.gate,
+                flops_ratio=config.flops_ratio, owner=owner,
+            )  # fmt: skip
+        elif rank > min(fan_in, n):
+            raise MIDLError(f"{owner}: rank={rank}, expected at most min(fan_in, {self._width_name})={min(fan_in, n)}")
+        self.config = config.replace(rank=rank)
+        groups = n // config.group_size
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+        self.weight = parameter(*weight_shape)
+        self.register_parameter("bias", parameter(n) if bias else None)
+        self.light_down = parameter(rank, *fan_in_shape)
+        self.light_up = parameter(n, rank)
+        learned_gate = config.gate == "projection"
+        self.register_parameter("gate_weight", parameter(groups, rank) if learned_gate else None)
+        self.register_parameter("gate_bias", parameter(groups) if learned_gate else None)
+
+    _width_name = "out_features"
+
+    @property
+    def rank(self) -> int:
+        """Width of the low-rank code."""
+        return self.light_down.shape[0]
+
+    @property
+    def num_groups(self) -> int:
+        """Groups of neurons to choose from, N."""
+        return self.weight.shape[0] // self.config.group_size
+
+    @property
+    def num_selected(self) -> int:
+        """Groups that each input selects, k."""
+        return num_active_groups(self.config.active, self.num_groups)
+
+    @property
+    def active(self) -> float:
+        """Fraction of the groups that takes the full path. Assign to change the budget; the weights stay."""
+        return self.config.active
+
+    @active.setter
+    def active(self, value: float) -> None:
+        check_active(type(self).__name__, value)
+        self.config = self.config.replace(active=value)
+
+    def reset_parameters(self) -> None:
+        """Draw ``weight`` and ``bias`` as the dense layer does, then start light path and gate from them."""
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self.weight[0].numel())
+            nn.init.uniform_(self.bias, -bound, bound)
+        self.reset_light_path()
+
+    @torch.no_grad()
+    def reset_light_path(self) -> None:
+        """Set the light path to the truncated SVD of ``weight``; the gate then ranks groups by mean light output."""
+        if self.weight.is_meta:
+            return
+        down, up = truncated_svd(self.weight.flatten(1), self.rank)
+        self.light_down.copy_(down.view_as(self.light_down))
+        self.light_up.copy_(up)
+        if self.gate_weight is not None and self.gate_bias is not None:
+            size = self.config.group_size
+            self.gate_weight.copy_(self.light_up.unflatten(0, (-1, size)).mean(1))
+            self.gate_bias.copy_(self.bias.view(-1, size).mean(1) if self.bias is not None else torch.tensor(0.0))
+
+    def _adopt(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Take over trained parameters, as the very same objects, and start light path and gate from them."""
+        self.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight)
+        self.register_parameter("bias", bias)  # type: ignore[arg-type]
+        self.reset_light_path()
+
+    def _check_input(self, x: Tensor, axis: int, expected: int, name: str) -> None:
+        owner = type(self).__name__
+        if not isinstance(x, Tensor):
+            raise MIDLError(f"{owner}: input is a {type(x).__name__}, expected a torch.Tensor")
+        if not x.dtype.is_floating_point:
+            raise DTypeError(f"{owner}: input has dtype {x.dtype}, expected {self.weight.dtype}")
+        if x.dtype != self.weight.dtype and not _autocast(x):
+            raise DTypeError(
+                f"{owner}: input has dtype {x.dtype}, expected {self.weight.dtype} like the weight "
+                "(convert one with .to(dtype), or use torch.autocast)"
+            )
+        if x.device != self.weight.device:
+            raise MIDLError(f"{owner}: input is on {x.device}, expected {self.weight.device} like the weight")
+        if x.shape[axis] != expected:
+            raise MIDLError(f"{owner}: input of shape {tuple(x.shape)} has {x.shape[axis]} {name}, expected {expected}")
+
+    def _op_tensors(self, x: Tensor) -> tuple[Tensor | None, ...]:
+        """Return x and the parameters in the op's order, in autocast's dtype where autocast is on."""
+        tensors = (
+            x, self.weight, self.bias, self.light_down, self.light_up, self.gate_weight, self.gate_bias,
+        )  # fmt: skip
+        if _autocast(x):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            return tuple(t if t is None else t.to(dtype) for t in tensors)
+        return tensors
+
+    def _draw_noise(self, x: Tensor, shape: tuple[int, ...]) -> Tensor | None:
+        """Return the exploration noise of a training step, or None."""
+        if not self.training or self.config.noise == 0:
+            return None
+        return torch.randn((*shape, self.num_groups), device=x.device, dtype=torch.float32) * self.config.noise
+
+    def _observe(self, selected: Tensor) -> None:
+        for observer in observers:
+            observer(self, selected)
+
+    def _config_repr(self) -> str:
+        c = self.config
+        fields = {name: value for name, value in c.to_dict().items() if value != getattr(MIDConfig(), name)}
+        fields = {"active": c.active, **fields, "rank": self.rank}
+        dtype = self.weight.dtype
+        text = ", ".join(f"{name}={value!r}" for name, value in fields.items())
+        return text if dtype == torch.float32 else f"{text}, dtype={dtype}"

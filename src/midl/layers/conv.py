@@ -1,0 +1,184 @@
+"""MIDConv2d: a drop-in for nn.Conv2d that computes only the channel groups each output position (or image) needs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from midl.config import MIDConfig, check_positive_int
+from midl.errors import MIDLError
+from midl.layers.base import MIDLayer
+from midl.ops.conv2d import conv2d, output_size
+
+__all__ = ["MIDConv2d"]
+
+Pair = int | tuple[int, int]
+_PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+
+
+class MIDConv2d(MIDLayer):
+    r"""2-D convolution whose output channels are computed in full only where the input needs them.
+
+    >>> layer = MIDConv2d(64, 128, 3, padding=1, active=0.45, group_size=16)
+    >>> layer(torch.randn(2, 64, 8, 8)).shape
+    torch.Size([2, 128, 8, 8])
+
+    The code is a kh x kw convolution to ``rank`` channels, the light path a 1 x 1 convolution of the code, the gate a
+    1 x 1 of the code (``select="position"``: every output pixel chooses) or of its average over the image
+    (``select="image"``: one choice per image). ``span`` neighbours along an image row may share a choice.
+
+    Shapes: input (B, C, H, W) or (C, H, W), any memory format; output (B, n, H', W') as for nn.Conv2d.
+
+    Parameters: ``weight`` (n, C, kh, kw) and ``bias`` (n) as in nn.Conv2d, ``light_down`` (r, C, kh, kw), ``light_up``
+    (n, r) and, for the projection gate, ``gate_weight`` (n / group_size, r) and ``gate_bias`` (n / group_size).
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode: as for
+            nn.Conv2d; padding also "same" or "valid"; groups must be 1.
+        config: the choices below in one object; ``None`` for the defaults. Keywords override its fields.
+        device: of the parameters.
+        dtype: of the parameters.
+        **choices: fields of :class:`midl.MIDConfig`.
+
+    Raises:
+        MIDLError: sizes that don't fit, grouped convolutions, or a budget that cannot be met.
+
+    Source: arXiv 2505.11416 for linear layers; the convolution is ours (docs/formula.md).
+    """
+
+    _width_name = "out_channels"
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Pair,
+        stride: Pair = 1,
+        padding: Pair | str = 0,
+        dilation: Pair = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        *,
+        config: MIDConfig | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **choices: Any,
+    ) -> None:
+        super().__init__()
+        check_positive_int("MIDConv2d", "in_channels", in_channels)
+        check_positive_int("MIDConv2d", "out_channels", out_channels)
+        if groups != 1:
+            raise MIDLError(
+                f"MIDConv2d: groups={groups}, expected 1 (keep grouped and depthwise convolutions dense; "
+                "midl.convert_ leaves them alone)"
+            )
+        if padding_mode not in _PADDING_MODES:
+            raise MIDLError(f"MIDConv2d: padding_mode={padding_mode!r}, expected one of {_PADDING_MODES}")
+        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
+        self.kernel_size = _pair("kernel_size", kernel_size, 1)
+        self.stride = _pair("stride", stride, 1)
+        self.dilation = _pair("dilation", dilation, 1)
+        self.padding_mode = padding_mode
+        self.padding = self._resolve_padding(padding)
+        shape = (out_channels, in_channels, *self.kernel_size)
+        self._setup(shape, bias, (config or MIDConfig()).replace(**choices), device, dtype)
+        self.reset_parameters()
+
+    def _resolve_padding(self, padding: Pair | str) -> tuple[int, int] | str:
+        """Validate the padding and work out what the op pads and what is padded before it."""
+        if isinstance(padding, str):
+            if padding not in ("same", "valid"):
+                raise MIDLError(f"MIDConv2d: padding={padding!r}, expected an int, a pair of ints, 'same' or 'valid'")
+            if padding == "same" and self.stride != (1, 1):
+                raise MIDLError(f"MIDConv2d: stride={self.stride} with padding='same', expected stride 1")
+            totals = [d * (k - 1) if padding == "same" else 0 for d, k in zip(self.dilation, self.kernel_size)]
+            sides = [(total // 2, total - total // 2) for total in totals]
+        else:
+            padding = _pair("padding", padding, 0)
+            sides = [(p, p) for p in padding]
+        symmetric = all(before == after for before, after in sides)
+        if symmetric and self.padding_mode == "zeros":
+            self._op_padding, self._pad_before = [before for before, _ in sides], []
+        else:  # F.pad wants the last axis first.
+            self._op_padding, self._pad_before = [0, 0], [*sides[1], *sides[0]]
+        return padding
+
+    @classmethod
+    def from_conv2d(cls, conv: nn.Conv2d, config: MIDConfig | None = None, **choices: Any) -> MIDConv2d:
+        """Return a MID-L layer that keeps ``conv``'s own ``weight`` and ``bias``; the light path is their SVD.
+
+        >>> dense = nn.Conv2d(16, 32, 3, padding="same")
+        >>> MIDConv2d.from_conv2d(dense, active=0.3, group_size=8).weight is dense.weight
+        True
+
+        Args:
+            conv: the trained layer; it is left as it was and shares its parameters with the result.
+            config: how to convert; keywords override its fields.
+
+        Raises:
+            MIDLError: ``conv`` is no nn.Conv2d, is grouped, or the configuration does not fit its sizes.
+        """
+        if not isinstance(conv, nn.Conv2d):
+            raise MIDLError(f"MIDConv2d.from_conv2d: conv is a {type(conv).__name__}, expected nn.Conv2d")
+        layer = cls(
+            conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,  # type: ignore[arg-type]
+            conv.groups, conv.bias is not None, conv.padding_mode, config=config, device="meta",
+            dtype=conv.weight.dtype, **choices,
+        ).to_empty(device=conv.weight.device)  # fmt: skip
+        layer._adopt(conv.weight, conv.bias)
+        return layer.train(conv.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the layer's output, (B, n, H', W'), or (n, H', W') for one image."""
+        if isinstance(x, Tensor) and x.dim() not in (3, 4):
+            raise MIDLError(
+                f"MIDConv2d: input of shape {tuple(x.shape)}, expected (B, {self.in_channels}, H, W) or "
+                f"({self.in_channels}, H, W)"
+            )
+        self._check_input(x, -3, self.in_channels, "channels")
+        if x.dim() == 3:
+            return self.forward(x.unsqueeze(0)).squeeze(0)
+        c = self.config
+        tensors = self._op_tensors(x)
+        images = tensors[0]
+        assert images is not None
+        if self._pad_before:
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            images = F.pad(images, self._pad_before, mode=mode)
+        height, width = (
+            output_size(images.shape[2 + i], self.kernel_size[i], self.stride[i], self._op_padding[i], self.dilation[i])
+            for i in (0, 1)
+        )
+        if height < 1 or width < 1:
+            raise MIDLError(
+                f"MIDConv2d: input of shape {tuple(x.shape)} is smaller than kernel_size={self.kernel_size} with "
+                f"dilation={self.dilation} and padding={self.padding!r}"
+            )
+        per_image = c.select == "image"
+        choices = (x.shape[0], 1) if per_image else (x.shape[0], height, -(-width // c.span))
+        y, selected = conv2d(
+            images, *tensors[1:], self._draw_noise(x, choices), self.stride, self._op_padding, self.dilation,
+            self.num_selected, c.group_size, 0 if per_image else c.span, c.interpolation, c.ste,
+        )  # fmt: skip
+        self._observe(selected)
+        return y
+
+    def extra_repr(self) -> str:
+        """Return the constructor's arguments."""
+        text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
+        text += f", padding={self.padding!r}, dilation={self.dilation}, bias={self.bias is not None}"
+        if self.padding_mode != "zeros":
+            text += f", padding_mode={self.padding_mode!r}"
+        return f"{text}, {self._config_repr()}"
+
+
+def _pair(name: str, value: Any, least: int) -> tuple[int, int]:
+    """Return ``value`` as a pair of ints of at least ``least``."""
+    pair = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, (tuple, list)) else ()
+    if len(pair) != 2 or not all(isinstance(v, int) and not isinstance(v, bool) and v >= least for v in pair):
+        raise MIDLError(f"MIDConv2d: {name}={value!r}, expected an int or a pair of ints of at least {least}")
+    return pair  # type: ignore[return-value]

@@ -1,0 +1,126 @@
+"""MIDLinear: a drop-in for nn.Linear that computes only the neuron groups an input needs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from midl.config import MIDConfig, check_positive_int
+from midl.errors import MIDLError
+from midl.layers.base import MIDLayer
+from midl.ops.linear import linear
+
+__all__ = ["MIDLinear"]
+
+
+class MIDLinear(MIDLayer):
+    r"""Linear layer whose input picks the neuron groups that take the full path; the others keep a low-rank value.
+
+    >>> layer = MIDLinear(64, 128, active=0.25, group_size=16)
+    >>> layer(torch.randn(7, 5, 64)).shape
+    torch.Size([7, 5, 128])
+    >>> layer
+    MIDLinear(64, 128, bias=True, active=0.25, group_size=16, rank=13)
+
+    With z = x @ light_down.T, l = z @ light_up.T, f = x @ weight.T and gate logits s, the k groups of largest s have
+    m = 1 and the output is ``y = l + m * sigmoid(s) * (f - l) + bias``. ``eval()`` computes the same function as
+    ``train()`` without noise.
+
+    Shapes: input (..., in_features) with any leading dimensions, also none or empty; output (..., out_features).
+    With ``span > 1`` the second-to-last dimension is the sequence.
+
+    Parameters: ``weight`` (n, d) and ``bias`` (n) as in nn.Linear, ``light_down`` (r, d), ``light_up`` (n, r) and, for
+    the projection gate, ``gate_weight`` (n / group_size, r) and ``gate_bias`` (n / group_size).
+
+    Args:
+        in_features: d.
+        out_features: n.
+        bias: whether to learn an additive bias.
+        config: the choices below in one object; ``None`` for the defaults. Keywords override its fields.
+        device: of the parameters.
+        dtype: of the parameters.
+        **choices: fields of :class:`midl.MIDConfig`: active, rank, flops_ratio, group_size, span, gate,
+            interpolation, ste, noise.
+
+    Raises:
+        MIDLError: sizes that don't fit or a budget that cannot be met; the message says what would.
+
+    Source: arXiv 2505.11416; docs/formula.md has the formula in full.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        config: MIDConfig | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **choices: Any,
+    ) -> None:
+        super().__init__()
+        check_positive_int("MIDLinear", "in_features", in_features)
+        check_positive_int("MIDLinear", "out_features", out_features)
+        self.in_features, self.out_features = in_features, out_features
+        config = (config or MIDConfig()).replace(**choices)
+        if config.select != "position":
+            raise MIDLError("MIDLinear: select='image' is for convolutions, expected 'position'")
+        self._setup((out_features, in_features), bias, config, device, dtype)
+        self.reset_parameters()
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, config: MIDConfig | None = None, **choices: Any) -> MIDLinear:
+        """Return a MID-L layer that keeps ``linear``'s own ``weight`` and ``bias`` parameters.
+
+        The light path is the truncated SVD of the weight, so the layer works without training.
+
+        >>> dense = nn.Linear(64, 128)
+        >>> layer = MIDLinear.from_linear(dense, active=0.3)
+        >>> layer.weight is dense.weight
+        True
+
+        Args:
+            linear: the trained layer; it is left as it was and shares its parameters with the result.
+            config: how to convert; keywords override its fields.
+
+        Raises:
+            MIDLError: ``linear`` is no nn.Linear, or the configuration does not fit its sizes.
+        """
+        if not isinstance(linear, nn.Linear):
+            raise MIDLError(f"MIDLinear.from_linear: linear is a {type(linear).__name__}, expected nn.Linear")
+        return cls.from_weight(linear.weight, linear.bias, config, **choices).train(linear.training)
+
+    @classmethod
+    def from_weight(
+        cls, weight: Tensor, bias: Tensor | None, config: MIDConfig | None = None, **choices: Any
+    ) -> MIDLinear:
+        """:meth:`from_linear` for a bare weight (n, d) and bias (n)."""
+        out_features, in_features = weight.shape
+        # Built without memory first: the parameters come from the caller.
+        layer = cls(
+            in_features, out_features, bias is not None, config=config, device="meta", dtype=weight.dtype, **choices
+        ).to_empty(device=weight.device)
+        layer._adopt(weight, bias)
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the layer's output, (..., out_features)."""
+        if isinstance(x, Tensor) and x.dim() == 0:
+            raise MIDLError(f"MIDLinear: input is 0-dimensional, expected (..., {self.in_features})")
+        self._check_input(x, -1, self.in_features, "features")
+        c = self.config
+        # A sequence keeps its axis only where positions share a selection.
+        rows = x if x.dim() >= 2 and c.span > 1 else x.reshape(-1, self.in_features)
+        noise = self._draw_noise(x, (*rows.shape[:-2], -(-rows.shape[-2] // c.span)))
+        y, selected = linear(
+            rows, *self._op_tensors(x)[1:], noise, self.num_selected, c.group_size, c.span, c.interpolation, c.ste
+        )
+        self._observe(selected)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        """Return the constructor's arguments."""
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self._config_repr()}"

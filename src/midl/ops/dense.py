@@ -1,0 +1,63 @@
+"""The ``dense`` implementation: every neuron by torch's own dense kernels in the input's precision, then masked.
+
+The choice where a dense kernel wins and where no sparse kernel exists. Code, logits and selection are those of the
+reference, so both select the same groups.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from midl.ops import reference
+from midl.ops.dispatch import Implementation, register
+from midl.ops.reference import accumulate_dtype
+
+__all__: list[str] = []
+
+
+def _linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, light_down: Tensor, light_up: Tensor, gate_weight: Tensor | None,
+    gate_bias: Tensor | None, noise: Tensor | None, k: int, group_size: int, span: int, interpolation: str, ste: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    up = accumulate_dtype(x)
+    y, selected = reference.interpolate(
+        F.linear(x.to(up), light_down.to(up)), F.linear(x, weight).to(up), bias, light_up, gate_weight, gate_bias,
+        noise, k, group_size, span, interpolation,
+    )  # fmt: skip
+    return y.to(x.dtype), selected
+
+
+def _conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, light_down: Tensor, light_up: Tensor, gate_weight: Tensor | None,
+    gate_bias: Tensor | None, noise: Tensor | None, stride: list[int], padding: list[int], dilation: list[int],
+    k: int, group_size: int, span: int, interpolation: str, ste: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    up = accumulate_dtype(x)
+    code = F.conv2d(x.to(up), light_down.to(up), None, stride, padding, dilation)
+    full = F.conv2d(x, weight, None, stride, padding, dilation).to(up)
+    y, selected = reference.interpolate_image(
+        code, full, bias, light_up, gate_weight, gate_bias, noise, k, group_size, span, interpolation
+    )
+    return y.to(x.dtype), selected
+
+
+def _unsupported(op: str, x: Tensor, **_: object) -> str | None:
+    if x.device.type == "cpu" and x.dtype == torch.float16:
+        return "float16 products on a CPU are computed in float32, as the reference does"
+    return None
+
+
+register(
+    Implementation(
+        "dense",
+        {
+            "linear": _linear,
+            "linear_backward": reference.linear_backward,
+            "conv2d": _conv2d,
+            "conv2d_backward": reference.conv2d_backward,
+        },
+        unsupported=_unsupported,
+    )
+)

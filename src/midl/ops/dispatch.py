@@ -1,0 +1,135 @@
+"""Which implementation of midl's ops runs: the registry, the switch ``kernels`` and the choice ``auto``."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor
+
+from midl.errors import KernelError, MIDLError
+
+__all__ = ["NAMES", "Implementation", "kernels", "register", "resolve", "selected_kernels", "unavailable_reason"]
+
+NAMES = ("reference", "native", "triton", "dense")
+OPS = ("linear", "linear_backward", "conv2d", "conv2d_backward")
+
+
+class Implementation:
+    """One implementation of midl's ops: functions named and called like those of :mod:`midl.ops.reference`.
+
+    Args:
+        name: one of ``NAMES``.
+        ops: op name to function; an op that is missing is not supported.
+        unavailable: returns why this implementation cannot run on this machine, or None.
+        unsupported: returns why it cannot run this op on this input, or None. Gets the op's name, x and keywords.
+        prefer: returns whether ``auto`` should choose it for this supported call. Same arguments.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        ops: dict[str, Callable[..., Any]],
+        unavailable: Callable[[], str | None] = lambda: None,
+        unsupported: Callable[..., str | None] = lambda op, x, **_: None,
+        prefer: Callable[..., bool] = lambda op, x, **_: True,
+    ) -> None:
+        self.name, self.ops = name, ops
+        self.unavailable, self.unsupported, self.prefer = unavailable, unsupported, prefer
+
+    def reason_against(self, op: str, x: Tensor, **call: Any) -> str | None:
+        """Return why this implementation cannot take the call, or None."""
+        if reason := self.unavailable():
+            return reason
+        if op not in self.ops:
+            return f"it does not implement midl::{op}"
+        return self.unsupported(op, x, **call)
+
+
+_registry: dict[str, Implementation] = {}
+# Process-wide, not per thread: autograd runs backward passes in threads of its own.
+_choice = "auto"
+
+
+def register(implementation: Implementation) -> None:
+    """Add an implementation; its name must be one of ``NAMES``."""
+    _registry[implementation.name] = implementation
+
+
+def _implementation(name: str) -> Implementation:
+    if name not in _registry:
+        importlib.import_module(f"midl.ops.{name}")
+    return _registry[name]
+
+
+def unavailable_reason(name: str) -> str | None:
+    """Return why the implementation ``name`` cannot run on this machine, or None if it can."""
+    try:
+        return _implementation(name).unavailable()
+    except ImportError:
+        return "not part of this version of midl"
+
+
+def selected_kernels() -> str:
+    """Return the name that :func:`kernels` last set."""
+    return _choice
+
+
+class kernels:  # noqa: N801 - a verb that users call; also a context manager
+    """Choose the implementation of midl's ops, for the process or for a ``with`` block.
+
+    >>> import midl
+    >>> with midl.kernels("reference"):
+    ...     y = midl.MIDLinear(8, 16, rank=2)(torch.ones(3, 8))
+    >>> _ = midl.kernels("auto")
+
+    Args:
+        name: ``"auto"`` (the fastest that can take the call), ``"reference"`` (the specification, plain torch),
+            ``"native"`` (CPU kernels), ``"triton"`` (GPU kernels) or ``"dense"`` (every neuron computed, then masked).
+
+    Raises:
+        MIDLError: unknown name.
+        KernelError: the implementation is not available here; the message says which are.
+    """
+
+    def __init__(self, name: str) -> None:
+        global _choice
+        if name != "auto" and name not in NAMES:
+            raise MIDLError(f"kernels: name={name!r}, expected one of {('auto', *NAMES)}")
+        if name != "auto" and (reason := unavailable_reason(name)):
+            available = [other for other in NAMES if unavailable_reason(other) is None]
+            raise KernelError(f"kernels: name={name!r} is not available: {reason}; available here: {available}")
+        self._previous, _choice = _choice, name
+
+    def __enter__(self) -> kernels:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        global _choice
+        _choice = self._previous
+
+
+def resolve(op: str, x: Tensor, **call: Any) -> Callable[..., Any]:
+    """Return the function that computes ``op`` for input ``x`` under the current choice."""
+    if _choice != "auto":
+        implementation = _implementation(_choice)
+        if reason := implementation.reason_against(op, x, **call):
+            raise KernelError(f"midl::{op}: kernels={_choice!r} cannot take this call: {reason}")
+        return implementation.ops[op]
+    for name in _AUTO_ORDER[x.device.type if x.device.type in _AUTO_ORDER else "other"]:
+        if unavailable_reason(name) is None:
+            implementation = _implementation(name)
+            if implementation.reason_against(op, x, **call) is None and implementation.prefer(op, x, **call):
+                return implementation.ops[op]
+    raise KernelError(f"midl::{op}: no implementation takes dtype={x.dtype} on device={x.device}")
+
+
+_AUTO_ORDER = {
+    "cpu": ("native", "dense", "reference"),
+    "cuda": ("triton", "dense", "reference"),
+    "other": ("dense", "reference"),
+}

@@ -1,0 +1,80 @@
+"""Registration of ``midl::linear`` and its backward: schema, dispatch, fake kernel, autograd rule."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from midl.ops import reference
+from midl.ops.dispatch import resolve
+
+__all__ = ["linear"]
+
+_WEIGHTS = (
+    "Tensor x, Tensor weight, Tensor? bias, Tensor light_down, Tensor light_up, Tensor? gate_weight, Tensor? gate_bias"
+)
+_SEVEN = ", ".join(["Tensor"] * 7)
+
+torch.library.define(
+    "midl::linear",
+    f"({_WEIGHTS}, Tensor? noise, int k, int group_size, int span, str interpolation, str ste) -> (Tensor, Tensor)",
+)
+torch.library.define(
+    "midl::linear_backward",
+    f"(Tensor grad_y, Tensor selected, {_WEIGHTS}, int group_size, int span, str interpolation, str ste, "
+    f"bool[] needs) -> ({_SEVEN})",
+)
+
+
+@torch.library.impl("midl::linear", "CompositeExplicitAutograd")
+def _forward(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    run = resolve("linear", x, weight=weight, k=args[6], group_size=args[7], span=args[8])
+    y, selected = run(x, weight, *args)
+    return y, selected
+
+
+@torch.library.impl("midl::linear_backward", "CompositeExplicitAutograd")
+def _backward(grad_y: Tensor, selected: Tensor, x: Tensor, weight: Tensor, *args: Any) -> reference.Grads:
+    run = resolve(
+        "linear_backward", x, weight=weight, k=selected.shape[-1], group_size=args[5], span=args[6], ste=args[8]
+    )
+    grads: reference.Grads = run(grad_y, selected, x, weight, *args)
+    return grads
+
+
+@torch.library.register_fake("midl::linear")
+def _fake(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    k, span = args[6], args[8]
+    blocks = x.shape[-2] if span == 1 else (x.shape[-2] + span - 1) // span
+    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    return y, x.new_empty((*x.shape[:-2], blocks, k), dtype=torch.int32)
+
+
+@torch.library.register_fake("midl::linear_backward")
+def fake_backward(grad_y: Tensor, selected: Tensor, *args: Any) -> reference.Grads:
+    """Return empty gradients of the inputs' shapes (shared with the convolution)."""
+    inputs, needs = args[:7], args[-1]
+    return tuple(  # type: ignore[return-value]
+        t.new_empty(t.shape) if need else args[0].new_empty(0) for t, need in zip(inputs, needs, strict=True)
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, _noise, _k, group_size, span, interpolation, ste = inputs
+    ctx.save_for_backward(output[1], *tensors)
+    ctx.mark_non_differentiable(output[1])
+    ctx.options = (group_size, span, interpolation, ste)
+
+
+def _autograd(ctx: Any, grad_y: Tensor, _grad_selected: Any) -> tuple[Any, ...]:
+    selected, *tensors = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[:7])
+    grads = torch.ops.midl.linear_backward(grad_y, selected, *tensors, *ctx.options, needs)
+    return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *[None] * 6)
+
+
+torch.library.register_autograd("midl::linear", _autograd, setup_context=_setup_context)
+
+linear = torch.ops.midl.linear
