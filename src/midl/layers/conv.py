@@ -95,7 +95,9 @@ class MIDConv2d(MIDLayer):
                 raise MIDLError(f"MIDConv2d: padding={padding!r}, expected an int, a pair of ints, 'same' or 'valid'")
             if padding == "same" and self.stride != (1, 1):
                 raise MIDLError(f"MIDConv2d: stride={self.stride} with padding='same', expected stride 1")
-            totals = [d * (k - 1) if padding == "same" else 0 for d, k in zip(self.dilation, self.kernel_size)]
+            totals = [
+                d * (k - 1) if padding == "same" else 0 for d, k in zip(self.dilation, self.kernel_size, strict=True)
+            ]
             sides = [(total // 2, total - total // 2) for total in totals]
         else:
             padding = _pair("padding", padding, 0)

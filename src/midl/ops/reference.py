@@ -64,7 +64,7 @@ def linear_backward(
     ste: str,
     needs: list[bool],
 ) -> Grads:
-    """Return the gradients of x, weight, bias, light_down, light_up, gate_weight, gate_bias (empty where not needed)."""
+    """Return the gradients of the seven tensors from x to gate_bias, empty where not needed."""
     up = accumulate_dtype(x)
     xu, wu, du = x.to(up), weight.to(up), light_down.to(up)
     grads = _interpolate_backward(
@@ -131,7 +131,7 @@ def conv2d_backward(
     ste: str,
     needs: list[bool],
 ) -> Grads:
-    """Return the gradients of x, weight, bias, light_down, light_up, gate_weight, gate_bias (empty where not needed)."""
+    """Return the gradients of the seven tensors from x to gate_bias, empty where not needed."""
     up = accumulate_dtype(x)
     xu, wu, du = x.to(up), weight.to(up), light_down.to(up)
     code = F.conv2d(xu, du, None, stride, padding, dilation)
