@@ -116,7 +116,7 @@ class MIDLinear(MIDLayer):
         rows = x if x.dim() >= 2 and c.span > 1 else x.reshape(-1, self.in_features)
         noise = self._draw_noise(x, (*rows.shape[:-2], -(-rows.shape[-2] // c.span)))
         y, selected = linear(
-            rows, *self._op_tensors(x)[1:], noise, self.num_selected, c.group_size, c.span, c.interpolation, c.ste
+            *self._op_tensors(rows), noise, self.num_selected, c.group_size, c.span, c.interpolation, c.ste
         )
         self._observe(selected)
         return y.view(*x.shape[:-1], self.out_features)
