@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from midl.ops import reference
-from midl.ops.dispatch import resolve
-from midl.ops.linear import fake_backward
+from midl.ops.dispatch import invoke, resolve
+from midl.ops.linear import contiguous, fake_backward, refuse_second_derivative
 
 __all__ = ["conv2d"]
 
@@ -39,7 +39,7 @@ def output_size(size: Any, kernel: int, stride: int, padding: int, dilation: int
 @torch.library.impl("midl::conv2d", "CompositeExplicitAutograd")
 def _forward(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     run = resolve("conv2d", x, weight=weight, k=args[9], group_size=args[10], span=args[11])
-    y, selected = run(x, weight, *args)
+    y, selected = invoke(run, x, weight, *args)
     return y, selected
 
 
@@ -48,8 +48,7 @@ def _backward(grad_y: Tensor, selected: Tensor, x: Tensor, weight: Tensor, *args
     run = resolve(
         "conv2d_backward", x, weight=weight, k=selected.shape[-1], group_size=args[8], span=args[9], ste=args[11]
     )
-    grads: reference.Grads = run(grad_y, selected, x, weight, *args)
-    return grads
+    return contiguous(invoke(run, grad_y, selected, x, weight, *args))
 
 
 @torch.library.register_fake("midl::conv2d")
@@ -82,5 +81,6 @@ def _autograd(ctx: Any, grad_y: Tensor, _grad_selected: Any) -> tuple[Any, ...]:
 
 
 torch.library.register_autograd("midl::conv2d", _autograd, setup_context=_setup_context)
+torch.library.register_autograd("midl::conv2d_backward", refuse_second_derivative)
 
 conv2d = torch.ops.midl.conv2d

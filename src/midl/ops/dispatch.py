@@ -7,11 +7,21 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from midl.errors import KernelError, MIDLError
 
-__all__ = ["NAMES", "Implementation", "kernels", "register", "resolve", "selected_kernels", "unavailable_reason"]
+__all__ = [
+    "NAMES",
+    "Implementation",
+    "invoke",
+    "kernels",
+    "register",
+    "resolve",
+    "selected_kernels",
+    "unavailable_reason",
+]
 
 NAMES = ("reference", "native", "triton", "dense")
 OPS = ("linear", "linear_backward", "conv2d", "conv2d_backward")
@@ -126,6 +136,15 @@ def resolve(op: str, x: Tensor, **call: Any) -> Callable[..., Any]:
             if implementation.reason_against(op, x, **call) is None and implementation.prefer(op, x, **call):
                 return implementation.ops[op]
     raise KernelError(f"midl::{op}: no implementation takes dtype={x.dtype} on device={x.device}")
+
+
+def invoke(run: Callable[..., Any], *args: Any) -> Any:
+    """Return ``run(*args)`` with autocast off: it would round what an implementation computes in float32."""
+    device = args[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return run(*args)
+    with torch.autocast(device, enabled=False):
+        return run(*args)
 
 
 _AUTO_ORDER = {

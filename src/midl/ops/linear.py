@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from midl.errors import KernelError
 from midl.ops import reference
-from midl.ops.dispatch import resolve
+from midl.ops.dispatch import invoke, resolve
 
 __all__ = ["linear"]
 
@@ -31,7 +32,7 @@ torch.library.define(
 @torch.library.impl("midl::linear", "CompositeExplicitAutograd")
 def _forward(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     run = resolve("linear", x, weight=weight, k=args[6], group_size=args[7], span=args[8])
-    y, selected = run(x, weight, *args)
+    y, selected = invoke(run, x, weight, *args)
     return y, selected
 
 
@@ -40,8 +41,12 @@ def _backward(grad_y: Tensor, selected: Tensor, x: Tensor, weight: Tensor, *args
     run = resolve(
         "linear_backward", x, weight=weight, k=selected.shape[-1], group_size=args[5], span=args[6], ste=args[8]
     )
-    grads: reference.Grads = run(grad_y, selected, x, weight, *args)
-    return grads
+    return contiguous(invoke(run, grad_y, selected, x, weight, *args))
+
+
+def contiguous(grads: reference.Grads) -> reference.Grads:
+    """Return the gradients in the layout that :func:`fake_backward` promises, whatever the inputs' layout."""
+    return tuple(g.contiguous() for g in grads)  # type: ignore[return-value]
 
 
 @torch.library.register_fake("midl::linear")
@@ -75,6 +80,12 @@ def _autograd(ctx: Any, grad_y: Tensor, _grad_selected: Any) -> tuple[Any, ...]:
     return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *[None] * 6)
 
 
+def refuse_second_derivative(ctx: Any, *_grads: Any) -> None:
+    """Autograd rule of the backward ops; without it torch would treat their gradients as constants."""
+    raise KernelError("midl: second derivatives of MID-L layers are not implemented, expected create_graph=False")
+
+
 torch.library.register_autograd("midl::linear", _autograd, setup_context=_setup_context)
+torch.library.register_autograd("midl::linear_backward", refuse_second_derivative)
 
 linear = torch.ops.midl.linear
