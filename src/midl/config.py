@@ -165,7 +165,7 @@ def auto_rank(
     """Return the largest rank whose multiply-adds stay at or below ``fan_in * out_features / flops_ratio``.
 
     >>> auto_rank(1024, 4096, active=0.45, group_size=32, gate="projection", flops_ratio=1.7, owner="example")
-    108
+    107
 
     Raises:
         MIDLError: not even rank 1 fits; the message says the largest ``active`` and ``flops_ratio`` that do.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from midl.config import MIDConfig, auto_rank, check_active, num_active_groups
 from midl.errors import DTypeError, MIDLError
 from midl.layers.lowrank import truncated_svd
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["MIDLayer", "observers"]
 
@@ -67,6 +70,8 @@ class MIDLayer(nn.Module):
         self.register_parameter("gate_bias", parameter(groups) if learned_gate else None)
 
     _width_name = "out_features"
+    dense_family: str
+    """The dense layer that this one goes back to, by its name in :mod:`midl.conversion.families`."""
 
     @property
     def rank(self) -> int:
@@ -114,11 +119,12 @@ class MIDLayer(nn.Module):
             self.gate_weight.copy_(self.light_up.unflatten(0, (-1, size)).mean(1))
             self.gate_bias.copy_(self.bias.view(-1, size).mean(1) if self.bias is not None else torch.tensor(0.0))
 
-    def _adopt(self, weight: Tensor, bias: Tensor | None) -> None:
-        """Take over trained parameters, as the very same objects, and start light path and gate from them."""
-        self.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight)
-        self.register_parameter("bias", bias)  # type: ignore[arg-type]
-        self.reset_light_path()
+    def _adopt(self, dense: nn.Linear | nn.Conv2d) -> Self:
+        """Take over a dense layer's parameters, as the very same objects, device and training flag included."""
+        self.to_empty(device=dense.weight.device)
+        self.weight = dense.weight
+        self.register_parameter("bias", dense.bias)
+        return self.train(dense.training)
 
     def _check_input(self, x: Tensor, axis: int, expected: int, name: str) -> None:
         owner = type(self).__name__

@@ -50,6 +50,7 @@ class MIDConv2d(MIDLayer):
     """
 
     _width_name = "out_channels"
+    dense_family = "conv2d"
 
     def __init__(
         self,
@@ -126,13 +127,33 @@ class MIDConv2d(MIDLayer):
         """
         if not isinstance(conv, nn.Conv2d):
             raise MIDLError(f"MIDConv2d.from_conv2d: conv is a {type(conv).__name__}, expected nn.Conv2d")
-        layer = cls(
+        layer = cls._like(conv, config, **choices)
+        layer.reset_light_path()
+        return layer
+
+    @classmethod
+    def _like(cls, conv: nn.Conv2d, config: MIDConfig | None = None, **choices: Any) -> MIDConv2d:
+        """:meth:`from_conv2d` with light path and gate left uninitialised."""
+        return cls(
             conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,  # type: ignore[arg-type]
             conv.groups, conv.bias is not None, conv.padding_mode, config=config, device="meta",
             dtype=conv.weight.dtype, **choices,
-        ).to_empty(device=conv.weight.device)  # fmt: skip
-        layer._adopt(conv.weight, conv.bias)
-        return layer.train(conv.training)
+        )._adopt(conv)  # fmt: skip
+
+    def to_conv2d(self) -> nn.Conv2d:
+        """Return an nn.Conv2d that shares this layer's ``weight`` and ``bias``.
+
+        >>> layer = MIDConv2d(16, 32, 3)
+        >>> layer.to_conv2d().weight is layer.weight
+        True
+        """
+        dense = nn.Conv2d(
+            self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation,
+            bias=self.bias is not None, padding_mode=self.padding_mode, device="meta",
+        )  # fmt: skip
+        dense.weight = self.weight
+        dense.register_parameter("bias", self.bias)
+        return dense.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output, (B, n, H', W'), or (n, H', W') for one image."""

@@ -22,7 +22,7 @@ class MIDLinear(MIDLayer):
     >>> layer(torch.randn(7, 5, 64)).shape
     torch.Size([7, 5, 128])
     >>> layer
-    MIDLinear(64, 128, bias=True, active=0.25, group_size=16, rank=13)
+    MIDLinear(64, 128, bias=True, active=0.25, rank=13, group_size=16)
 
     With z = x @ light_down.T, l = z @ light_up.T, f = x @ weight.T and gate logits s, the k groups of largest s have
     m = 1 and the output is ``y = l + m * sigmoid(s) * (f - l) + bias``. ``eval()`` computes the same function as
@@ -49,6 +49,8 @@ class MIDLinear(MIDLayer):
 
     Source: arXiv 2505.11416; docs/formula.md has the formula in full.
     """
+
+    dense_family = "linear"
 
     def __init__(
         self,
@@ -91,20 +93,29 @@ class MIDLinear(MIDLayer):
         """
         if not isinstance(linear, nn.Linear):
             raise MIDLError(f"MIDLinear.from_linear: linear is a {type(linear).__name__}, expected nn.Linear")
-        return cls.from_weight(linear.weight, linear.bias, config, **choices).train(linear.training)
+        layer = cls._like(linear, config, **choices)
+        layer.reset_light_path()
+        return layer
 
     @classmethod
-    def from_weight(
-        cls, weight: Tensor, bias: Tensor | None, config: MIDConfig | None = None, **choices: Any
-    ) -> MIDLinear:
-        """:meth:`from_linear` for a bare weight (n, d) and bias (n)."""
-        out_features, in_features = weight.shape
-        # Built without memory first: the parameters come from the caller.
-        layer = cls(
-            in_features, out_features, bias is not None, config=config, device="meta", dtype=weight.dtype, **choices
-        ).to_empty(device=weight.device)
-        layer._adopt(weight, bias)
-        return layer
+    def _like(cls, linear: nn.Linear, config: MIDConfig | None = None, **choices: Any) -> MIDLinear:
+        """:meth:`from_linear` with light path and gate left uninitialised."""
+        return cls(
+            linear.in_features, linear.out_features, linear.bias is not None, config=config, device="meta",
+            dtype=linear.weight.dtype, **choices,
+        )._adopt(linear)  # fmt: skip
+
+    def to_linear(self) -> nn.Linear:
+        """Return an nn.Linear that shares this layer's ``weight`` and ``bias``.
+
+        >>> layer = MIDLinear(64, 128)
+        >>> layer.to_linear().weight is layer.weight
+        True
+        """
+        dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        dense.weight = self.weight
+        dense.register_parameter("bias", self.bias)
+        return dense.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output, (..., out_features)."""

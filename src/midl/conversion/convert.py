@@ -1,0 +1,258 @@
+"""convert_ and revert_: from a dense model to MID-L and back, in place."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch.nn.functional as F
+from torch import nn
+
+from midl.analysis.flops import count_flops
+from midl.config import MIDConfig, layer_macs
+from midl.conversion.families import family_of, family_of_layer, why_not
+from midl.conversion.report import ConversionReport, LayerChange
+from midl.errors import MIDLError
+from midl.layers import MIDLayer
+
+__all__ = ["convert_", "own_parameters", "replace_modules", "revert_"]
+
+Override = MIDConfig | Mapping[str, Any] | None
+
+
+def convert_(
+    model: nn.Module,
+    config: MIDConfig | None = None,
+    filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    *,
+    overrides: Mapping[str, Override] | None = None,
+    example_inputs: Any = None,
+) -> ConversionReport:
+    """Replace the dense layers of ``model`` by MID-L layers, in place, and report what changed and what did not.
+
+    Converted are nn.Linear, nn.Conv2d without groups, and transformers' Conv1D. Each MID-L layer keeps the very same
+    weight and bias parameters (Conv1D's is transposed), so ties and optimizers hold on to them; its light path is the
+    truncated SVD of the weight. A module used in several places is converted once. On an error the model is as before.
+
+    >>> model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
+    >>> report = convert_(model, MIDConfig(group_size=16))
+    >>> print(report.kept[0].name, report.kept[0].detail)
+    2 group_size=16 does not divide out_features=10
+
+    Args:
+        model: any module that contains the layers; it must not itself be one.
+        config: for every layer; default ``MIDConfig()``.
+        filter_fn: called with (module, qualified name) for each layer that could be converted; False keeps it dense.
+        overrides: from a qualified name or shell pattern (``"*.mlp.*"``) to a MIDConfig, to fields that replace those
+            of ``config``, or to None (stay dense). The first entry that matches a layer counts. For a layer named
+            here, a configuration that does not fit is an error rather than a reason to keep it dense.
+        example_inputs: inputs of one forward call (a tensor, a tuple of arguments or a dict of keywords); if given, the
+            report has the FLOPs of the whole model on them.
+
+    Raises:
+        MIDLError: nothing was converted, an override matches nothing, or it does not fit its layer.
+    """
+    config = config or MIDConfig()
+    if not isinstance(config, MIDConfig):
+        raise MIDLError(f"convert_: config is a {type(config).__name__}, expected MIDConfig")
+    _check_root(model)
+    names = _names(model)
+    chosen = _match_overrides(names, model, overrides or {})
+    shared = _shared_parameters(model)
+    replacements: dict[int, nn.Module] = {}
+    changes: list[LayerChange] = []
+    for name, module in own_parameters(model):
+        override = chosen.get(id(module), config)
+        try:
+            reason = why_not(module, shared)
+            if reason is None and override is None:
+                reason = "kept dense by overrides"
+            if reason is None and filter_fn is not None and not filter_fn(module, name):
+                reason = "filter_fn returned False"
+            if reason is None:
+                layer = _convert_layer(module, _merge(config, override))
+        except MIDLError as error:
+            if id(module) in chosen:
+                raise MIDLError(f"convert_: {name}: {error}") from error
+            reason = str(error).partition(": ")[2]
+        if reason is not None:
+            count = _count_own(module)
+            changes.append(LayerChange(name, type(module).__name__, False, reason, None, count, count))
+            continue
+        replacements[id(module)] = layer
+        changes.append(_describe(name, module, layer))
+    if not replacements:
+        reasons = "; ".join(f"{c.name}: {c.detail}" for c in changes[:8]) or "it has no parameters"
+        raise MIDLError(f"convert_: nothing in the {type(model).__name__} could be converted: {reasons}")
+    return _apply(model, replacements, changes, example_inputs)
+
+
+def revert_(model: nn.Module, *, example_inputs: Any = None) -> ConversionReport:
+    """Replace the MID-L layers of ``model`` by plain dense layers with the very same weights, in place.
+
+    >>> model = nn.Sequential(nn.Linear(64, 128), nn.ReLU())
+    >>> weight = model[0].weight
+    >>> _ = convert_(model)
+    >>> _ = revert_(model)
+    >>> model[0].weight is weight
+    True
+
+    Args:
+        model: a model that contains MID-L layers; it must not itself be one.
+        example_inputs: as for ``convert_``.
+
+    Raises:
+        MIDLError: the model has no MID-L layers.
+    """
+    if isinstance(model, MIDLayer):
+        raise MIDLError(
+            f"revert_: model is itself a {type(model).__name__} and cannot be replaced in place; "
+            "use its to_linear() or to_conv2d()"
+        )
+    replacements: dict[int, nn.Module] = {}
+    changes: list[LayerChange] = []
+    for name, module in own_parameters(model):
+        if isinstance(module, MIDLayer):
+            dense = family_of_layer(module).to_dense(module).train(module.training)
+            replacements[id(module)] = dense
+            forth = _describe(name, dense, module)
+            changes.append(
+                LayerChange(
+                    name, type(module).__name__, True, f"-> {type(dense).__name__}", module.config,
+                    forth.parameters_after, forth.parameters_before, forth.flops_after, forth.flops_before,
+                )
+            )  # fmt: skip
+        else:
+            count = _count_own(module)
+            changes.append(LayerChange(name, type(module).__name__, False, "is no MID-L layer", None, count, count))
+    if not replacements:
+        raise MIDLError(f"revert_: the {type(model).__name__} has no MID-L layers")
+    return _apply(model, replacements, changes, example_inputs)
+
+
+def own_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield (qualified name, module) of each module that has parameters of its own, once, in the model's order."""
+    for name, module in model.named_modules():
+        if any(True for _ in module.parameters(recurse=False)) or family_of(module) is not None:
+            yield name, module
+
+
+def replace_modules(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
+    """Put ``replacements`` (id of the old module to the new one) wherever the old ones stand in ``model``."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if id(child) in replacements:
+                setattr(parent, name, replacements[id(child)])
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            _set_fast_path(parent)
+
+
+def _set_fast_path(layer: nn.TransformerEncoderLayer) -> None:
+    """Keep torch's fused evaluation from reading the FFN's weights past a converted layer.
+
+    In evaluation nn.TransformerEncoderLayer hands ``linear1.weight`` to one fused kernel; it does so only while
+    ``activation_relu_or_gelu`` is 1 or 2.
+    """
+    kinds: dict[int, tuple[Any, type[nn.Module]]] = {1: (F.relu, nn.ReLU), 2: (F.gelu, nn.GELU)}
+    layer.activation_relu_or_gelu = 0
+    if not any(isinstance(m, MIDLayer) for m in layer.children()):
+        for code, (function, cls) in kinds.items():
+            if layer.activation is function or isinstance(layer.activation, cls):
+                layer.activation_relu_or_gelu = code
+
+
+def _check_root(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise MIDLError(f"convert_: model is a {type(model).__name__}, expected torch.nn.Module")
+    if family_of(model) is not None:
+        raise MIDLError(
+            f"convert_: model is itself a {type(model).__name__} and cannot be replaced in place; "
+            "use MIDLinear.from_linear or MIDConv2d.from_conv2d"
+        )
+
+
+def _names(model: nn.Module) -> dict[int, list[str]]:
+    """Return every qualified name of each module; a shared module has several."""
+    names: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(name)
+    return names
+
+
+def _match_overrides(
+    names: Mapping[int, list[str]], model: nn.Module, overrides: Mapping[str, Override]
+) -> dict[int, Override]:
+    """Return the override of each layer that one matches; a pattern that matches no dense layer is an error."""
+    chosen: dict[int, Override] = {}
+    layers = [m for _, m in own_parameters(model) if family_of(m) is not None]
+    for pattern, override in overrides.items():
+        matched = [m for m in layers if any(fnmatch.fnmatchcase(name, pattern) for name in names[id(m)])]
+        if not matched:
+            known = [names[id(m)][0] for m in layers]
+            close = difflib.get_close_matches(pattern, known, n=3, cutoff=0.3) or known[:3]
+            raise MIDLError(
+                f"convert_: overrides: {pattern!r} matches no dense layer of the {type(model).__name__}; "
+                f"expected a name or pattern like {close}"
+            )
+        for module in matched:
+            chosen.setdefault(id(module), override)
+    return chosen
+
+
+def _merge(config: MIDConfig, override: Override) -> MIDConfig:
+    if isinstance(override, MIDConfig):
+        return override
+    return config.replace(**(override or {}))
+
+
+def _shared_parameters(model: nn.Module) -> set[int]:
+    holders: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            holders[id(parameter)] = holders.get(id(parameter), 0) + 1
+    return {key for key, count in holders.items() if count > 1}
+
+
+def _convert_layer(module: nn.Module, config: MIDConfig) -> MIDLayer:
+    family = family_of(module)
+    assert family is not None  # why_not has ruled this out
+    layer = family.like(module, config)
+    layer.reset_light_path()
+    layer.dense_family = family.name
+    for name, parameter in layer.named_parameters():
+        if name not in ("weight", "bias"):  # a frozen layer stays frozen
+            parameter.requires_grad_(layer.weight.requires_grad)
+    return layer
+
+
+def _describe(name: str, dense: nn.Module, layer: MIDLayer) -> LayerChange:
+    """Return the row for ``dense`` becoming ``layer``."""
+    n, fan_in = layer.weight.shape[0], layer.weight[0].numel()
+    config = layer.config
+    macs = layer_macs(
+        fan_in, n, layer.rank, num_selected=layer.num_selected, group_size=config.group_size, gate=config.gate
+    )
+    share = layer.num_selected / layer.num_groups
+    detail = f"active {share:.3g} ({layer.num_selected} of {layer.num_groups} groups), rank {layer.rank}"
+    return LayerChange(
+        name, type(dense).__name__, True, detail, config, _count_own(dense), _count_own(layer), 2 * n * fan_in, 2 * macs
+    )
+
+
+def _apply(
+    model: nn.Module, replacements: Mapping[int, nn.Module], changes: list[LayerChange], example_inputs: Any
+) -> ConversionReport:
+    def measure() -> tuple[int, int | None]:
+        flops = None if example_inputs is None else count_flops(model, example_inputs)
+        return sum(p.numel() for p in model.parameters()), flops
+
+    parameters_before, flops_before = measure()
+    replace_modules(model, replacements)
+    parameters_after, flops_after = measure()
+    return ConversionReport(tuple(changes), parameters_before, parameters_after, flops_before, flops_after)
+
+
+def _count_own(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters(recurse=False))

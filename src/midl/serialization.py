@@ -1,0 +1,287 @@
+"""save and load_: one safetensors file with the weights and, in its header, a JSON description of the MID-L layers."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+
+from midl.config import MIDConfig
+from midl.conversion.convert import replace_modules
+from midl.conversion.families import family_of, family_of_layer
+from midl.errors import CheckpointError, MIDLError
+from midl.layers import MIDLayer
+
+__all__ = ["load_", "save"]
+
+FORMAT_VERSION = 1
+_KEY = "midl"
+
+
+def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write the weights and the MID-L layers' configurations of ``model`` to one safetensors file, atomically.
+
+    >>> import tempfile
+    >>> from midl import MIDLinear
+    >>> folder = tempfile.mkdtemp()
+    >>> save(nn.Sequential(MIDLinear(8, 16, rank=2)), f"{folder}/model.safetensors")
+    >>> dense = load_(nn.Sequential(nn.Linear(8, 16)), f"{folder}/model.safetensors")
+    >>> type(dense[0]).__name__
+    'MIDLinear'
+
+    Tied tensors are stored once. The file appears complete or not at all. Needs ``safetensors``
+    (``pip install 'midl[save]'``).
+
+    Args:
+        model: dense, converted or mixed.
+        path: of the file; its folder must exist.
+
+    Raises:
+        MIDLError: the model has state that is not a tensor (``get_extra_state``).
+        OSError: the file cannot be written.
+    """
+    safetensors = _safetensors()
+    tensors, aliases = _unique_tensors(model.state_dict())
+    layers = {
+        name: {
+            "type": type(layer).__name__,
+            "dense": family_of_layer(layer).name,
+            "bias": layer.bias is not None,
+            "config": layer.config.to_dict(),
+        }
+        for name, layer in _mid_layers(model).items()
+    }
+    description = {"version": FORMAT_VERSION, "layers": layers, "aliases": aliases, "sha256": _digest(tensors)}
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    os.close(handle)
+    try:
+        safetensors.torch.save_file(tensors, temporary, {"format": "pt", _KEY: json.dumps(description)})
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def load_(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
+    """Load a file of :func:`save` into ``model``, in place, and return it.
+
+    ``model`` may be dense or converted, in any way, but of the architecture that was saved: its layers become MID-L or
+    dense as they were in the file, with the file's configurations. Parameters that stay keep their identity, dtype
+    and device. The file is checked as a whole before anything changes: on an error the model is as it was.
+
+    Args:
+        model: receives the weights.
+        path: of a file that :func:`save` wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: the file is damaged, of another kind or a newer version, or does not fit the model; the
+            message says what came and what was expected.
+    """
+    tensors, layers = _read(Path(path))
+    for name, tensor in model.state_dict().items():
+        if isinstance(tensor, Tensor) and tensor.is_meta:
+            raise CheckpointError(
+                f"load_: the model's {name} is on the meta device, expected model.to_empty(device=...)"
+            )
+    planned = _plan(model, layers, path)
+    _check_fit(model, planned, tensors, path)
+    replace_modules(model, {id(module): layer for module, layer in planned.values()})
+    model.load_state_dict(tensors)
+    for name, layer in _mid_layers(model).items():
+        layer.config = layers[name]["config"]
+    return model
+
+
+def _safetensors() -> ModuleType:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise MIDLError("save and load_ need safetensors: pip install 'midl[save]'") from error
+    return safetensors
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _mid_layers(model: nn.Module) -> dict[str, MIDLayer]:
+    """Return the MID-L layers under every name they have; a shared layer has several."""
+    return {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, MIDLayer)}
+
+
+def _unique_tensors(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return contiguous tensors that share no memory, and for each tied name the name it is stored under."""
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    seen: dict[tuple[Any, ...], str] = {}
+    storages: set[int] = set()
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise MIDLError(f"save: {name} is a {type(value).__name__}, expected tensors only (get_extra_state?)")
+        if value.is_meta:
+            raise MIDLError(f"save: {name} is on the meta device and has no data, expected a materialised model")
+        place = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride())
+        if value.numel() and place in seen:
+            aliases[name] = seen[place]
+            continue
+        seen[place] = name
+        stored = value.detach().cpu().contiguous()
+        # A clone, so that views into one storage (which safetensors refuses) become tensors of their own.
+        storage = stored.untyped_storage()
+        if storage.data_ptr() in storages or storage.nbytes() != stored.numel() * stored.element_size():
+            stored = stored.clone()
+        storages.add(stored.untyped_storage().data_ptr())
+        tensors[name] = stored
+    return tensors, aliases
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 over names, dtypes, shapes and bytes: safetensors itself does not notice flipped bits."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        t = tensors[name]
+        digest.update(f"{name} {t.dtype} {tuple(t.shape)};".encode())
+        if t.numel():
+            digest.update((ctypes.c_char * (t.numel() * t.element_size())).from_address(t.data_ptr()))
+    return digest.hexdigest()
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return every tensor of the file, tied names included, and the description of its MID-L layers."""
+    safetensors = _safetensors()
+    if not path.is_file():
+        raise FileNotFoundError(f"load_: path={str(path)!r} is not a file")
+    try:
+        with safetensors.safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise CheckpointError(f"load_: {str(path)!r} is damaged or no safetensors file: {error}") from error
+    if _KEY not in metadata:
+        raise CheckpointError(
+            f"load_: {str(path)!r} is a safetensors file without a {_KEY!r} entry, expected one written by midl.save"
+        )
+    try:
+        description = json.loads(metadata[_KEY])
+        version = description["version"]
+        if version > FORMAT_VERSION:
+            raise CheckpointError(
+                f"load_: {str(path)!r} has format version {version}, expected at most {FORMAT_VERSION}: update midl"
+            )
+        layers, aliases, digest = description["layers"], description["aliases"], description["sha256"]
+        for entry in layers.values():
+            entry["config"] = MIDConfig.from_dict(entry["config"])
+    except CheckpointError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"load_: {str(path)!r} has a damaged description: {error!r}") from error
+    if _digest(tensors) != digest:
+        raise CheckpointError(
+            f"load_: {str(path)!r} is damaged: its tensors do not have the checksum it was saved with"
+        )
+    missing = [original for original in aliases.values() if original not in tensors]
+    if missing:
+        raise CheckpointError(f"load_: {str(path)!r} has a damaged description: no tensor {missing[0]!r}")
+    return tensors | {name: tensors[original] for name, original in aliases.items()}, layers
+
+
+def _plan(
+    model: nn.Module, layers: Mapping[str, Mapping[str, Any]], path: str | os.PathLike[str]
+) -> dict[str, tuple[nn.Module, nn.Module]]:
+    """Return, by name, each module to be replaced and its replacement; the model is not touched."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    made: dict[int, nn.Module] = {}
+    planned: dict[str, tuple[nn.Module, nn.Module]] = {}
+    for name, entry in layers.items():
+        module = modules.get(name)
+        kind = "no module" if module is None else f"a {type(module).__name__}"
+        dense = _as_dense(module) if module is not None else None
+        family = family_of(dense) if dense is not None else None
+        # A Conv1D that was converted may meet its twin, a plain linear layer, where transformers is absent.
+        if family is None or family.name not in (entry["dense"], "linear" if entry["dense"] == "conv1d" else None):
+            raise CheckpointError(
+                f"load_: {os.fspath(path)!r} has a {entry['type']} at {name!r}, the model has {kind} there; expected "
+                f"a {entry['type']} or its dense layer ({entry['dense']})"
+            )
+        assert module is not None  # its family says so
+        if _same(module, entry):
+            continue
+        if module is model:
+            raise CheckpointError(
+                f"load_: the model is itself a {type(model).__name__} and cannot be replaced in place; "
+                f"expected a {entry['type']} with {entry['config']}"
+            )
+        if id(module) not in made:
+            made[id(module)] = _build(dense, entry, name, path).train(module.training)
+        planned[name] = (module, made[id(module)])
+    for name, layer in _mid_layers(model).items():
+        if name not in layers:
+            if layer is model:
+                raise CheckpointError(f"load_: {os.fspath(path)!r} holds a dense layer, the model is a MID-L layer")
+            made.setdefault(id(layer), family_of_layer(layer).to_dense(layer))
+            planned[name] = (layer, made[id(layer)])
+    return planned
+
+
+def _as_dense(module: nn.Module) -> nn.Module:
+    return family_of_layer(module).to_dense(module) if isinstance(module, MIDLayer) else module
+
+
+def _same(module: nn.Module, entry: Mapping[str, Any]) -> bool:
+    """Return whether ``module`` has the entry's parameters; the rest of the configuration can be set as it is."""
+    if not isinstance(module, MIDLayer) or module.dense_family != entry["dense"]:
+        return False
+    config: MIDConfig = entry["config"]
+    return all(getattr(module.config, f) == getattr(config, f) for f in ("rank", "group_size", "gate"))
+
+
+def _build(dense: Any, entry: Mapping[str, Any], name: str, path: str | os.PathLike[str]) -> MIDLayer:
+    """Return the MID-L layer for ``dense``; its light path and gate come from the file later."""
+    family = family_of(dense)
+    assert family is not None
+    try:
+        layer = family.like(dense, entry["config"])
+    except MIDLError as error:
+        raise CheckpointError(f"load_: {os.fspath(path)!r} does not fit the model at {name!r}: {error}") from error
+    layer.dense_family = entry["dense"]
+    return layer
+
+
+def _check_fit(
+    model: nn.Module,
+    planned: Mapping[str, tuple[nn.Module, nn.Module]],
+    tensors: Mapping[str, Tensor],
+    path: str | os.PathLike[str],
+) -> None:
+    """Raise unless the names and shapes of the file are those the model will have."""
+    prefixes = tuple(f"{name}." for name in planned)
+    expected = {k: v.shape for k, v in model.state_dict().items() if not (prefixes and k.startswith(prefixes))}
+    for name, (_, layer) in planned.items():
+        expected |= {f"{name}.{k}": v.shape for k, v in layer.state_dict().items()}
+    file = os.fspath(path)
+    for what, names in (
+        ("lacks", sorted(expected.keys() - tensors.keys())),
+        ("has the unexpected", sorted(tensors.keys() - expected.keys())),
+    ):
+        if names:
+            raise CheckpointError(f"load_: {file!r} {what} {names[:5]} ({len(names)} in all); expected the same model")
+    for name, shape in expected.items():
+        if tensors[name].shape != shape:
+            raise CheckpointError(
+                f"load_: {file!r} has {name} of shape {tuple(tensors[name].shape)}, expected {tuple(shape)}"
+            )
