@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from midl.errors import MIDLError
 
@@ -32,6 +31,8 @@ def count_flops(model: nn.Module, inputs: Any) -> int:
     Raises:
         MIDLError: the model is a compiled one, whose kernels are not counted.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # imports triton where it is installed
+
     if any(type(m).__name__ == "OptimizedModule" for m in model.modules()):
         raise MIDLError("count_flops: model is compiled, expected the eager model (pass model._orig_mod)")
     # On a CPU torch's fused attention is an op that FlopCounterMode does not know; the plain one is made of matmuls.

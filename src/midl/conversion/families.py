@@ -43,7 +43,7 @@ def _like_conv1d(dense: Any, config: MIDConfig) -> MIDLayer:
 
 def _linear_of(conv1d: Any) -> nn.Linear:
     """Return the nn.Linear that computes what a Conv1D does; the transposed weight is a copy."""
-    linear = nn.Linear(*conv1d.weight.shape, device="meta")
+    linear = nn.Linear(conv1d.weight.shape[0], conv1d.weight.shape[1], device="meta")
     linear.weight = _transposed(conv1d.weight)
     linear.bias = conv1d.bias
     return linear.train(conv1d.training)

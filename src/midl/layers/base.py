@@ -122,8 +122,8 @@ class MIDLayer(nn.Module):
     def _adopt(self, dense: nn.Linear | nn.Conv2d) -> Self:
         """Take over a dense layer's parameters, as the very same objects, device and training flag included."""
         self.to_empty(device=dense.weight.device)
-        self.weight = dense.weight
-        self.register_parameter("bias", dense.bias)
+        self.weight = dense.weight  # type: ignore[assignment]
+        self.register_parameter("bias", dense.bias)  # type: ignore[arg-type]
         return self.train(dense.training)
 
     def _check_input(self, x: Tensor, axis: int, expected: int, name: str) -> None:

@@ -149,7 +149,7 @@ class MIDConv2d(MIDLayer):
         """
         dense = nn.Conv2d(
             self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation,
-            bias=self.bias is not None, padding_mode=self.padding_mode, device="meta",
+            bias=self.bias is not None, padding_mode=self.padding_mode, device="meta",  # type: ignore[arg-type]
         )  # fmt: skip
         dense.weight = self.weight
         dense.register_parameter("bias", self.bias)

@@ -13,7 +13,10 @@ the selection alone, or None; k, groups to select; group_size; span; interpolati
 ``span=0`` makes each image one block. It returns y (B, n, H', W') and selected (B, H', blocks, k), or (B, 1, k).
 """
 
-from midl.ops import flops  # registers the FLOP formulas
+from midl.ops import conv2d, linear  # defines the ops
 from midl.ops.dispatch import kernels
+from midl.ops.flops import register_formulas
 
-__all__ = ["flops", "kernels"]
+__all__ = ["conv2d", "kernels", "linear"]
+
+register_formulas()

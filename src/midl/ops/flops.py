@@ -6,16 +6,20 @@ neurons). Backward: the work of the sparse rules, the recomputation of what is n
 
 from __future__ import annotations
 
+import importlib.abc
+import importlib.machinery
+import importlib.util
 import math
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
 
-from midl.ops import conv2d as _conv2d_op  # noqa: F401 - defines midl::conv2d
-from midl.ops import linear as _linear_op  # noqa: F401 - defines midl::linear
+__all__ = ["register_formulas"]
 
-__all__: list[str] = []
+_COUNTER = "torch.utils.flop_counter"
 
 Shape = torch.Size
 
@@ -48,7 +52,6 @@ def _backward(
     )
 
 
-@register_flop_formula(torch.ops.midl.linear)
 def _linear(
     x: Shape, weight: Shape, bias: Any, light_down: Shape, light_up: Shape, gate_weight: Shape | None,
     gate_bias: Any, noise: Any, k: int, group_size: int, *args: Any, out_shape: Any, **kwargs: Any,
@@ -58,7 +61,6 @@ def _linear(
     return _forward(math.prod(x[:-1]), blocks, fan_in, weight[0], rank, gate_weight, k * group_size)
 
 
-@register_flop_formula(torch.ops.midl.linear_backward)
 def _linear_backward(
     grad_y: Shape, selected: Shape, x: Shape, weight: Shape, bias: Any, light_down: Shape, light_up: Shape,
     gate_weight: Shape | None, gate_bias: Any, group_size: int, span: int, interpolation: str, ste: str,
@@ -71,7 +73,6 @@ def _linear_backward(
     )  # fmt: skip
 
 
-@register_flop_formula(torch.ops.midl.conv2d)
 def _conv2d(
     x: Shape, weight: Shape, bias: Any, light_down: Shape, light_up: Shape, gate_weight: Shape | None,
     gate_bias: Any, noise: Any, stride: Any, padding: Any, dilation: Any, k: int, group_size: int, *args: Any,
@@ -84,7 +85,6 @@ def _conv2d(
     )
 
 
-@register_flop_formula(torch.ops.midl.conv2d_backward)
 def _conv2d_backward(
     grad_y: Shape, selected: Shape, x: Shape, weight: Shape, bias: Any, light_down: Shape, light_up: Shape,
     gate_weight: Shape | None, gate_bias: Any, stride: Any, padding: Any, dilation: Any, group_size: int, span: int,
@@ -94,3 +94,47 @@ def _conv2d_backward(
         grad_y[0] * grad_y[2] * grad_y[3], math.prod(selected[:-1]), math.prod(light_down[1:]), weight[0],
         light_down[0], gate_weight, selected[-1] * group_size, ste == "dense", needs,
     )  # fmt: skip
+
+
+class _AfterImport(importlib.abc.MetaPathFinder):
+    """Calls a function once a module has been imported."""
+
+    def __init__(self, name: str, then: Callable[[], None]) -> None:
+        self._name, self._then = name, then
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != self._name:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is None or spec.loader is None:
+            return spec
+        load = spec.loader.exec_module
+
+        def load_then_call(module: ModuleType) -> None:
+            load(module)
+            self._then()
+
+        spec.loader.exec_module = load_then_call  # type: ignore[method-assign]
+        return spec
+
+
+def register_formulas() -> None:
+    """Give FlopCounterMode the formulas: now if its module has been imported, else as soon as it is.
+
+    That module imports triton, or warns where there is none, so ``import midl`` must not import it.
+    """
+    if _COUNTER not in sys.modules:
+        sys.meta_path.insert(0, _AfterImport(_COUNTER, register_formulas))
+        return
+    register = sys.modules[_COUNTER].register_flop_formula
+    ops = torch.ops.midl
+    for op, formula in (
+        (ops.linear, _linear),
+        (ops.linear_backward, _linear_backward),
+        (ops.conv2d, _conv2d),
+        (ops.conv2d_backward, _conv2d_backward),
+    ):
+        register(op)(formula)
