@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any, Literal, get_args
 
 from midl.errors import MIDLError
@@ -172,21 +173,22 @@ def auto_rank(
     """
     num_groups = out_features // group_size
     dense = fan_in * out_features
-    budget = dense / flops_ratio
+    # Exact, as the decimal that was written: in floating point 242 / 2.2 misses 110.
+    budget = int(dense / Fraction(str(float(flops_ratio))))
 
     def macs(rank: int, num_selected: int) -> int:
         return layer_macs(fan_in, out_features, rank, num_selected=num_selected, group_size=group_size, gate=gate)
 
     k = num_active_groups(active, num_groups)
     per_rank = macs(1, k) - macs(0, k)
-    rank = min(int((budget - macs(0, k)) // per_rank), fan_in, out_features)
+    rank = min((budget - macs(0, k)) // per_rank, fan_in, out_features)
     if rank >= 1:
         return rank
     fitting = [j for j in range(1, num_groups + 1) if macs(1, j) <= budget]
-    largest = f"active={math.floor(1000 * fitting[-1] / num_groups) / 1000:g}" if fitting else "no active at all"
+    largest = f"active={1000 * fitting[-1] // num_groups / 1000:g}" if fitting else "no active at all"
     raise MIDLError(
         f"{owner}: rank='auto' finds no rank for active={active:g}, group_size={group_size}, "
         f"flops_ratio={flops_ratio:g} (in={fan_in}, out={out_features}): {k} of {num_groups} groups at rank 1 cost "
-        f"{macs(1, k)} multiply-adds, the budget is {int(budget)}; expected at most {largest} at this flops_ratio, "
-        f"flops_ratio <= {math.floor(1000 * dense / macs(1, k)) / 1000:g} at this active, or an explicit rank"
+        f"{macs(1, k)} multiply-adds, the budget is {budget}; expected at most {largest} at this flops_ratio, "
+        f"flops_ratio <= {1000 * dense // macs(1, k) / 1000:g} at this active, or an explicit rank"
     )
