@@ -8,8 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 
 import midl
+
+# The same examples on every run, and no time limit for one of them on a busy machine.
+settings.register_profile("midl", derandomize=True, database=None, deadline=None)
+settings.load_profile("midl")
 
 
 @pytest.fixture(autouse=True)
