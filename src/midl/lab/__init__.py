@@ -1,0 +1,1 @@
+"""The lab: data sets, training, measurements and reports built on the library, which never imports it."""

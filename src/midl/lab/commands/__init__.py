@@ -1,0 +1,17 @@
+"""The commands of the command line: one module and one function each, which imports what it needs when it runs."""
+
+import typer
+
+from midl.lab.commands.compare import compare
+from midl.lab.commands.info import info
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    help="MID-L: layers that spend full computation only on the neurons an input needs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(compare)
+app.command()(info)

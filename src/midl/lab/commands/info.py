@@ -1,0 +1,57 @@
+"""``midl info``: what is installed here and what can run."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+__all__ = ["info"]
+
+
+def info(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts and bug reports.")] = False,
+) -> None:
+    """Say what is installed, which kernels are available and why others are not, and where data comes from."""
+    from midl.lab import environment
+
+    facts: dict[str, Any] = {
+        "versions": environment.describe_versions(),
+        "commit": environment.describe_commit(),
+        "machine": environment.describe_machine(),
+        "kernels": environment.describe_kernels(),
+        "extras": environment.describe_extras(),
+        "data": environment.describe_data(),
+    }
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    _print_table(facts)
+
+
+def _print_table(facts: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    kernels = {name: "available" if reason is None else f"no: {reason}" for name, reason in facts["kernels"].items()}
+    extras = {
+        name: "installed" if there else f"no: pip install 'midl[{name}]'" for name, there in facts["extras"].items()
+    }
+    data = facts["data"]
+    mirror = data["problem"] or data["MIDL_DATA"] or "not set: data sets are downloaded"
+    sections = {
+        "versions": {name: version or "not installed" for name, version in facts["versions"].items()}
+        | ({"commit": facts["commit"]} if facts["commit"] else {}),
+        "machine": {name.replace("_", " "): value for name, value in facts["machine"].items()},
+        "kernels": kernels,
+        "extras": extras,
+        "data": {"MIDL_DATA": mirror, "cache": data["cache"], **data["sources"]},
+    }
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for section, values in sections.items():
+        for i, (name, value) in enumerate(values.items()):
+            table.add_row(section if i == 0 else "", name, "none" if value is None else str(value))
+        table.add_section()
+    console = Console()
+    console.print(table)

@@ -1,0 +1,145 @@
+"""What a result depends on besides its settings: command, versions, machine, source commit, kernels, data mirror."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import midl
+from midl.errors import DataError
+from midl.lab.data import names
+from midl.lab.data.cache import cache_path
+from midl.lab.data.mirror import ENVIRONMENT_VARIABLE, SPLITS, mirror_path
+from midl.lab.data.registry import find
+from midl.ops.dispatch import NAMES, selected_kernels, unavailable_reason
+
+__all__ = ["describe_data", "describe_environment", "describe_extras", "describe_kernels", "describe_machine"]
+
+_PACKAGES = ("torch", "numpy", "datasets", "safetensors", "scikit-learn", "matplotlib", "rich", "typer", "triton")
+_EXTRAS = {
+    "save": ("safetensors",),
+    "lab": ("datasets", "matplotlib", "numpy", "PIL", "rich", "safetensors", "sklearn", "typer"),
+    "transformers": ("transformers",),
+}
+
+
+def describe_environment() -> dict[str, Any]:
+    """Return everything beside the settings that a result should be read with, as JSON values."""
+    return {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "versions": describe_versions(),
+        "machine": describe_machine(),
+        "commit": describe_commit(),
+        "kernels": {"selected": selected_kernels(), **describe_kernels()},
+    }
+
+
+def describe_versions() -> dict[str, str | None]:
+    """Return the versions of midl, Python and the packages that results depend on; None where not installed."""
+    versions: dict[str, str | None] = {"midl": midl.__version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return versions
+
+
+def describe_machine() -> dict[str, Any]:
+    """Return processor, cores, threads, instruction set as torch sees it, memory and accelerator."""
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_model(),
+        "cores": _usable_cores(),
+        "threads": torch.get_num_threads(),
+        "instruction_set": torch.backends.cpu.get_cpu_capability(),
+        "memory_gib": _memory_gib(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def describe_kernels() -> dict[str, str | None]:
+    """Return, for each implementation of midl's ops, why it cannot run here, or None if it can."""
+    return {name: unavailable_reason(name) for name in NAMES}
+
+
+def describe_extras() -> dict[str, bool]:
+    """Return which optional parts are installed."""
+    return {
+        extra: all(importlib.util.find_spec(module) is not None for module in modules)
+        for extra, modules in _EXTRAS.items()
+    }
+
+
+def describe_data() -> dict[str, Any]:
+    """Return the mirror's folder, the cache's folder and where each data set would come from."""
+    try:
+        mirror, problem = mirror_path(), None
+    except DataError as error:
+        mirror, problem = None, str(error)
+    sources = {}
+    for name in names():
+        spec = find(name)
+        if not spec.columns:
+            sources[name] = "embedded"
+        elif mirror is None:
+            sources[name] = (problem and "mirror unusable") or spec.origin
+        else:
+            missing = [split for split in SPLITS if not (mirror / name / f"{split}.parquet").is_file()]
+            sources[name] = f"missing in the mirror: {', '.join(missing)}" if missing else "mirror"
+    return {
+        ENVIRONMENT_VARIABLE: os.environ.get(ENVIRONMENT_VARIABLE),
+        "problem": problem,
+        "cache": str(cache_path()),
+        "sources": sources,
+    }
+
+
+def describe_commit() -> str | None:
+    """Return the commit of the source tree that midl runs from, with ``+changes`` if it has any; None if installed."""
+    folder = Path(midl.__file__).parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+
+    try:
+        # A virtual environment inside somebody's repository is not midl's source tree.
+        if not git("ls-files", "--", "__init__.py"):
+            return None
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", ".") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _cpu_model() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or "unknown"
+
+
+def _usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _memory_gib() -> float | None:
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    except (AttributeError, OSError, ValueError):
+        return None

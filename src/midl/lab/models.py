@@ -1,0 +1,100 @@
+"""The models of the experiments: one architecture per data set, buildable dense, narrowed or with MID-L layers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import OrderedDict
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from midl.analysis import count_flops
+from midl.errors import MIDLError
+
+__all__ = ["MLP", "architecture_for"]
+
+Linear = Callable[[int, int], nn.Module]
+
+
+@dataclasses.dataclass(frozen=True)
+class MLP:
+    """A ReLU network on flattened inputs.
+
+    >>> MLP(64, (256, 256), 10).build()
+    Sequential(
+      (flatten): Flatten(start_dim=1, end_dim=-1)
+      (hidden1): Linear(in_features=64, out_features=256, bias=True)
+      (relu1): ReLU()
+      (hidden2): Linear(in_features=256, out_features=256, bias=True)
+      (relu2): ReLU()
+      (head): Linear(in_features=256, out_features=10, bias=True)
+    )
+
+    Args:
+        in_features: inputs after flattening.
+        hidden: widths of the hidden layers, the ones that methods may replace. The head stays dense.
+        num_classes: outputs.
+    """
+
+    in_features: int
+    hidden: tuple[int, ...]
+    num_classes: int
+
+    def build(self, linear: Linear = nn.Linear) -> nn.Sequential:
+        """Return a freshly initialised network whose hidden layers ``linear(in_features, out_features)`` makes."""
+        layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
+        width = self.in_features
+        for i, (name, out) in enumerate(zip(self.hidden_names, self.hidden, strict=True), start=1):
+            layers[name] = linear(width, out)
+            layers[f"relu{i}"] = nn.ReLU()
+            width = out
+        layers["head"] = nn.Linear(width, self.num_classes)
+        return nn.Sequential(layers)
+
+    @property
+    def hidden_names(self) -> list[str]:
+        """Qualified names of the hidden layers."""
+        return [f"hidden{i}" for i in range(1, len(self.hidden) + 1)]
+
+    def example(self, batch: int = 1) -> Tensor:
+        """Return a batch of zeros, (batch, in_features)."""
+        return torch.zeros(batch, self.in_features)
+
+    def narrow(self, flops: int) -> MLP:
+        """Return the widest version, all hidden layers scaled alike, of at most ``flops`` per input.
+
+        >>> MLP(64, (256, 256), 10).narrow(60_000).hidden
+        (140, 140)
+
+        Raises:
+            MIDLError: not even one neuron per layer fits.
+        """
+
+        def scaled(step: int) -> MLP:
+            widths = tuple(max(1, width * step // max(self.hidden)) for width in self.hidden)
+            return dataclasses.replace(self, hidden=widths)
+
+        def cost(mlp: MLP) -> int:
+            with torch.device("meta"):
+                return count_flops(mlp.build(), mlp.example())
+
+        low, high = 1, max(self.hidden)
+        if cost(scaled(low)) > flops:
+            raise MIDLError(f"MLP.narrow: flops={flops}, expected at least {cost(scaled(low))} (one neuron per layer)")
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if cost(scaled(middle)) <= flops else (low, middle - 1)
+        return scaled(low)
+
+
+_HIDDEN = {"digits": (256, 256), "mnist": (1024, 1024), "adult": (256, 256)}
+
+
+def architecture_for(dataset: str, input_shape: tuple[int, ...], num_classes: int) -> MLP:
+    """Return the architecture that the experiments use on a data set.
+
+    >>> architecture_for("mnist", (1, 28, 28), 10).hidden
+    (1024, 1024)
+    """
+    return MLP(torch.Size(input_shape).numel(), _HIDDEN.get(dataset, (512, 512)), num_classes)

@@ -1,0 +1,147 @@
+"""Training: one recipe for every method, deterministic, resumable after a kill at any moment."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from midl.errors import MIDLError
+from midl.lab.checkpoint import read_checkpoint, write_checkpoint
+from midl.lab.data import Dataset
+
+__all__ = ["Loss", "Recipe", "cross_entropy", "seed_for", "train"]
+
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Called with inputs (rows, ...), the model's logits (rows, classes) and labels (rows,); returns a scalar."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """AdamW with a linear warm-up and a cosine decay to zero.
+
+    Args:
+        epochs: passes over the training rows.
+        batch_size: rows per step; the last, smaller batch of an epoch is used too.
+        lr: peak learning rate.
+        weight_decay: of AdamW, on weight matrices; biases have none.
+        warmup: fraction of all steps with rising learning rate.
+
+    Raises:
+        MIDLError: a value outside its range; the message names it.
+    """
+
+    epochs: int
+    batch_size: int = 128
+    lr: float = 1e-3
+    weight_decay: float = 0.01
+    warmup: float = 0.05
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise MIDLError(f"Recipe: {name}={getattr(self, name)!r}, expected at least 1")
+        if not self.lr > 0:
+            raise MIDLError(f"Recipe: lr={self.lr!r}, expected a number above 0")
+        if not 0 <= self.warmup < 1:
+            raise MIDLError(f"Recipe: warmup={self.warmup!r}, expected a fraction in [0, 1)")
+
+    def lr_at(self, step: int, steps: int) -> float:
+        """Return the learning rate of step ``step`` of ``steps``.
+
+        >>> recipe = Recipe(epochs=1, lr=1.0, warmup=0.5)
+        >>> [round(recipe.lr_at(step, 4), 2) for step in range(4)]
+        [0.5, 1.0, 1.0, 0.5]
+        """
+        rising = round(self.warmup * steps)
+        if step < rising:
+            return self.lr * (step + 1) / rising
+        return self.lr * 0.5 * (1 + math.cos(math.pi * (step - rising) / (steps - rising)))
+
+
+def cross_entropy(inputs: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean cross-entropy of the labels."""
+    return F.cross_entropy(logits, labels)
+
+
+def seed_for(seed: int, epoch: int) -> int:
+    """Return the random seed of one epoch: order and noise follow from it, so that resuming needs no random state."""
+    return seed * 1_000_003 + epoch
+
+
+def train(
+    model: nn.Module,
+    dataset: Dataset,
+    recipe: Recipe,
+    *,
+    seed: int,
+    loss: Loss = cross_entropy,
+    checkpoint: Path | None = None,
+    on_step: Callable[[int, int], None] = lambda step, steps: None,
+) -> list[float]:
+    """Train in place and return the mean loss of every epoch; leaves the model in evaluation mode.
+
+    The result depends on the model, the data, the recipe and the seed alone: a run that was killed and started again
+    with the same ``checkpoint`` ends with the very same weights (same machine and thread count).
+
+    Args:
+        model: freshly built, or the one to go on with; a checkpoint's weights replace its own.
+        dataset: its training rows are used.
+        recipe: how long and how fast.
+        seed: decides the order of the rows and the exploration noise.
+        loss: what to minimise.
+        checkpoint: file that is written after every epoch and resumed from where it exists.
+        on_step: called after every step with the steps done and their total.
+
+    Raises:
+        CheckpointError: ``checkpoint`` is damaged or of another model.
+        MIDLError: the loss became NaN or infinite.
+    """
+    rows = len(dataset.train)
+    steps_per_epoch = -(-rows // recipe.batch_size)
+    steps = recipe.epochs * steps_per_epoch
+    optimizer = _optimizer(model, recipe)
+    losses: list[float] = []
+    if checkpoint is not None and checkpoint.exists():
+        losses = read_checkpoint(checkpoint, model, optimizer)["losses"]
+    model.train()
+    for epoch in range(len(losses), recipe.epochs):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_for(seed, epoch))
+            total = 0.0
+            for i, batch in enumerate(torch.randperm(rows).split(recipe.batch_size)):
+                step = epoch * steps_per_epoch + i
+                for group in optimizer.param_groups:
+                    group["lr"] = recipe.lr_at(step, steps)
+                inputs, labels = dataset.batch(dataset.train, batch)
+                value = loss(inputs, model(inputs), labels)
+                optimizer.zero_grad(set_to_none=True)
+                value.backward()
+                optimizer.step()
+                total += value.item() * len(batch)
+                on_step(step + 1, steps)
+        if not math.isfinite(total):
+            raise MIDLError(
+                f"train: the loss of epoch {epoch + 1} is {total}, expected a finite one (lower lr={recipe.lr:g})"
+            )
+        losses.append(total / rows)
+        if checkpoint is not None:
+            write_checkpoint(checkpoint, model, optimizer, {"losses": losses})
+    model.eval()
+    return losses
+
+
+def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
+    parameters = list(model.parameters())
+    return torch.optim.AdamW(
+        [
+            {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": recipe.weight_decay},
+            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        ],
+        lr=recipe.lr,
+    )
