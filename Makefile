@@ -1,0 +1,37 @@
+# Each target sets up what it needs: a virtual environment in .venv with the versions of constraints.txt.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test slow lint types docs clean
+
+demo: $(READY)  ## train dense and MID-L on real handwritten digits and print the table
+	$(BIN)/midl compare digits
+
+test: $(READY)  ## pass the tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+slow: $(READY)  ## the tests that take longer
+	$(BIN)/python -m pytest -m slow
+
+lint: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+docs: $(READY)  ## build the documentation into site/
+	$(BIN)/pip install --quiet -e '.[docs]'
+	$(BIN)/mkdocs build --strict --quiet
+
+$(READY): pyproject.toml constraints.txt $(shell find native -type f 2>/dev/null)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache
