@@ -31,4 +31,4 @@ def topk_groups(scores: Tensor, k: int) -> Tensor:
 def selection_mask(selected: Tensor, num_groups: int) -> Tensor:
     """Return the boolean mask (..., N) that is true at the indices ``selected`` (..., k)."""
     mask = selected.new_zeros((*selected.shape[:-1], num_groups), dtype=torch.bool)
-    return mask.scatter_(-1, selected.long(), True)
+    return mask.scatter(-1, selected.long(), True)
