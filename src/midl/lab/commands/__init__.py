@@ -2,6 +2,7 @@
 
 import typer
 
+from midl.lab.commands.bench import bench
 from midl.lab.commands.compare import compare
 from midl.lab.commands.info import info
 
@@ -13,5 +14,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command()(bench)
 app.command()(compare)
 app.command()(info)

@@ -1,0 +1,96 @@
+"""The dense baselines: what a user has and the fastest dense kernels known here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from midl.lab.bench.contest import Contender, Contest
+from midl.lab.bench.parity import Parity, compare_tensors
+
+__all__ = ["add_dense_linears", "compile_frozen", "compile_trainable", "dense_count", "free_compiled"]
+
+# One compiled graph per shape and copy, all from the same code object, is what we ask for.
+_RECOMPILE_LIMIT = 256
+
+
+def dense_count(compiling: bool) -> int:
+    """Return how many dense contenders :func:`add_dense_linears` adds."""
+    return 4 if compiling else 3
+
+
+def add_dense_linears(
+    contest: Contest, in_features: int, out_features: int, inputs: list[Tensor], *, compiling: bool
+) -> None:
+    """Add nn.Linear, F.linear, oneDNN with packed weights and the frozen compiled layer, each with its own weights."""
+    copies, dtype = contest.cold.copies, inputs[0].dtype
+
+    def layers() -> list[nn.Linear]:
+        return [nn.Linear(in_features, out_features, dtype=dtype).eval().requires_grad_(False) for _ in range(copies)]
+
+    def contender(name: str, of_layer: Callable[[nn.Linear], Callable[[Tensor], Tensor]]) -> Contender:
+        dense = layers()
+        calls = [of_layer(layer) for layer in dense]
+
+        def check() -> Parity:
+            layer, x = dense[0], inputs[0]
+            assert layer.bias is not None
+            expected = F.linear(x.float(), layer.weight.float(), layer.bias.float())
+            return compare_tensors({"y": calls[0](x)}, {"y": expected}, dtype)
+
+        return Contender(
+            name=name,
+            role="user" if name == "nn.Linear" else "dense",
+            prepare=lambda i: (calls[i % copies], inputs[i % len(inputs)].clone()),
+            call=lambda argument: argument[0](argument[1]),
+            check=check,
+        )
+
+    contest.add("nn.Linear", lambda: contender("nn.Linear", lambda layer: layer))
+    contest.add("F.linear", lambda: contender("F.linear", _functional))
+    contest.add("oneDNN packed", lambda: contender("oneDNN packed", lambda layer: _packed(layer, inputs[0].shape[0])))
+    if compiling:
+        contest.add(
+            "compiled, frozen", lambda: contender("compiled, frozen", lambda layer: compile_frozen(layer, inputs[0]))
+        )
+
+
+def _functional(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
+    weight, bias = layer.weight, layer.bias
+    return lambda x: F.linear(x, weight, bias)
+
+
+def _packed(layer: nn.Linear, batch: int) -> Callable[[Tensor], Tensor]:
+    weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight, batch)
+    bias = layer.bias
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def compile_frozen(module: nn.Module, example: Tensor) -> Callable[..., Any]:
+    """Return ``module`` compiled for inference on inputs like ``example``, its weights frozen into the graph."""
+    return _compile(module, example, freezing=True)
+
+
+def compile_trainable(module: nn.Module, example: Tensor) -> Callable[..., Any]:
+    """Return ``module`` compiled for training on inputs like ``example``."""
+    return _compile(module, example, freezing=False)
+
+
+def _compile(module: nn.Module, example: Tensor, *, freezing: bool) -> Callable[..., Any]:
+    import torch._dynamo.config as dynamo
+    import torch._inductor.config as inductor
+
+    # One compile thread: worker processes would compete with what is timed.
+    with inductor.patch(freezing=freezing, compile_threads=1), dynamo.patch(recompile_limit=_RECOMPILE_LIMIT):
+        compiled: Callable[..., Any] = torch.compile(module, dynamic=False)
+        compiled(example)
+    return compiled
+
+
+def free_compiled() -> None:
+    """Drop compiled graphs and the weights frozen into them."""
+    torch._dynamo.reset()

@@ -1,0 +1,96 @@
+"""The machine header of a benchmark file: what ran where."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import midl
+
+__all__ = ["cache_sizes", "describe_machine", "last_level_cache"]
+
+_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+# Where the system does not tell: larger than most, so that "cold" stays true.
+_ASSUMED_CACHE = 64 * 2**20
+
+
+def describe_machine() -> dict[str, Any]:
+    """Return the header: processor, threads, caches, versions, commit, date and load.
+
+    >>> sorted(describe_machine())[:4]
+    ['caches', 'capability', 'commit', 'cores']
+    """
+    return {
+        "cpu": _cpu_model(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "caches": cache_sizes(),
+        "memory_bytes": _memory_bytes(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "midl": midl.__version__,
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "load_average": [round(load, 2) for load in os.getloadavg()],
+    }
+
+
+def cache_sizes(root: Path = _CACHES) -> dict[str, int]:
+    """Return the data and unified caches that one core sees, name to bytes; empty where the system does not tell."""
+    sizes = {}
+    for index in sorted(root.glob("index*")):
+        kind = (index / "type").read_text().strip()
+        if kind != "Instruction":
+            sizes[f"L{(index / 'level').read_text().strip()}"] = _parse_size((index / "size").read_text().strip())
+    return sizes
+
+
+def last_level_cache(sizes: dict[str, int] | None = None) -> int:
+    """Return the bytes of the largest cache; 64 MiB are assumed where the system does not tell.
+
+    >>> last_level_cache({"L1": 32768, "L3": 33554432})
+    33554432
+    """
+    return max((cache_sizes() if sizes is None else sizes).values(), default=_ASSUMED_CACHE)
+
+
+def _parse_size(text: str) -> int:
+    units = {"K": 2**10, "M": 2**20, "G": 2**30}
+    return int(text[:-1]) * units[text[-1]] if text[-1] in units else int(text)
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+def _memory_bytes() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):
+        return None
+
+
+def _commit() -> str | None:
+    """Return the commit of the source tree that runs, marked if it has changes; None for an installed package."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(midl.__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno", ".") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,124 @@
+"""Interleaved timing: every contender once per round, in one process, compared round by round."""
+
+from __future__ import annotations
+
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from midl.errors import MIDLError
+
+__all__ = ["Spread", "Timed", "geometric_mean", "interleave", "paired_ratio"]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles of a sample.
+
+    >>> Spread.of([1.0, 2.0, 3.0, 4.0, 5.0])
+    Spread(median=3.0, q1=2.0, q3=4.0)
+    """
+
+    median: float
+    q1: float
+    q3: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Return the spread of one value or more."""
+        if len(values) == 1:
+            return cls(values[0], values[0], values[0])
+        q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
+        return cls(median, q1, q3)
+
+    def to_dict(self) -> dict[str, float]:
+        """Return the fields as plain JSON values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Timed:
+    """What is timed: ``prepare(round)`` runs before the clock starts and ``call`` gets its result."""
+
+    prepare: Callable[[int], Any]
+    call: Callable[[Any], object]
+
+
+def interleave(
+    contenders: Sequence[Timed],
+    *,
+    seconds: float,
+    min_rounds: int,
+    max_rounds: int = 200,
+    warmup: int = 1,
+    inner: int = 1,
+    before_round: Callable[[], object] = lambda: None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[list[float]]:
+    """Return the seconds of one call, per contender and round.
+
+    A round calls every contender once. The order is ABC, BCA, CAB, ...: neighbours stay neighbours and nobody is
+    always first after ``before_round``.
+
+    Args:
+        contenders: what to time.
+        seconds: stop after the round that uses up this time, preparation included.
+        min_rounds: but not before this many rounds.
+        max_rounds: and never after more.
+        warmup: untimed rounds before.
+        inner: calls between two looks at the clock, for calls too short for it.
+        before_round: runs untimed before each round.
+        clock: seconds, monotonic.
+    """
+    times: list[list[float]] = [[] for _ in contenders]
+    collecting = gc.isenabled()
+    gc.disable()  # a collection inside one contender's call would be charged to it
+    try:
+        for i in range(warmup):
+            for contender in contenders:
+                contender.call(contender.prepare(i))
+        end = clock() + seconds
+        done = 0
+        while done < min_rounds or (done < max_rounds and clock() < end):
+            before_round()
+            for position in range(len(contenders)):
+                j = (done + position) % len(contenders)
+                argument = contenders[j].prepare(done)
+                call = contenders[j].call
+                start = clock()
+                for _ in range(inner):
+                    call(argument)
+                times[j].append((clock() - start) / inner)
+            done += 1
+    finally:
+        if collecting:
+            gc.enable()
+    return times
+
+
+def paired_ratio(baseline: Sequence[float], ours: Sequence[float]) -> Spread:
+    """Return the spread of ``baseline / ours``, round by round: above 1, ours is faster.
+
+    >>> paired_ratio([2.0, 4.0, 6.0], [1.0, 2.0, 2.0]).median
+    2.0
+    """
+    return Spread.of([b / o for b, o in zip(baseline, ours, strict=True)])
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    """Return the geometric mean of positive numbers.
+
+    >>> geometric_mean([1.0, 4.0])
+    2.0
+
+    Raises:
+        MIDLError: no values, or one that is not positive.
+    """
+    values = list(values)
+    if not values or min(values) <= 0:
+        raise MIDLError(f"geometric_mean: values={values!r}, expected at least one, all above 0")
+    return math.exp(math.fsum(map(math.log, values)) / len(values))
