@@ -1,0 +1,407 @@
+// Forward pass of the linear layer: code; gate and selection; then, per block of neurons, light and full path.
+//
+// Rows are taken in chunks whose code and gate stay in cache. No mask and no copy of the input is made: the gate matrix
+// (blocks x groups) tells each block of neurons which rows chose it, and those rows are addressed by pointer.
+#pragma once
+
+#include <omp.h>
+
+#include "arena.hpp"
+#include "kernels.hpp"
+#include "panel.hpp"
+#include "select.hpp"
+
+namespace {
+
+constexpr std::int64_t kChunkRows = 512;
+// Below this many multiply-adds a second thread costs more than it brings.
+constexpr double kThreadWorth = 300e3;
+
+MIDL_INLINE std::int64_t lesser(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
+MIDL_INLINE std::int64_t round_up(std::int64_t n, std::int64_t step) { return (n + step - 1) / step * step; }
+MIDL_INLINE std::int64_t divide_up(std::int64_t n, std::int64_t step) { return (n + step - 1) / step; }
+
+struct Range {
+  std::int64_t begin, end;
+};
+
+// Part i of n items in `parts`, boundaries at multiples of `step`.
+MIDL_INLINE Range part_of(std::int64_t n, std::int64_t i, std::int64_t parts, std::int64_t step) {
+  const std::int64_t steps = divide_up(n, step);
+  return {lesser(n, steps * i / parts * step), lesser(n, steps * (i + 1) / parts * step)};
+}
+
+// Positions that share a selection: `span` neighbours within a sequence, the last block of a sequence may be short.
+struct Blocks {
+  std::int64_t positions, span, per_sequence, count;
+  Blocks(std::int64_t rows, std::int64_t positions_, std::int64_t span_)
+      : positions(positions_), span(span_), per_sequence(divide_up(positions_, span_)),
+        count(positions_ ? rows / positions_ * per_sequence : 0) {}
+  std::int64_t first_row(std::int64_t block) const {
+    return block / per_sequence * positions + block % per_sequence * span;
+  }
+};
+
+// Neurons in blocks of at most kPanelWidth that hold whole groups or a part of one.
+struct NeuronBlocks {
+  std::int64_t group_size, groups, parts, groups_per_block, count;
+  NeuronBlocks(std::int64_t groups_, std::int64_t group_size_)
+      : group_size(group_size_), groups(groups_),
+        parts(group_size_ > kPanelWidth ? divide_up(group_size_, kPanelWidth) : 1),
+        groups_per_block(group_size_ > kPanelWidth ? 1 : kPanelWidth / group_size_),
+        count(divide_up(groups_, groups_per_block) * parts) {}
+
+  struct Block {
+    std::int64_t first_group, end_group, first, size;  // of the neurons: first, size
+  };
+  Block operator[](std::int64_t i) const {
+    const std::int64_t group = i / parts * groups_per_block;
+    const std::int64_t end = lesser(groups, group + groups_per_block);
+    if (parts == 1) return {group, end, group * group_size, (end - group) * group_size};
+    const std::int64_t size = divide_up(group_size, parts), begin = i % parts * size;
+    return {group, end, group * group_size + begin, lesser(size, group_size - begin)};
+  }
+};
+
+// Everything the phases of a call share.
+template <class T>
+struct ForwardPlan {
+  const midl::LinearForward& call;
+  Blocks blocks;
+  NeuronBlocks neuron_blocks;
+  int threads;
+  std::int64_t group_size, code_stride, gate_stride, chunk_blocks, chunk_rows, row_parts;
+
+  // Shared by the threads, for the chunk at hand.
+  float *code, *block_code, *gate, *gate_weight, *gate_bias, *input;
+  char* private_memory;
+  std::size_t private_bytes;
+
+  explicit ForwardPlan(const midl::LinearForward& c)
+      : call(c), blocks(c.rows, c.positions, c.span), neuron_blocks(c.groups, c.neurons / c.groups) {
+    group_size = c.neurons / c.groups;
+    code_stride = round_up(c.rank, L);
+    gate_stride = round_up(c.groups, kPanelWidth);
+    const double work = double(c.rows) * (double(c.rank) * double(c.depth + c.neurons) +
+                                          double(c.selected_groups) * double(group_size) * double(c.depth));
+    threads = work < kThreadWorth ? 1 : c.threads;
+    const std::int64_t chunks = divide_up(c.rows, kChunkRows);
+    chunk_blocks = divide_up(blocks.count, chunks);
+    chunk_rows = 0;
+    for (std::int64_t b = 0; b < blocks.count; b += chunk_blocks) {
+      const std::int64_t rows = last_row(b) - blocks.first_row(b);
+      if (rows > chunk_rows) chunk_rows = rows;
+    }
+    // Enough items to even out what the rows chose, but never a few rows each.
+    row_parts = divide_up(4 * threads, neuron_blocks.count);
+    row_parts = lesser(row_parts, divide_up(chunk_rows, 4 * kTileRows));
+    if (threads == 1) row_parts = 1;
+  }
+  std::int64_t end_block(std::int64_t first) const { return lesser(first + chunk_blocks, blocks.count); }
+  std::int64_t last_row(std::int64_t first) const {
+    const std::int64_t end = end_block(first);
+    return end == blocks.count ? call.rows : blocks.first_row(end);
+  }
+
+  void carve(Carver& memory) {
+    code = memory.take<float>(chunk_rows * code_stride);
+    block_code = call.span > 1 ? memory.take<float>(chunk_blocks * code_stride) : code;
+    gate = memory.take<float>(chunk_blocks * gate_stride);
+    gate_weight = memory.take<float>(call.gate_weight ? 0 : call.groups * call.rank);
+    gate_bias = memory.take<float>(gate_stride);
+    input = sizeof(T) == 4 ? nullptr : memory.take<float>(chunk_rows * call.depth);
+  }
+};
+
+// What one thread needs for itself.
+struct ThreadMemory {
+  const float** rows;
+  std::int32_t* members;
+  float* weights;
+  float *panel, *light, *full, *bias;
+  std::int32_t *keys, *picks;
+
+  template <class T>
+  ThreadMemory(Carver& memory, const ForwardPlan<T>& plan) {
+    const auto& c = plan.call;
+    rows = memory.take<const float*>(plan.chunk_rows);
+    members = memory.take<std::int32_t>(plan.chunk_rows);
+    weights = memory.take<float>(plan.chunk_rows);
+    panel = memory.take<float>(panel_floats(c.rank));
+    light = memory.take<float>(plan.chunk_rows * kPanelWidth);
+    full = memory.take<float>(plan.chunk_rows * kPanelWidth);
+    bias = memory.take<float>(kPanelWidth);
+    keys = memory.take<std::int32_t>(round_up(c.groups, L));
+    picks = memory.take<std::int32_t>(c.groups + 1);
+  }
+};
+
+// out (m x kPanelWidth) = a (m x depth) . w (size x depth)^T + bias (kPanelWidth)
+template <class W>
+void multiply_short(const float* a, std::int64_t lda, std::int64_t m, const W* w, int size, std::int64_t depth,
+                    const float* bias, ThreadMemory& memory, float* out, std::int64_t ldo) {
+  if (m >= kPanelWorthRows) {
+    pack_panel(w, depth, size, depth, memory.panel);
+    multiply_panel(a, lda, m, memory.panel, depth, bias, out, ldo);
+    return;
+  }
+  for (std::int64_t r = 0; r < m; ++r) memory.rows[r] = a + r * lda;
+  dot_block(memory.rows, m, w, depth, size, 0, depth, out, ldo, false);
+  for (std::int64_t r = 0; r < m; ++r)
+    for (int j = 0; j < size; ++j) out[r * ldo + j] += bias[j];
+}
+
+// The light gate is a projection by the group means of light_up, with the group means of the bias.
+template <class T>
+void average_light_up(const ForwardPlan<T>& plan, Range groups) {
+  const auto& c = plan.call;
+  const T* up = static_cast<const T*>(c.light_up);
+  const T* bias = static_cast<const T*>(c.bias);
+  for (std::int64_t g = groups.begin; g < groups.end; ++g) {
+    float* mean = plan.gate_weight + g * c.rank;
+    for (std::int64_t i = 0; i < c.rank; ++i) mean[i] = 0;
+    for (std::int64_t j = g * plan.group_size; j < (g + 1) * plan.group_size; ++j)
+      for (std::int64_t i = 0; i < c.rank; ++i) mean[i] += to_float(up[j * c.rank + i]);
+    for (std::int64_t i = 0; i < c.rank; ++i) mean[i] /= float(plan.group_size);
+    float total = 0;
+    if (bias)
+      for (std::int64_t j = g * plan.group_size; j < (g + 1) * plan.group_size; ++j) total += to_float(bias[j]);
+    plan.gate_bias[g] = total / float(plan.group_size);
+  }
+}
+
+template <class T>
+const float* input_row(const ForwardPlan<T>& plan, std::int64_t row, std::int64_t chunk_start) {
+  if constexpr (sizeof(T) == 4) return static_cast<const float*>(plan.call.x) + row * plan.call.x_stride;
+  return plan.input + (row - chunk_start) * plan.call.depth;
+}
+
+// Half-precision rows are widened once per chunk, not once per neuron.
+template <class T>
+void widen_rows(const ForwardPlan<T>& plan, Range rows, std::int64_t chunk_start) {
+  const T* x = static_cast<const T*>(plan.call.x);
+  const std::int64_t depth = plan.call.depth;
+  for (std::int64_t r = rows.begin; r < rows.end; ++r) {
+    const T* from = x + r * plan.call.x_stride;
+    float* to = plan.input + (r - chunk_start) * depth;
+    std::int64_t i = 0;
+    for (; i + L <= depth; i += L) store(to + i, load(from + i));
+    for (; i < depth; ++i) to[i] = to_float(from[i]);
+  }
+}
+
+template <class T>
+void compute_code(const ForwardPlan<T>& plan, ThreadMemory& memory, Range rows, Range columns,
+                  std::int64_t chunk_start) {
+  const auto& c = plan.call;
+  if (rows.begin == rows.end || columns.begin == columns.end) return;
+  for (std::int64_t r = rows.begin; r < rows.end; ++r) memory.rows[r - rows.begin] = input_row(plan, r, chunk_start);
+  multiply_rows(memory.rows, rows.end - rows.begin, static_cast<const T*>(c.light_down) + columns.begin * c.depth,
+                c.depth, columns.end - columns.begin, c.depth,
+                plan.code + (rows.begin - chunk_start) * plan.code_stride + columns.begin, plan.code_stride);
+}
+
+template <class T>
+void average_code(const ForwardPlan<T>& plan, Range blocks, std::int64_t chunk_block, std::int64_t chunk_start) {
+  const auto& c = plan.call;
+  for (std::int64_t b = blocks.begin; b < blocks.end; ++b) {
+    const std::int64_t first = plan.blocks.first_row(b);
+    const std::int64_t end = b + 1 == plan.blocks.count ? c.rows : plan.blocks.first_row(b + 1);
+    float* mean = plan.block_code + (b - chunk_block) * plan.code_stride;
+    for (std::int64_t i = 0; i < c.rank; ++i) {
+      float total = 0;
+      for (std::int64_t r = first; r < end; ++r) total += plan.code[(r - chunk_start) * plan.code_stride + i];
+      mean[i] = total / float(end - first);
+    }
+  }
+}
+
+template <class T, class G>
+void compute_logits(const ForwardPlan<T>& plan, ThreadMemory& memory, const G* gate_weight, Range blocks,
+                    Range groups) {
+  const auto& c = plan.call;
+  for (std::int64_t g = groups.begin; g < groups.end; g += kPanelWidth) {
+    const int size = int(lesser(groups.end - g, kPanelWidth));
+    multiply_short(plan.block_code + blocks.begin * plan.code_stride, plan.code_stride, blocks.end - blocks.begin,
+                   gate_weight + g * c.rank, size, c.rank, plan.gate_bias + g, memory,
+                   plan.gate + blocks.begin * plan.gate_stride + g, plan.gate_stride);
+  }
+}
+
+template <class T>
+void select_groups(const ForwardPlan<T>& plan, ThreadMemory& memory, Range blocks, std::int64_t chunk_block) {
+  const auto& c = plan.call;
+  for (std::int64_t b = blocks.begin; b < blocks.end; ++b) {
+    const std::int64_t block = chunk_block + b;
+    float* gate = plan.gate + b * plan.gate_stride;
+    select_row(gate, c.noise ? c.noise + block * c.groups : nullptr, c.groups, c.selected_groups, c.hard, memory.keys,
+               memory.picks, c.selected + block * c.selected_groups, gate);
+  }
+}
+
+// The rows of a range that selected a group, with their interpolation weights.
+template <class T>
+std::int64_t gather_members(const ForwardPlan<T>& plan, std::int64_t group, Range rows, std::int64_t chunk_block,
+                            std::int64_t chunk_start, ThreadMemory& memory) {
+  const float* gate = plan.gate + group;
+  std::int64_t count = 0;
+  if (plan.call.span == 1) {
+    for (std::int64_t r = rows.begin; r < rows.end; ++r) {
+      const float weight = gate[(r - chunk_start) * plan.gate_stride];
+      memory.members[count] = std::int32_t(r - rows.begin);
+      memory.weights[count] = weight;
+      count += is_selected(weight);
+    }
+  } else {
+    for (std::int64_t b = chunk_block; b < plan.end_block(chunk_block); ++b) {
+      const float weight = gate[(b - chunk_block) * plan.gate_stride];
+      if (!is_selected(weight)) continue;
+      const std::int64_t end = b + 1 == plan.blocks.count ? plan.call.rows : plan.blocks.first_row(b + 1);
+      for (std::int64_t r = plan.blocks.first_row(b); r < end; ++r) {
+        if (r < rows.begin || r >= rows.end) continue;
+        memory.members[count] = std::int32_t(r - rows.begin);
+        memory.weights[count++] = weight;
+      }
+    }
+  }
+  for (std::int64_t i = 0; i < count; ++i)
+    memory.rows[i] = input_row(plan, rows.begin + memory.members[i], chunk_start);
+  return count;
+}
+
+// y = l + a (f - l) + b where selected, l + b elsewhere; `light` holds l + b.
+void interpolate(const ThreadMemory& memory, std::int64_t count, std::int64_t offset, std::int64_t size) {
+  const float* bias = memory.bias + offset;
+  for (std::int64_t i = 0; i < count; ++i) {
+    float* light = memory.light + memory.members[i] * kPanelWidth + offset;
+    const float* full = memory.full + i * kPanelWidth;
+    const float weight = memory.weights[i];
+    std::int64_t j = 0;
+    for (; j + L <= size; j += L) {
+      const Vec l = load(light + j);
+      store(light + j, l + splat(weight) * (load(full + j) + load(bias + j) - l));
+    }
+    for (; j < size; ++j) light[j] += weight * (full[j] + bias[j] - light[j]);
+  }
+}
+
+template <class T>
+void compute_neurons(const ForwardPlan<T>& plan, ThreadMemory& memory, const NeuronBlocks::Block& block, Range rows,
+                     std::int64_t chunk_block, std::int64_t chunk_start) {
+  const auto& c = plan.call;
+  const std::int64_t m = rows.end - rows.begin;
+  const T* bias = static_cast<const T*>(c.bias);
+  for (int j = 0; j < kPanelWidth; ++j)
+    memory.bias[j] = bias && j < block.size ? to_float(bias[block.first + j]) : 0.0f;
+  multiply_short(plan.code + (rows.begin - chunk_start) * plan.code_stride, plan.code_stride, m,
+                 static_cast<const T*>(c.light_up) + block.first * c.rank, int(block.size), c.rank, memory.bias, memory,
+                 memory.light, kPanelWidth);
+
+  const std::int64_t size = lesser(block.size, plan.group_size);
+  for (std::int64_t g = block.first_group; g < block.end_group; ++g) {
+    const std::int64_t offset = (g - block.first_group) * plan.group_size;
+    const std::int64_t count = gather_members(plan, g, rows, chunk_block, chunk_start, memory);
+    if (count == 0) continue;
+    multiply_rows(memory.rows, count, static_cast<const T*>(c.weight) + (block.first + offset) * c.depth, c.depth,
+                  size, c.depth, memory.full, kPanelWidth);
+    interpolate(memory, count, offset, size);
+  }
+
+  T* y = static_cast<T*>(c.y) + rows.begin * c.neurons + block.first;
+  for (std::int64_t r = 0; r < m; ++r) {
+    const float* from = memory.light + r * kPanelWidth;
+    T* to = y + r * c.neurons;
+    std::int64_t j = 0;
+    for (; j + L <= block.size; j += L) store_as(to + j, load(from + j));
+    for (; j < block.size; ++j) store_as(to + j, from[j]);
+  }
+}
+
+template <class T>
+void run_forward(const midl::LinearForward& call) {
+  ForwardPlan<T> plan(call);
+  if (plan.blocks.count == 0) return;
+  {
+    Carver shared(nullptr), own(nullptr);
+    plan.carve(shared);
+    ThreadMemory measure(own, plan);
+    plan.private_bytes = own.used();
+    char* memory = midl::scratch(shared.used() + plan.private_bytes * std::size_t(plan.threads));
+    Carver carver(memory);
+    plan.carve(carver);
+    plan.private_memory = memory + shared.used();
+  }
+  const std::int64_t groups = call.groups, rank = call.rank;
+  if (call.gate_bias)
+    for (std::int64_t g = 0; g < groups; ++g) plan.gate_bias[g] = to_float(static_cast<const T*>(call.gate_bias)[g]);
+
+#pragma omp parallel num_threads(plan.threads) if (plan.threads > 1)
+  {
+    // The runtime may give fewer threads than asked for, in a nested region for instance.
+    const std::int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
+    Carver own(plan.private_memory + plan.private_bytes * std::size_t(thread));
+    ThreadMemory memory(own, plan);
+    if (!call.gate_weight) average_light_up(plan, part_of(groups, thread, threads, 1));
+
+    for (std::int64_t first = 0; first < plan.blocks.count; first += plan.chunk_blocks) {
+      const std::int64_t start = plan.blocks.first_row(first), end = plan.last_row(first);
+      const std::int64_t rows = end - start, count = plan.end_block(first) - first;
+      const auto shift = [](Range r, std::int64_t by) { return Range{r.begin + by, r.end + by}; };
+
+      if constexpr (sizeof(T) != 4) {
+        widen_rows(plan, shift(part_of(rows, thread, threads, 1), start), start);
+#pragma omp barrier
+      }
+      // Many rows are dealt out by rows, few rows by columns of the code.
+      const bool by_rows = rows >= threads * kTileRows;
+      compute_code(plan, memory, by_rows ? shift(part_of(rows, thread, threads, kTileRows), start) : Range{start, end},
+                   by_rows ? Range{0, rank} : part_of(rank, thread, threads, 4), start);
+#pragma omp barrier
+      if (call.span > 1) {
+        average_code(plan, shift(part_of(count, thread, threads, 1), first), first, start);
+#pragma omp barrier
+      }
+      const bool by_blocks = count >= threads;
+      const Range own_blocks = by_blocks ? part_of(count, thread, threads, 1) : Range{0, count};
+      const Range own_groups = by_blocks ? Range{0, groups} : part_of(groups, thread, threads, kPanelWidth);
+      if (call.gate_weight)
+        compute_logits(plan, memory, static_cast<const T*>(call.gate_weight), own_blocks, own_groups);
+      else
+        compute_logits(plan, memory, plan.gate_weight, own_blocks, own_groups);
+      if (!by_blocks) {
+#pragma omp barrier
+      }
+      select_groups(plan, memory, part_of(count, thread, threads, 1), first);
+#pragma omp barrier
+      const std::int64_t items = plan.neuron_blocks.count * plan.row_parts;
+#pragma omp for schedule(dynamic, 1)
+      for (std::int64_t i = 0; i < items; ++i)
+        compute_neurons(plan, memory, plan.neuron_blocks[i / plan.row_parts],
+                        shift(part_of(rows, i % plan.row_parts, plan.row_parts, kTileRows), start), first, start);
+    }
+  }
+}
+
+void linear_forward(const midl::LinearForward& call) {
+  if (call.storage == midl::Storage::bfloat16)
+    run_forward<bf16>(call);
+  else
+    run_forward<float>(call);
+}
+
+void topk(const midl::TopK& call) {
+  const std::int64_t padded = round_up(call.groups, L);
+  const int threads = double(call.rows) * double(call.groups) < kThreadWorth / 16 ? 1 : call.threads;
+  const std::size_t bytes = std::size_t(round_up(2 * padded + 1, 16)) * sizeof(std::int32_t);
+  char* memory = midl::scratch(bytes * std::size_t(threads));
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    std::int32_t* keys = reinterpret_cast<std::int32_t*>(memory + bytes * std::size_t(omp_get_thread_num()));
+    const Range rows = part_of(call.rows, omp_get_thread_num(), omp_get_num_threads(), 1);
+    for (std::int64_t r = rows.begin; r < rows.end; ++r)
+      select_row(call.scores + r * call.groups, nullptr, call.groups, call.k, false, keys, keys + padded,
+                 call.selected + r * call.k, nullptr);
+  }
+}
+
+}  // namespace

@@ -1,0 +1,11 @@
+// The kernels for one instruction set; the build compiles this file once per set, with MIDL_TABLE naming the table.
+#include "forward.hpp"
+
+#define MIDL_STRING_OF(x) #x
+#define MIDL_STRING(x) MIDL_STRING_OF(x)
+
+namespace midl {
+
+const Kernels MIDL_TABLE = {MIDL_STRING(MIDL_NAME), L, linear_forward, topk};
+
+}  // namespace midl

@@ -1,0 +1,55 @@
+// The calls that every instruction set implements: plain pointers and sizes in, nothing allocated that outlives a call.
+#pragma once
+
+#include <cstdint>
+
+namespace midl {
+
+enum class Storage : int { float32 = 0, bfloat16 = 1 };
+
+// One layer call. Matrices are row-major and dense unless a stride is given; see src/midl/ops/__init__.py for the names.
+struct LinearForward {
+  Storage storage;             // of x, y and all parameters
+  const void* x;               // (rows, depth)
+  std::int64_t x_stride;       // elements from row to row
+  std::int64_t rows, depth, neurons, rank, groups, selected_groups;
+  std::int64_t positions;      // rows of a sequence; `rows` is a multiple
+  std::int64_t span;           // neighbouring rows of a sequence that share a selection
+  const void* weight;          // (neurons, depth)
+  const void* bias;            // (neurons) or null
+  const void* light_down;      // (rank, depth)
+  const void* light_up;        // (neurons, rank)
+  const void* gate_weight;     // (groups, rank), or null for the light gate
+  const void* gate_bias;       // (groups), null with gate_weight
+  const float* noise;          // (blocks, groups) or null
+  bool hard;                   // interpolation weight 1 instead of sigmoid
+  void* y;                     // (rows, neurons)
+  std::int32_t* selected;      // (blocks, selected_groups)
+  int threads;
+};
+
+struct TopK {
+  const float* scores;         // (rows, groups)
+  std::int64_t rows, groups, k;
+  std::int32_t* selected;      // (rows, k)
+  int threads;
+};
+
+struct Kernels {
+  const char* name;
+  int lanes;
+  void (*linear_forward)(const LinearForward&);
+  void (*topk)(const TopK&);
+};
+
+// One per translation unit of kernels.cpp; which exist depends on the architecture, see cpu.cpp.
+extern const Kernels kernels_baseline;
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;
+extern const Kernels kernels_avx512bf16;
+extern const Kernels kernels_avx512_emulated;
+
+// Memory of the calling thread, 64-byte aligned, kept for its next call; earlier contents are lost.
+char* scratch(std::size_t bytes);
+
+}  // namespace midl

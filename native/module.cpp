@@ -1,0 +1,62 @@
+// The Python module midl._native: tensors arrive as addresses and sizes, so that one build serves every torch version.
+// src/midl/ops/native.py checks dtypes, shapes and devices; nothing here does.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include "cpu.hpp"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+using std::int64_t;
+
+namespace {
+
+template <class T>
+T* pointer(std::uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void linear_forward(bool bfloat16, std::uintptr_t x, int64_t x_stride, int64_t rows, int64_t depth, int64_t neurons,
+                    int64_t rank, int64_t groups, int64_t selected_groups, int64_t positions, int64_t span,
+                    std::uintptr_t weight, std::uintptr_t bias, std::uintptr_t light_down, std::uintptr_t light_up,
+                    std::uintptr_t gate_weight, std::uintptr_t gate_bias, std::uintptr_t noise, bool hard,
+                    std::uintptr_t y, std::uintptr_t selected, int threads) {
+  midl::current().linear_forward({
+      .storage = bfloat16 ? midl::Storage::bfloat16 : midl::Storage::float32,
+      .x = pointer<const void>(x), .x_stride = x_stride, .rows = rows, .depth = depth, .neurons = neurons,
+      .rank = rank, .groups = groups, .selected_groups = selected_groups, .positions = positions, .span = span,
+      .weight = pointer<const void>(weight), .bias = pointer<const void>(bias),
+      .light_down = pointer<const void>(light_down), .light_up = pointer<const void>(light_up),
+      .gate_weight = pointer<const void>(gate_weight), .gate_bias = pointer<const void>(gate_bias),
+      .noise = pointer<const float>(noise), .hard = hard, .y = pointer<void>(y),
+      .selected = pointer<std::int32_t>(selected), .threads = threads,
+  });
+}
+
+void topk(std::uintptr_t scores, int64_t rows, int64_t groups, int64_t k, std::uintptr_t selected, int threads) {
+  midl::current().topk({pointer<const float>(scores), rows, groups, k, pointer<std::int32_t>(selected), threads});
+}
+
+std::vector<std::string> names(bool supported_only) {
+  std::vector<std::string> list;
+  for (const midl::Variant& variant : midl::variants())
+    if (variant.supported || !supported_only) list.push_back(variant.kernels->name);
+  return list;
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  m.doc() = "CPU kernels of midl; called by midl.ops.native.";
+  const auto released = nb::call_guard<nb::gil_scoped_release>();
+  m.def("linear_forward", &linear_forward, released, "bfloat16"_a, "x"_a, "x_stride"_a, "rows"_a, "depth"_a,
+        "neurons"_a, "rank"_a, "groups"_a, "selected_groups"_a, "positions"_a, "span"_a, "weight"_a, "bias"_a,
+        "light_down"_a, "light_up"_a, "gate_weight"_a, "gate_bias"_a, "noise"_a, "hard"_a, "y"_a, "selected"_a,
+        "threads"_a);
+  m.def("topk", &topk, released, "scores"_a, "rows"_a, "groups"_a, "k"_a, "selected"_a, "threads"_a);
+  m.def("use_instruction_set", &midl::use_variant, "name"_a);
+  m.def("instruction_set", [] { return std::string(midl::current().name); });
+  m.def("supported_instruction_sets", [] { return names(true); });
+  m.def("built_instruction_sets", [] { return names(false); });
+}

@@ -1,0 +1,47 @@
+// Transposes and lane sums by butterflies of shuffles.
+#pragma once
+
+#include <utility>
+
+#include "simd.hpp"
+
+namespace {
+
+// In every run of 2H lanes: the lower (upper) H lanes of a's run, then the lower (upper) H lanes of b's.
+template <int H, bool Upper, std::size_t... I>
+MIDL_INLINE Vec take_halves(Vec a, Vec b, std::index_sequence<I...>) {
+  return __builtin_shufflevector(
+      a, b, (int(I) / (2 * H) * (2 * H) + int(I) % H + (Upper ? H : 0) + (int(I) % (2 * H) < H ? 0 : L))...);
+}
+template <int H>
+MIDL_INLINE Vec lower_halves(Vec a, Vec b) {
+  return take_halves<H, false>(a, b, std::make_index_sequence<L>{});
+}
+template <int H>
+MIDL_INLINE Vec upper_halves(Vec a, Vec b) {
+  return take_halves<H, true>(a, b, std::make_index_sequence<L>{});
+}
+
+// Lane i of the result is the sum of the lanes of v[i]; v is used up.
+template <int H = L / 2>
+MIDL_INLINE Vec sum_lanes(Vec (&v)[L]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < H; ++i) v[i] = lower_halves<H>(v[i], v[i + H]) + upper_halves<H>(v[i], v[i + H]);
+  if constexpr (H > 1) return sum_lanes<H / 2>(v);
+  return v[0];
+}
+
+// Lane j of v[i] and lane i of v[j] change places.
+template <int H = L / 2>
+MIDL_INLINE void transpose(Vec (&v)[L]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < L; ++i) {
+    if (i & H) continue;
+    const Vec a = v[i], b = v[i + H];
+    v[i] = lower_halves<H>(a, b);
+    v[i + H] = upper_halves<H>(a, b);
+  }
+  if constexpr (H > 1) transpose<H / 2>(v);
+}
+
+}  // namespace

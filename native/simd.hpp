@@ -1,0 +1,84 @@
+// Vectors of MIDL_LANES floats, written once and compiled per instruction set.
+//
+// Everything that is compiled with instruction-set flags lives in an anonymous namespace: an inline function shared
+// between translation units could otherwise be linked in its AVX-512 version into the baseline kernels.
+#pragma once
+
+#include <cstdint>
+
+#ifndef MIDL_LANES
+#error "MIDL_LANES must be defined by the build"
+#endif
+
+#define MIDL_INLINE [[gnu::always_inline]] inline
+
+namespace {
+
+constexpr int L = MIDL_LANES;
+
+typedef float Vec __attribute__((vector_size(4 * L)));
+typedef std::int32_t IVec __attribute__((vector_size(4 * L)));
+// The same at any address and over any type.
+typedef float UnalignedVec __attribute__((vector_size(4 * L), aligned(1), may_alias));
+typedef std::int32_t UnalignedIVec __attribute__((vector_size(4 * L), aligned(1), may_alias));
+typedef std::uint16_t UnalignedHalves __attribute__((vector_size(2 * L), aligned(1), may_alias));
+typedef std::uint32_t UVec __attribute__((vector_size(4 * L)));
+
+// bfloat16 as stored: the upper half of a float.
+struct bf16 {
+  std::uint16_t bits;
+};
+
+MIDL_INLINE Vec splat(float value) { return Vec{} + value; }
+MIDL_INLINE IVec splat(std::int32_t value) { return IVec{} + value; }
+
+MIDL_INLINE Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
+MIDL_INLINE IVec load(const std::int32_t* p) { return *reinterpret_cast<const UnalignedIVec*>(p); }
+MIDL_INLINE Vec load(const bf16* p) {
+  return (Vec)(__builtin_convertvector(*reinterpret_cast<const UnalignedHalves*>(p), UVec) << 16);
+}
+MIDL_INLINE void store(float* p, Vec v) { *reinterpret_cast<UnalignedVec*>(p) = v; }
+MIDL_INLINE void store(std::int32_t* p, IVec v) { *reinterpret_cast<UnalignedIVec*>(p) = v; }
+
+MIDL_INLINE float to_float(float value) { return value; }
+MIDL_INLINE float to_float(bf16 value) { return __builtin_bit_cast(float, std::uint32_t(value.bits) << 16); }
+
+// The first `count` < L elements, zeros behind them; nothing past them is read.
+template <class T>
+MIDL_INLINE Vec load_first(const T* p, std::int64_t count) {
+  Vec v = {};
+  for (std::int64_t i = 0; i < count; ++i) v[i] = to_float(p[i]);
+  return v;
+}
+
+MIDL_INLINE void store_first(float* p, Vec v, std::int64_t count) {
+  for (std::int64_t i = 0; i < count; ++i) p[i] = v[i];
+}
+
+// Round to nearest even, NaN stays NaN.
+MIDL_INLINE bf16 to_bf16(float value) {
+  const std::uint32_t bits = __builtin_bit_cast(std::uint32_t, value);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return bf16{std::uint16_t((bits >> 16) | 0x40)};
+  return bf16{std::uint16_t((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16)};
+}
+
+MIDL_INLINE void store_as(float* p, Vec v) { store(p, v); }
+MIDL_INLINE void store_as(bf16* p, Vec v) {
+  const UVec bits = (UVec)v;
+  const UVec rounded = (bits + 0x7fffu + ((bits >> 16) & 1)) >> 16;
+  const UVec quiet = (bits >> 16) | 0x40;
+  const UVec is_nan = (UVec)((bits & 0x7fffffffu) > 0x7f800000u);
+  *reinterpret_cast<UnalignedHalves*>(p) =
+      __builtin_convertvector((is_nan & quiet) | (~is_nan & rounded), UnalignedHalves);
+}
+MIDL_INLINE void store_as(float* p, float value) { *p = value; }
+MIDL_INLINE void store_as(bf16* p, float value) { *p = to_bf16(value); }
+
+MIDL_INLINE float horizontal_sum(Vec v) {
+  // The same tree as `sum_lanes`, so that a sum does not depend on how many neighbours were summed with it.
+  for (int half = L / 2; half >= 1; half /= 2)
+    for (int i = 0; i < half; ++i) v[i] += v[i + half];
+  return v[0];
+}
+
+}  // namespace
