@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
+from midl.lab.bench.machine import busy_machine
 from midl.lab.bench.registry import Case
 from midl.lab.bench.results import Results, Row
 from midl.lab.bench.summary import format_ratio, format_roofline, format_seconds, summarise
@@ -39,6 +40,9 @@ def _print_header(results: Results, console: Console) -> None:
         f"torch {machine['torch']}, midl {machine['midl']} at {machine['commit']}; {machine['date']}, "
         f"load {machine['load_average']}"
     )
+    busy = busy_machine(machine)
+    if busy:
+        console.print(busy)
     fma = ceilings["fma_gflops"]
     console.print(
         f"ceilings: {'no C compiler' if fma is None else f'{fma:.0f}'} GFLOP/s fp32 multiply-add, "
@@ -96,4 +100,4 @@ def _print_summary(results: Results, console: Console) -> None:
         table.add_row(s.group, s.contender, str(s.cells), *ratios, s.worst_case, str(s.refused or ""))
     console.print(table)
     if results.refused:
-        console.print(f"{len(results.refused)} rows were refused: their output differs from the reference's")
+        console.print(f"rows whose output differs from the reference's and that tell no speed: {len(results.refused)}")

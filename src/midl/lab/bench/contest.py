@@ -17,6 +17,9 @@ from midl.lab.bench.timing import Spread, Timed, interleave, paired_ratio
 
 __all__ = ["Contender", "Contest", "hold"]
 
+# A case that needs more than this many times its share of time is content with few rounds.
+_PATIENCE = 6
+
 
 @dataclass(frozen=True)
 class Contender:
@@ -88,6 +91,7 @@ def hold(contest: Contest, session: Session, case: Case) -> list[Row]:
             [Timed(c.prepare, c.call) for c in runners],
             seconds=session.seconds,
             min_rounds=session.min_rounds,
+            patience=_PATIENCE * session.seconds,
             warmup=contest.cold.copies,
             inner=contest.inner,
             before_round=contest.cold.sweep,

@@ -13,7 +13,7 @@ import torch
 
 import midl
 
-__all__ = ["cache_sizes", "describe_machine", "last_level_cache"]
+__all__ = ["busy_machine", "cache_sizes", "describe_machine", "last_level_cache"]
 
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 # Where the system does not tell: larger than most, so that "cold" stays true.
@@ -41,6 +41,23 @@ def describe_machine() -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "load_average": [round(load, 2) for load in os.getloadavg()],
     }
+
+
+def busy_machine(header: dict[str, Any]) -> str:
+    """Return a warning if others left fewer free cores than the run uses, else nothing.
+
+    >>> busy_machine({"load_average": [3.0], "cores": 4, "threads": 2})
+    'busy: load average 3.0 on 4 cores before this run of 2 threads; times and ratios are unreliable'
+    >>> busy_machine({"load_average": [0.4], "cores": 4, "threads": 2})
+    ''
+    """
+    load, cores, threads = header["load_average"][0], header["cores"], header["threads"]
+    if load + threads <= cores:
+        return ""
+    return (
+        f"busy: load average {load} on {cores} cores before this run of {threads} threads; "
+        "times and ratios are unreliable"
+    )
 
 
 def cache_sizes(root: Path = _CACHES) -> dict[str, int]:

@@ -69,7 +69,7 @@ def select_cases(only: str | None = None, *, quick: bool = False) -> list[Case]:
     ['overhead/256x256/batch1']
 
     Args:
-        only: a shell pattern on the name, or a part of it; commas separate several.
+        only: a name, else a shell pattern or a part of names; commas separate several.
         quick: the short list alone.
 
     Raises:
@@ -77,9 +77,16 @@ def select_cases(only: str | None = None, *, quick: bool = False) -> list[Case]:
     """
     cases = [case for case in all_cases() if case.quick or not quick]
     if only:
-        patterns = [p.strip() for p in only.split(",") if p.strip()]
-        cases = [c for c in cases if any(p in c.name or fnmatch.fnmatchcase(c.name, p) for p in patterns)]
+        names = [case.name for case in cases]
+        wanted = {name for pattern in only.split(",") for name in _matching(pattern.strip(), names)}
+        cases = [case for case in cases if case.name in wanted]
     if not cases:
         groups = sorted({case.group for case in all_cases()})
         raise MIDLError(f"bench: only={only!r}, quick={quick} matches no case, expected part of a name in {groups}")
     return cases
+
+
+def _matching(pattern: str, names: list[str]) -> list[str]:
+    if not pattern or pattern in names:
+        return [pattern]
+    return [name for name in names if pattern in name or fnmatch.fnmatchcase(name, pattern)]

@@ -9,6 +9,8 @@ import argparse
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from midl.errors import MIDLError
+from midl.lab.bench.machine import busy_machine
 from midl.lab.bench.results import Results, Row, read_results
 from midl.lab.bench.summary import format_ratio, format_roofline, format_seconds, summarise
 from midl.lab.files import write_text
@@ -42,8 +44,10 @@ def render(paths: Sequence[Path], page: Path) -> list[Path]:
         page: the Markdown file.
 
     Raises:
-        MIDLError: a file that is no benchmark file.
+        MIDLError: no paths, or a file that is no benchmark file.
     """
+    if not paths:
+        raise MIDLError("render: paths=[], expected at least one JSON file that midl bench --out wrote")
     written, parts = [], [_INTRO]
     for path in sorted(paths):
         results = read_results(path)
@@ -85,6 +89,8 @@ def _header(path: Path, results: Results) -> str:
         f"| cold | {settings['cold_bytes'] // 2**20} MiB read between two uses of the same weights |",
         "",
     ]
+    if busy := busy_machine(machine):
+        lines.append(f"**{busy.capitalize()}.**\n")
     return "\n".join(lines)
 
 

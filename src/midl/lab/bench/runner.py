@@ -59,11 +59,12 @@ def run_bench(
     if threads is not None and threads < 1:
         raise MIDLError(f"run_bench: threads={threads}, expected at least 1")
     with _threads(threads or torch.get_num_threads()):
+        machine = describe_machine()  # before our own work raises the load
         ceilings = measure_ceilings(quick=quick)
         seconds, min_rounds = (0.15, 5) if quick else (0.6, 7)
         session = Session(ceilings, names, compile, seconds, min_rounds)
         settings = {"quick": quick, "only": only, **session.to_dict()}
-        results = Results(describe_machine(), ceilings.to_dict(), settings)
+        results = Results(machine, ceilings.to_dict(), settings)
         start = time.perf_counter()
         for case in cases:
             with _threads(case.params.get("threads", torch.get_num_threads())):

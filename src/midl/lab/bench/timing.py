@@ -14,6 +14,9 @@ from midl.errors import MIDLError
 
 __all__ = ["Spread", "Timed", "geometric_mean", "interleave", "paired_ratio"]
 
+# Quartiles of fewer would be the extremes.
+_FEWEST_ROUNDS = 3
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -54,6 +57,7 @@ def interleave(
     seconds: float,
     min_rounds: int,
     max_rounds: int = 200,
+    patience: float = math.inf,
     warmup: int = 1,
     inner: int = 1,
     before_round: Callable[[], object] = lambda: None,
@@ -69,6 +73,7 @@ def interleave(
         seconds: stop after the round that uses up this time, preparation included.
         min_rounds: but not before this many rounds.
         max_rounds: and never after more.
+        patience: after this time three rounds are enough, in seconds.
         warmup: untimed rounds before.
         inner: calls between two looks at the clock, for calls too short for it.
         before_round: runs untimed before each round.
@@ -81,9 +86,8 @@ def interleave(
         for i in range(warmup):
             for contender in contenders:
                 contender.call(contender.prepare(i))
-        end = clock() + seconds
-        done = 0
-        while done < min_rounds or (done < max_rounds and clock() < end):
+        begin, done = clock(), 0
+        while _goes_on(clock() - begin, done, seconds, min_rounds, max_rounds, patience):
             before_round()
             for position in range(len(contenders)):
                 j = (done + position) % len(contenders)
@@ -98,6 +102,11 @@ def interleave(
         if collecting:
             gc.enable()
     return times
+
+
+def _goes_on(elapsed: float, done: int, seconds: float, min_rounds: int, max_rounds: int, patience: float) -> bool:
+    needed = min_rounds if elapsed < patience else min(min_rounds, _FEWEST_ROUNDS)
+    return done < needed or (done < max_rounds and elapsed < seconds)
 
 
 def paired_ratio(baseline: Sequence[float], ours: Sequence[float]) -> Spread:

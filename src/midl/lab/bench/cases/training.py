@@ -29,7 +29,9 @@ from midl.lab.bench.registry import Case, register
 from midl.lab.bench.results import Row
 from midl.lab.bench.session import Session, fresh_inputs
 
-__all__: list[str] = []
+__all__ = ["check_training", "prepare_step", "training_case"]
+
+_GROUP_SIZES = (1, 32)
 
 
 @register
@@ -37,10 +39,12 @@ def cases() -> Iterator[Case]:
     """Yield (d, n) in {1024, 4096}^2 at batch 128 and 512, groups of 1 and 32, ``ste="selected"``."""
     for d, n in itertools.product((1024, 4096), repeat=2):
         for batch in (128, 512):
-            yield _case(d, n, batch, quick=(d, n, batch) == (1024, 4096, 128))
+            yield training_case(d, n, batch, quick=(d, n, batch) == (1024, 4096, 128))
 
 
-def _case(d: int, n: int, batch: int, *, quick: bool) -> Case:
+def training_case(d: int, n: int, batch: int, *, quick: bool = False) -> Case:
+    """Return the case of a (d, n) layer; widths are multiples of 32."""
+
     def measure(session: Session, case: Case) -> list[Row]:
         dtype = torch.float32
         inputs, (grad_y, *_) = fresh_inputs(batch, d, dtype=dtype), fresh_inputs(batch, n, dtype=dtype)
@@ -50,7 +54,7 @@ def _case(d: int, n: int, batch: int, *, quick: bool) -> Case:
         if session.compile:
             compiled = functools.partial(compile_trainable, example=inputs[0])
             contest.add("compiled", lambda: _dense(contest, "compiled", n, inputs, grad_y, compiled))
-        for kernel, size in itertools.product(session.kernels, (1, 32)):
+        for kernel, size in itertools.product(session.kernels, _GROUP_SIZES):
             name = contender_name(kernel, G=size, active=ACTIVE)
             contest.add(name, functools.partial(_midl, contest, kernel, n, size, inputs, grad_y))
         rows = hold(contest, session, case)
@@ -62,7 +66,7 @@ def _case(d: int, n: int, batch: int, *, quick: bool) -> Case:
     return Case("training/float32", f"{d}x{n}/batch{batch}", measure, quick, params)
 
 
-def _prepare(layers: list[Any], parameters: list[list[nn.Parameter]], inputs: list[Tensor], i: int) -> Any:
+def prepare_step(layers: list[Any], parameters: list[list[nn.Parameter]], inputs: list[Tensor], i: int) -> Any:
     """Return a layer without gradients, as after an optimiser step, and a fresh input that wants one."""
     for parameter in parameters[i % len(layers)]:
         parameter.grad = None
@@ -94,7 +98,7 @@ def _dense(
     return Contender(
         name=name,
         role="user" if name == "nn.Linear" else "dense",
-        prepare=functools.partial(_prepare, calls, parameters, inputs),
+        prepare=functools.partial(prepare_step, calls, parameters, inputs),
         call=lambda argument: argument[0](argument[1]).backward(grad_y),
         check=check,
     )
@@ -110,7 +114,7 @@ def _midl(contest: Contest, kernel: str, n: int, group_size: int, inputs: list[T
 
     def prepare(i: int) -> Any:
         midl.kernels(kernel)
-        return _prepare(layers, parameters, inputs, i)
+        return prepare_step(layers, parameters, inputs, i)
 
     def run(argument: tuple[midl.MIDLinear, Tensor]) -> None:
         argument[0](argument[1]).backward(grad_y)
@@ -120,7 +124,7 @@ def _midl(contest: Contest, kernel: str, n: int, group_size: int, inputs: list[T
         role="midl",
         prepare=prepare,
         call=run,
-        check=lambda: _check(layers[0], inputs[0], grad_y, kernel),
+        check=lambda: check_training(layers[0], inputs[0], grad_y, kernel),
         flops=count_flops(lambda: run(prepare(0))),
         # Weights are read forward and backward, their gradient is written.
         read_bytes=3 * traffic(layers[0], batch * d, batch * n, batch),
@@ -129,7 +133,7 @@ def _midl(contest: Contest, kernel: str, n: int, group_size: int, inputs: list[T
     )
 
 
-def _check(layer: midl.MIDLinear, x: Tensor, grad_y: Tensor, kernel: str) -> Parity:
+def check_training(layer: midl.MIDLinear, x: Tensor, grad_y: Tensor, kernel: str) -> Parity:
     """Compare the output and every gradient, the gradients for the contender's own selection."""
     forward = check_forward(layer, x, kernel)
     if not forward.ok:
