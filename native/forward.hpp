@@ -16,6 +16,8 @@ namespace {
 constexpr std::int64_t kChunkRows = 512;
 // Below this many multiply-adds a second thread costs more than it brings.
 constexpr double kThreadWorth = 300e3;
+// Below this many, every thread computes the gate for itself rather than wait for the others' share.
+constexpr double kRepeatWorth = 100e3;
 
 MIDL_INLINE std::int64_t lesser(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 MIDL_INLINE std::int64_t round_up(std::int64_t n, std::int64_t step) { return (n + step - 1) / step * step; }
@@ -70,6 +72,7 @@ struct ForwardPlan {
   Blocks blocks;
   NeuronBlocks neuron_blocks;
   int threads;
+  bool repeat_gate;
   std::int64_t group_size, code_stride, gate_stride, chunk_blocks, chunk_rows, row_parts;
 
   // Shared by the threads, for the chunk at hand.
@@ -85,6 +88,7 @@ struct ForwardPlan {
     const double work = double(c.rows) * (double(c.rank) * double(c.depth + c.neurons) +
                                           double(c.selected_groups) * double(group_size) * double(c.depth));
     threads = work < kThreadWorth ? 1 : c.threads;
+    repeat_gate = threads > 1 && double(blocks.count) * double(c.groups) * double(c.rank) < kRepeatWorth;
     const std::int64_t chunks = divide_up(c.rows, kChunkRows);
     chunk_blocks = divide_up(blocks.count, chunks);
     chunk_rows = 0;
@@ -120,6 +124,7 @@ struct ThreadMemory {
   float* weights;
   float *panel, *light, *full, *bias;
   std::int32_t *keys, *picks;
+  float* gate;  // of the chunk: the plan's, or this thread's own where the gate is computed by every thread
 
   template <class T>
   ThreadMemory(Carver& memory, const ForwardPlan<T>& plan) {
@@ -133,6 +138,8 @@ struct ThreadMemory {
     bias = memory.take<float>(kPanelWidth);
     keys = memory.take<std::int32_t>(round_up(c.groups, L));
     picks = memory.take<std::int32_t>(c.groups + 1);
+    gate = memory.take<float>(plan.repeat_gate ? plan.chunk_blocks * plan.gate_stride : 0);
+    if (!plan.repeat_gate) gate = plan.gate;
   }
 };
 
@@ -224,16 +231,17 @@ void compute_logits(const ForwardPlan<T>& plan, ThreadMemory& memory, const G* g
     const int size = int(lesser(groups.end - g, kPanelWidth));
     multiply_short(plan.block_code + blocks.begin * plan.code_stride, plan.code_stride, blocks.end - blocks.begin,
                    gate_weight + g * c.rank, size, c.rank, plan.gate_bias + g, memory,
-                   plan.gate + blocks.begin * plan.gate_stride + g, plan.gate_stride);
+                   memory.gate + blocks.begin * plan.gate_stride + g, plan.gate_stride);
   }
 }
 
 template <class T>
 void select_groups(const ForwardPlan<T>& plan, ThreadMemory& memory, Range blocks, std::int64_t chunk_block) {
+  // Threads that repeat the gate write the same selection.
   const auto& c = plan.call;
   for (std::int64_t b = blocks.begin; b < blocks.end; ++b) {
     const std::int64_t block = chunk_block + b;
-    float* gate = plan.gate + b * plan.gate_stride;
+    float* gate = memory.gate + b * plan.gate_stride;
     select_row(gate, c.noise ? c.noise + block * c.groups : nullptr, c.groups, c.selected_groups, c.hard, memory.keys,
                memory.picks, c.selected + block * c.selected_groups, gate);
   }
@@ -243,7 +251,7 @@ void select_groups(const ForwardPlan<T>& plan, ThreadMemory& memory, Range block
 template <class T>
 std::int64_t gather_members(const ForwardPlan<T>& plan, std::int64_t group, Range rows, std::int64_t chunk_block,
                             std::int64_t chunk_start, ThreadMemory& memory) {
-  const float* gate = plan.gate + group;
+  const float* gate = memory.gate + group;
   std::int64_t count = 0;
   if (plan.call.span == 1) {
     for (std::int64_t r = rows.begin; r < rows.end; ++r) {
@@ -319,8 +327,8 @@ void compute_neurons(const ForwardPlan<T>& plan, ThreadMemory& memory, const Neu
 
 template <class T>
 void run_forward(const midl::LinearForward& call) {
+  if (call.rows == 0) return;
   ForwardPlan<T> plan(call);
-  if (plan.blocks.count == 0) return;
   {
     Carver shared(nullptr), own(nullptr);
     plan.carve(shared);
@@ -361,23 +369,30 @@ void run_forward(const midl::LinearForward& call) {
         average_code(plan, shift(part_of(count, thread, threads, 1), first), first, start);
 #pragma omp barrier
       }
-      const bool by_blocks = count >= threads;
-      const Range own_blocks = by_blocks ? part_of(count, thread, threads, 1) : Range{0, count};
+      const bool by_blocks = plan.repeat_gate || count >= threads;
+      const Range all_blocks{0, count};
+      const Range own_blocks = plan.repeat_gate ? all_blocks : part_of(count, thread, threads, 1);
       const Range own_groups = by_blocks ? Range{0, groups} : part_of(groups, thread, threads, kPanelWidth);
       if (call.gate_weight)
-        compute_logits(plan, memory, static_cast<const T*>(call.gate_weight), own_blocks, own_groups);
+        compute_logits(plan, memory, static_cast<const T*>(call.gate_weight), by_blocks ? own_blocks : all_blocks,
+                       own_groups);
       else
-        compute_logits(plan, memory, plan.gate_weight, own_blocks, own_groups);
+        compute_logits(plan, memory, plan.gate_weight, by_blocks ? own_blocks : all_blocks, own_groups);
       if (!by_blocks) {
 #pragma omp barrier
       }
-      select_groups(plan, memory, part_of(count, thread, threads, 1), first);
+      select_groups(plan, memory, own_blocks, first);
+      if (!plan.repeat_gate) {
 #pragma omp barrier
+      }
       const std::int64_t items = plan.neuron_blocks.count * plan.row_parts;
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1) nowait
       for (std::int64_t i = 0; i < items; ++i)
         compute_neurons(plan, memory, plan.neuron_blocks[i / plan.row_parts],
                         shift(part_of(rows, i % plan.row_parts, plan.row_parts, kTileRows), start), first, start);
+      if (plan.end_block(first) < plan.blocks.count) {
+#pragma omp barrier
+      }
     }
   }
 }

@@ -1,6 +1,6 @@
 """The ``native`` implementation: fused CPU kernels (native/), for float32 and bfloat16.
 
-Weights are read where they are: nothing is packed, cached or copied, so nothing can go stale and memory does not double.
+Weights are read where they are: nothing is packed, cached or copied, so nothing goes stale and memory does not double.
 """
 
 from __future__ import annotations
