@@ -2,7 +2,7 @@ import pytest
 import torch
 
 import midl
-from midl.lab.bench.midl_layers import check_forward, make_conv2d, make_linear
+from midl.lab.bench.midl_layers import check_forward, implementation, make_conv2d, make_linear
 from midl.lab.bench.parity import Parity, compare_selection, compare_tensors, error_ratio
 
 
@@ -68,3 +68,11 @@ def test_a_wrong_kernel_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not check_forward(layer, torch.randn(9, 64), "dense").ok
     assert check_forward(layer, torch.randn(9, 64), "reference").ok
     assert midl.layers.base.observers == []
+
+
+def test_the_row_names_what_really_ran() -> None:
+    layer, x = make_linear(64, 96, torch.float32, active=0.45, group_size=16), torch.randn(9, 64)
+    assert implementation(layer, x, "reference", backward=True) == "reference"
+    assert implementation(layer, x, "dense") == "dense"
+    # The dense implementation takes the reference's backward pass.
+    assert implementation(layer, x, "dense", backward=True) == "dense, backward reference"

@@ -55,12 +55,26 @@ def contender_name(kernel: str, **choices: Any) -> str:
     return " ".join([*parts, *(f"{name}={value}" for name, value in choices.items())])
 
 
-def implementation(layer: MIDLayer, x: Tensor, kernel: str) -> str:
-    """Return which implementation of the op runs for ``x`` when ``kernel`` is asked for."""
+def implementation(layer: MIDLayer, x: Tensor, kernel: str, *, backward: bool = False) -> str:
+    """Return which implementation of the op runs for ``x`` when ``kernel`` is asked for.
+
+    Args:
+        layer: the layer.
+        x: its input.
+        kernel: a name for :func:`midl.kernels`.
+        backward: name that of the backward pass too, where it is another.
+    """
     op = "linear" if isinstance(layer, midl.MIDLinear) else "conv2d"
     c = layer.config
+    call = {"weight": layer.weight, "k": layer.num_selected, "group_size": c.group_size, "span": c.span}
     with midl.kernels(kernel):
-        run = resolve(op, x, weight=layer.weight, k=layer.num_selected, group_size=c.group_size, span=c.span)
+        names = [_implementation_name(resolve(op, x, **call))]
+        if backward:
+            names.append(_implementation_name(resolve(f"{op}_backward", x, **call, ste=c.ste)))
+    return names[0] if len(set(names)) == 1 else f"{names[0]}, backward {names[1]}"
+
+
+def _implementation_name(run: Callable[..., Any]) -> str:
     return run.__module__.removeprefix("midl.ops.").split(".")[0]
 
 

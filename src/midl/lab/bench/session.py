@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -50,7 +50,7 @@ class Session:
     compile: bool = True
     seconds: float = 0.6
     min_rounds: int = 7
-    cache: int = last_level_cache()
+    cache: int = field(default_factory=last_level_cache)
 
     def keep_cold(self, round_bytes: int) -> Coldness:
         """Return copies and sweep such that twice the cache is read between two uses of the same weights.

@@ -52,7 +52,7 @@ def _measure(d: int, n: int, batch: int, session: Session, case: Case) -> list[R
                     group=case.group,
                     contender=name,
                     params={**case.params, "group_size": 32, "active": ACTIVE, "ste": ste, "kernels": kernel},
-                    implementation=implementation(layer, x, kernel),
+                    implementation=implementation(layer, x, kernel, backward=True),
                     parity=parity.to_dict(),
                     user="nn.Linear",
                     memory=memory,

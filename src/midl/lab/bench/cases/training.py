@@ -128,7 +128,7 @@ def _midl(contest: Contest, kernel: str, n: int, group_size: int, inputs: list[T
         flops=count_flops(lambda: run(prepare(0))),
         # Weights are read forward and backward, their gradient is written.
         read_bytes=3 * traffic(layers[0], batch * d, batch * n, batch),
-        implementation=implementation(layers[0], inputs[0], kernel),
+        implementation=implementation(layers[0], inputs[0], kernel, backward=True),
         params={"group_size": group_size, "active": ACTIVE, "rank": layers[0].rank, "kernels": kernel},
     )
 
