@@ -73,7 +73,7 @@ class Settings:
         group_size: neurons selected together. 16 by default: as accurate as 1 in our trials and far quicker to
             select and to compute.
         threads: torch's; ``None`` for what it has.
-        validation: score on a tenth of the training rows, held out, and leave the test rows alone: for choosing.
+        validation: score on a fifth of the training rows, held out, and leave the test rows alone: for choosing.
 
     Raises:
         MIDLError: a value outside its range; the message names it.

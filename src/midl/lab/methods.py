@@ -39,7 +39,7 @@ class Recipes:
     distill: Recipe
 
 
-_EPOCHS = {"digits": (30, 8), "mnist": (8, 2), "adult": (8, 2)}
+_EPOCHS = {"digits": (20, 5), "mnist": (8, 2), "adult": (8, 2)}
 _BATCH_SIZE = {"digits": 32, "mnist": 128, "adult": 128}
 
 

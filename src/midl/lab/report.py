@@ -48,7 +48,7 @@ def to_table(comparison: Comparison) -> Table:
     from rich.table import Table
 
     table = Table(title=comparison.settings.dataset, caption=caption(comparison), caption_justify="left")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for title in _titles(comparison):
         table.add_column(title, justify="right", min_width=12)
     for cells in _body(comparison):
@@ -62,8 +62,8 @@ def caption(comparison: Comparison) -> str:
     seeds = f"mean ± standard deviation of {len(s.seeds)} seeds" if len(s.seeds) > 1 else "one seed"
     return (
         f"Accuracy: {seeds}. {s.active:.0%} active, groups of {s.group_size} neurons. FLOPs: two per multiply-add. "
-        f"Latency: medians of interleaved rounds. Backward: bytes that autograd keeps per input in training. Trained for "
-        f"{recipes.train.epochs} epochs; the converted network: the dense one, distilled for "
+        f"Latency: medians of interleaved rounds. Backward: bytes that autograd keeps per input in training. "
+        f"Trained for {recipes.train.epochs} epochs; the converted network: the dense one, distilled for "
         f"{recipes.distill.epochs} more."
     )
 
@@ -79,24 +79,24 @@ def _line(cells: list[str]) -> str:
 def _body(comparison: Comparison) -> list[list[str]]:
     """Return the table's rows: what is measured, then a cell per method."""
     rows, dense = list(comparison.rows.values()), comparison.rows["dense"]
-    scored = "validation accuracy %" if comparison.settings.validation else "test accuracy %"
+    scored = "held-out acc. %" if comparison.settings.validation else "test accuracy %"
 
     def line(name: str, cell: Callable[[Row], str]) -> list[str]:
         return [name, *(cell(row) for row in rows)]
 
     lines = [
         line(scored, lambda r: f"{r.accuracy:.2f}" + ("" if r.spread is None else f" ± {r.spread:.2f}")),
-        line("points over dense", lambda r: "" if r is dense else f"{r.accuracy - dense.accuracy:+.2f}"),
+        line("vs dense, points", lambda r: "" if r is dense else f"{r.accuracy - dense.accuracy:+.2f}"),
         line("active neurons", lambda r: f"{r.active_neurons:.0f} of {r.neurons}"),
-        line("active neurons %", lambda r: f"{100 * r.active_neurons / r.neurons:.1f}"),
+        line("active %", lambda r: f"{100 * r.active_neurons / r.neurons:.1f}"),
         line("FLOPs per input", lambda r: _si(r.flops)),
-        line("fewer than dense", lambda r: f"{dense.flops / r.flops:.2f}x"),
-        line("fewer, hidden layers", lambda r: f"{dense.hidden_flops / r.hidden_flops:.2f}x"),
+        line("fewer, network", lambda r: f"{dense.flops / r.flops:.2f}x"),
+        line("fewer, hidden", lambda r: f"{dense.hidden_flops / r.hidden_flops:.2f}x"),
         line("parameters", lambda r: _si(r.parameters)),
     ]
     for batch in LATENCY_BATCHES:
         lines += _latency_lines(line, batch, dense)
-    return [*lines, line("kept for backward", lambda r: f"{r.saved_bytes / 1024:.1f} KiB")]
+    return [*lines, line("kept, backward", lambda r: f"{r.saved_bytes / 1024:.1f} KiB")]
 
 
 def _latency_lines(line: Callable[[str, Callable[[Row], str]], list[str]], batch: int, dense: Row) -> list[list[str]]:

@@ -85,7 +85,7 @@ class Dataset:
         """Return standardised inputs, float32, and labels of the chosen rows of ``split``."""
         return (split.x[rows].float() - self.mean) / self.std, split.y[rows]
 
-    def hold_out(self, fraction: float = 0.1, seed: int = 0) -> Dataset:
+    def hold_out(self, fraction: float = 0.2, seed: int = 0) -> Dataset:
         """Return a data set whose test rows are a random part of the training rows; the test rows are out of sight.
 
         For choosing a recipe. ``seed`` decides which rows, on every machine the same.

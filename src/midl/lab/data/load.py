@@ -58,8 +58,8 @@ def _decode(name: str, spec: Spec, source: Path | None) -> Arrays:
             except Exception as error:  # network, hub and file-system errors come from many libraries
                 raise DataError(
                     f"dataset={name!r}: the download from {spec.origin} failed ({type(error).__name__}: {error}); "
-                    f"expected network access, or {mirror.ENVIRONMENT_VARIABLE} naming a folder with {name}/train.parquet and "
-                    f"{name}/test.parquet"
+                    f"expected network access, or {mirror.ENVIRONMENT_VARIABLE} naming a folder with "
+                    f"{name}/train.parquet and {name}/test.parquet"
                 ) from error
         for table in tables.values():
             table.check_columns(spec.columns)

@@ -92,14 +92,14 @@ class Table:
 
     def _column(self, column: str, feature: Any) -> Any:
         try:
-            return self.rows.select_columns([column]).cast_column(column, feature)[column]
+            return self.rows.select_columns([column]).cast_column(column, feature)[column][:]
         except (TypeError, ValueError, NotImplementedError) as error:
             raise DataError(
                 f"{self.origin}: column {column!r} is {self.rows.features[column]}, expected encoded images"
             ) from error
 
     def _checked(self, column: str, kind: type, expected: str) -> list[Any]:
-        values = list(self.rows[column])
+        values = list(self.rows[column][:])  # at once; iterating over datasets' lazy column reads row by row
         for row, value in enumerate(values):
             if not isinstance(value, kind):
                 raise DataError(f"{self.origin}: row {row} has {column}={value!r}, expected {expected}")

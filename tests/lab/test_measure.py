@@ -1,0 +1,97 @@
+"""Measurements, on cases that can be counted by hand."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import midl
+from midl.errors import MIDLError
+from midl.lab.data import Dataset
+from midl.lab.data.dataset import Arrays
+from midl.lab.measure import layer_flops, measure_accuracy, measure_latency, saved_bytes
+from midl.lab.models import MLP, architecture_for
+
+
+def toy_dataset(labels: list[int]) -> Dataset:
+    x = np.eye(4, dtype=np.float32)
+    y = np.array(labels, dtype=np.int64)
+    return Dataset.from_arrays("toy", 4, Arrays(x, y, x, y, np.zeros(4, np.float32), np.ones(4, np.float32)), "toy")
+
+
+def test_accuracy_counts_the_rows_that_are_right() -> None:
+    accuracy, activity = measure_accuracy(nn.Identity(), toy_dataset([0, 1, 2, 0]))
+    assert accuracy == 75.0
+    assert activity == {}
+
+
+def test_activity_is_measured_and_the_mode_restored() -> None:
+    model = nn.Sequential(midl.MIDLinear(4, 32, rank=2, group_size=2, active=0.3, noise=1.0), nn.Linear(32, 4)).train()
+    accuracy, activity = measure_accuracy(model, toy_dataset([0, 1, 2, 3]))
+    assert activity == {"0": 5 / 16}
+    assert model.training
+    assert accuracy == measure_accuracy(model, toy_dataset([0, 1, 2, 3]))[0]
+
+
+def test_layer_flops_by_hand() -> None:
+    model = MLP(8, (16, 32), 4).build(lambda a, b: midl.MIDLinear(a, b, rank=2, group_size=4, active=0.5))
+    flops = layer_flops(model, torch.zeros(3, 8), ["hidden1", "hidden2", "head"])
+    # Per row: code r d, light path r n, gate r N, selected k G d; two per multiply-add.
+    assert flops == {
+        "hidden1": 3 * 2 * (2 * 8 + 2 * 16 + 2 * 4 + 2 * 4 * 8),
+        "hidden2": 3 * 2 * (2 * 16 + 2 * 32 + 2 * 8 + 4 * 4 * 16),
+        "head": 3 * 2 * 32 * 4,
+    }
+    assert midl.count_flops(model, torch.zeros(3, 8)) == sum(flops.values())
+
+
+def test_saved_bytes_by_hand() -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    # Linear keeps its input; ReLU keeps its output, which is the next layer's input: one storage. No parameters.
+    assert saved_bytes(model, torch.zeros(5, 8)) == 4 * 5 * (8 + 16)
+
+
+def test_saved_bytes_of_a_mid_layer_are_input_and_selection() -> None:
+    layer = midl.MIDLinear(8, 32, rank=2, group_size=4, active=0.5)
+    assert saved_bytes(layer, torch.zeros(5, 8)) == 4 * 5 * 8 + 4 * 5 * 4  # float32 input, int32 index of 4 groups
+
+
+def test_latency_tells_a_slow_model_from_a_quick_one() -> None:
+    class Slow(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            time.sleep(0.004)
+            return x
+
+    latency = measure_latency({"slow": Slow(), "quick": nn.Identity()}, torch.zeros(1), rounds=4)
+    assert latency["slow"]["median"] >= 0.004 > latency["quick"]["median"]
+    assert latency["slow"]["low"] <= latency["slow"]["median"] <= latency["slow"]["high"]
+
+
+@pytest.mark.parametrize("flops", [5_000, 60_000, 168_960])
+def test_narrow_is_the_widest_that_fits(flops: int) -> None:
+    mlp = MLP(64, (256, 256), 10)
+    narrow = mlp.narrow(flops)
+    (width, same) = narrow.hidden
+    assert width == same
+
+    def cost(w: int) -> int:
+        return 2 * (64 * w + w * w + w * 10)
+
+    assert cost(width) <= flops
+    assert width == 256 or cost(width + 1) > flops
+    assert midl.count_flops(narrow.build(), narrow.example()) == cost(width)
+
+
+def test_narrow_refuses_an_impossible_budget() -> None:
+    with pytest.raises(MIDLError, match=r"narrow: flops=10, expected at least 150 \(one neuron per layer\)"):
+        MLP(64, (256, 256), 10).narrow(10)
+
+
+def test_architectures_match_the_issue() -> None:
+    mnist = architecture_for("mnist", (1, 28, 28), 10)
+    assert (mnist.in_features, mnist.hidden, mnist.num_classes) == (784, (1024, 1024), 10)
+    assert mnist.build()(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
