@@ -20,7 +20,7 @@ from midl.lab.models import MLP, architecture_for
 def toy_dataset(labels: list[int]) -> Dataset:
     x = np.eye(4, dtype=np.float32)
     y = np.array(labels, dtype=np.int64)
-    return Dataset.from_arrays("toy", 4, Arrays(x, y, x, y, np.zeros(4, np.float32), np.ones(4, np.float32)), "toy")
+    return Dataset.from_arrays("toy", 4, Arrays(x, y, x, y, np.zeros(4, np.float32), np.ones(4, np.float32)))
 
 
 def test_accuracy_counts_the_rows_that_are_right() -> None:

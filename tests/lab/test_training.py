@@ -30,7 +30,7 @@ def dataset() -> Dataset:
     x = generator.standard_normal((70, 8)).astype(np.float32)
     y = (x[:, 0] > 0).astype(np.int64)
     return Dataset.from_arrays(
-        "toy", 2, Arrays(x[:50], y[:50], x[50:], y[50:], np.zeros(8, np.float32), np.ones(8, np.float32)), "toy"
+        "toy", 2, Arrays(x[:50], y[:50], x[50:], y[50:], np.zeros(8, np.float32), np.ones(8, np.float32))
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 
 import numpy as np
 import torch
@@ -33,6 +34,15 @@ class Arrays:
     mean: np.ndarray
     std: np.ndarray
 
+    def fingerprint(self) -> str:
+        """Return a hash of names, dtypes, shapes and content."""
+        digest = hashlib.sha256()
+        for field in dataclasses.fields(self):
+            array = np.ascontiguousarray(getattr(self, field.name))
+            digest.update(f"{field.name} {array.dtype.str} {array.shape};".encode())
+            digest.update(array.data)
+        return digest.hexdigest()[:16]
+
 
 @dataclasses.dataclass(frozen=True)
 class Split:
@@ -56,7 +66,7 @@ class Dataset:
         test: rows to score on; nothing is ever fitted to them.
         mean: standardisation, from training rows alone.
         std: likewise.
-        fingerprint: hash of the content and of the code that decoded it.
+        fingerprint: hash of all rows, labels and statistics.
     """
 
     name: str
@@ -68,12 +78,12 @@ class Dataset:
     fingerprint: str
 
     @classmethod
-    def from_arrays(cls, name: str, num_classes: int, arrays: Arrays, fingerprint: str) -> Dataset:
+    def from_arrays(cls, name: str, num_classes: int, arrays: Arrays) -> Dataset:
         """Wrap decoded arrays without copying them."""
         t = {f.name: torch.from_numpy(getattr(arrays, f.name)) for f in dataclasses.fields(Arrays)}
         return cls(
             name, num_classes, Split(t["train_x"], t["train_y"]), Split(t["test_x"], t["test_y"]), t["mean"],
-            t["std"], fingerprint,
+            t["std"], arrays.fingerprint(),
         )  # fmt: skip
 
     @property

@@ -29,20 +29,20 @@ def load(name: str) -> Dataset:
         DataError: unknown name, or a file that is missing or damaged.
     """
     spec = find(name)
-    source = mirror.mirror_path() if spec.columns else None
-    content = mirror.checked_hashes(source, name) if source else spec.origin
-    code = {module: _code_hash(module) for module in (f"{sets.__name__}.{name}", "midl.lab.data.table")}
-    fingerprint = hash_json([name, content, code])[:16]
     if not spec.columns:
-        return Dataset.from_arrays(name, spec.num_classes, spec.decode({}), fingerprint)
-    key = f"{name}-{fingerprint}"
+        return Dataset.from_arrays(name, spec.num_classes, spec.decode({}))
+    source = mirror.mirror_path()
+    content = mirror.checked_hashes(source, name) if source else spec.origin
+    # What was decoded by other code is decoded anew.
+    code = [_code_hash(module) for module in (f"{sets.__name__}.{name}", "midl.lab.data.table")]
+    key = f"{name}-{hash_json([name, content, code])[:16]}"
     arrays = read_arrays(key)
     if arrays is None:
         write_arrays(key, _decode(name, spec, source))
         arrays = read_arrays(key)
         if arrays is None:
             raise DataError(f"dataset={name!r}: the cache entry {key} was damaged while it was written")
-    return Dataset.from_arrays(name, spec.num_classes, arrays, fingerprint)
+    return Dataset.from_arrays(name, spec.num_classes, arrays)
 
 
 def _decode(name: str, spec: Spec, source: Path | None) -> Arrays:
