@@ -89,7 +89,7 @@ def measure_ceilings(*, quick: bool = False) -> Ceilings:
     Args:
         quick: fewer tries and smaller matrices.
     """
-    threads = torch.get_num_threads()
+    threads, tries = torch.get_num_threads(), 5 if quick else 20
     size = 1024 if quick else 2048
     sweep = torch.ones(max(2**26, 4 * last_level_cache()) // 4)
     readers: dict[str, Callable[[], object]] = {"torch.sum": sweep.sum, "torch.max": sweep.max}
@@ -97,15 +97,15 @@ def measure_ceilings(*, quick: bool = False) -> Ceilings:
     with tempfile.TemporaryDirectory() as folder:
         native = _build(Path(folder))
         if native is not None:
-            fma = _fma_gflops(native, threads, quick)
+            fma = _fma_gflops(native, threads, tries)
             readers["C loop"] = lambda: _read_all(native, sweep, threads)
-        rates = {name: 4 * sweep.numel() / _best_seconds(read, 5) / 1e9 for name, read in readers.items()}
+        rates = {name: 4 * sweep.numel() / _best_seconds(read, tries) / 1e9 for name, read in readers.items()}
     fastest = max(rates, key=lambda name: rates[name])
     return Ceilings(
         threads=threads,
         fma_gflops=fma,
-        gemm_gflops=_gemm_gflops(size, torch.float32),
-        gemm_bf16_gflops=_gemm_gflops(size // 2, torch.bfloat16),
+        gemm_gflops=_gemm_gflops(size, torch.float32, tries),
+        gemm_bf16_gflops=_gemm_gflops(size // 2, torch.bfloat16, tries),
         read_gbs=rates[fastest],
         read_by=fastest,
     )
@@ -144,9 +144,9 @@ def _best_seconds(call: Callable[[], object], tries: int) -> float:
     return min(times)
 
 
-def _gemm_gflops(size: int, dtype: torch.dtype) -> float:
+def _gemm_gflops(size: int, dtype: torch.dtype, tries: int) -> float:
     a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
-    return 2 * size**3 / _best_seconds(lambda: F.linear(a, b), 5) / 1e9
+    return 2 * size**3 / _best_seconds(lambda: F.linear(a, b), tries) / 1e9
 
 
 def _build(folder: Path) -> ctypes.CDLL | None:
@@ -176,14 +176,14 @@ def _build(folder: Path) -> ctypes.CDLL | None:
     return native
 
 
-def _fma_gflops(native: ctypes.CDLL, threads: int, quick: bool) -> float:
-    steps = 2_000_000 if quick else 10_000_000
+def _fma_gflops(native: ctypes.CDLL, threads: int, tries: int) -> float:
+    steps = 2_000_000  # a few milliseconds
 
     def run() -> None:
         with ThreadPoolExecutor(threads) as pool:  # ctypes releases the interpreter lock
             list(pool.map(native.multiply_add, [ctypes.c_long(steps)] * threads))
 
-    return threads * steps * native.flops_per_step() / _best_seconds(run, 5) / 1e9
+    return threads * steps * native.flops_per_step() / _best_seconds(run, tries) / 1e9
 
 
 def _read_all(native: ctypes.CDLL, sweep: torch.Tensor, threads: int) -> None:

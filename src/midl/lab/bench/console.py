@@ -42,7 +42,7 @@ def _print_header(results: Results, console: Console) -> None:
     )
     busy = busy_machine(machine)
     if busy:
-        console.print(busy)
+        console.print(busy, soft_wrap=True)
     fma = ceilings["fma_gflops"]
     console.print(
         f"ceilings: {'no C compiler' if fma is None else f'{fma:.0f}'} GFLOP/s fp32 multiply-add, "
@@ -53,35 +53,34 @@ def _print_header(results: Results, console: Console) -> None:
 
 def _print_case(case: Case, rows: list[Row], console: Console) -> None:
     """Print the rows of one case; a row whose parity check is red tells no speed."""
-    table = Table(title=case.name, title_justify="left", box=None, padding=(0, 2, 0, 0))
-    for column in ("contender", "kernel", "time", "over user", "over best", "best dense", "roofline", "parity"):
-        table.add_column(column, justify="left", no_wrap=column == "contender")
-    for row in rows:
-        table.add_row(*_cells(row))
-    console.print(table)
-    if rows and rows[0].times:
-        ours = {row.contender for row in rows}
-        times = {name: spread for name, spread in rows[0].times.items() if name not in ours}
-        console.print("  dense: " + ", ".join(f"{name} {format_seconds(s['median'])}" for name, s in times.items()))
+    console.print(f"[bold]{case.name}[/bold]")
+    timed = next((row for row in rows if row.times), None)
+    if timed is not None:
+        dense = {name: spread for name, spread in timed.times.items() if name != timed.contender}
+        times = (f"{name} {format_seconds(s['median'])}{' (best)' * (name == timed.best)}" for name, s in dense.items())
+        console.print("  " + ", ".join(times), soft_wrap=True)
     for name, reason in (rows[0].left_out if rows else {}).items():
-        console.print(f"  left out: {name}: {reason}", markup=False)
+        console.print(f"  left out: {name}: {reason}", markup=False, soft_wrap=True)
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=timed is not None)
+    for column in ("", "contender", "kernel", "time", "over user", "over best", "roofline", "parity"):
+        table.add_column(column, no_wrap=True)
+    for row in rows:
+        table.add_row("", *_cells(row))
+    console.print(table)
     console.print()
 
 
 def _cells(row: Row) -> list[str]:
-    error = f"{row.parity['error']:.1e}"
+    error = f"{row.parity['error']:.0e}"
+    start = [row.contender, row.implementation]
     if row.refused:
-        refusal = f"REFUSED: {error} > {row.parity['limit']:.0e} {row.parity['detail']}"
-        return [row.contender, row.implementation, "", "", "", "", "", refusal]
+        return [*start, "REFUSED", "", "", "", f"{error} > {row.parity['limit']:.0e} {row.parity['detail']}"]
     if row.memory is not None:
         ours, dense = row.memory[row.contender], row.memory[row.user]
-        text = "; ".join(
-            f"{name} {_mib(ours[name])} against {_mib(dense[name])} of {row.user}" for name in ("saved", "peak")
-        )
-        return [row.contender, row.implementation, "", "", "", "", text, error]
+        saved, peak = (f"{name} {_mib(ours[name])}, dense {_mib(dense[name])}" for name in ("saved", "peak"))
+        return [*start, saved, peak, "", "", error]
     time = format_seconds(row.times[row.contender]["median"])
-    ratios = [format_ratio(row.over_user), format_ratio(row.over_best)]
-    return [row.contender, row.implementation, time, *ratios, row.best or "", format_roofline(row), error]
+    return [*start, time, format_ratio(row.over_user), format_ratio(row.over_best), format_roofline(row), error]
 
 
 def _mib(count: int | None) -> str:
@@ -90,14 +89,16 @@ def _mib(count: int | None) -> str:
 
 def _print_summary(results: Results, console: Console) -> None:
     """Print geometric means and worst cells per group and contender."""
-    table = Table(title="geometric means (baseline time / ours)", title_justify="left", box=None, padding=(0, 2, 0, 0))
-    for column in ("group", "contender", "cells", "over user", "over best", "worst over best", "in", "refused"):
-        table.add_column(column)
+    console.print("[bold]geometric means, baseline time / ours[/bold]")
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in ("group", "contender", "cells", "over user", "over best", "worst", "in", "refused"):
+        table.add_column(column, no_wrap=True)
     for s in summarise(results.rows):
         ratios = [
             f"{ratio:.2f}" if ratio is not None else "" for ratio in (s.over_user, s.over_best, s.worst_over_best)
         ]
         table.add_row(s.group, s.contender, str(s.cells), *ratios, s.worst_case, str(s.refused or ""))
     console.print(table)
+    console.print(f"{100 * results.preempted:.0f} % of our calls were preempted by other processes")
     if results.refused:
         console.print(f"rows whose output differs from the reference's and that tell no speed: {len(results.refused)}")

@@ -13,7 +13,7 @@ from midl.lab.bench.parity import Parity
 from midl.lab.bench.registry import Case
 from midl.lab.bench.results import Row
 from midl.lab.bench.session import Coldness, Session
-from midl.lab.bench.timing import Spread, Timed, interleave, paired_ratio
+from midl.lab.bench.timing import Sample, Spread, Timed, interleave, paired_ratio, undisturbed
 
 __all__ = ["Contender", "Contest", "hold"]
 
@@ -97,7 +97,7 @@ def hold(contest: Contest, session: Session, case: Case) -> list[Row]:
             before_round=contest.cold.sweep,
         )
     times = {c.name: sample for c, sample in zip(runners, samples, strict=True)}
-    spreads = {name: Spread.of(sample) for name, sample in times.items()}
+    spreads = {name: Spread.of(undisturbed(sample)) for name, sample in times.items()}
     dense = [c.name for c in runners if c.role != "midl"]
     best = min(dense, key=lambda name: spreads[name].median, default=None)
     user = next(c.name for c in contest.contenders if c.role == "user")
@@ -110,7 +110,7 @@ def hold(contest: Contest, session: Session, case: Case) -> list[Row]:
 
 def _row(
     contest: Contest, session: Session, case: Case, contender: Contender, parity: Parity,
-    times: dict[str, list[float]], spreads: dict[str, Spread], user: str, best: str | None,
+    times: dict[str, list[Sample]], spreads: dict[str, Spread], user: str, best: str | None,
 ) -> Row:  # fmt: skip
     row = Row(
         case=case.name,
@@ -127,6 +127,7 @@ def _row(
         return row
     ours = times[contender.name]
     row.rounds = len(ours)
+    row.preempted = sum(sample.preempted for sample in ours) / len(ours)
     # The other contenders of ours have rows of their own.
     baselines = [c.name for c in contest.contenders if c.role != "midl" and c.name in spreads]
     row.times = {name: spreads[name].to_dict() for name in (*baselines, contender.name)}

@@ -27,7 +27,8 @@ Every time is that of the whole layer: code, light path, gate, selection, full p
 backward the fastest of eager and compiled. All contenders take turns in one process (ABC, BCA, CAB, ...); weights are
 rotated, and where they are small other memory is read between rounds, so that at least twice the last-level cache is
 read between two uses of the same weights. Inputs are fresh copies. Ratios are baseline time over ours, taken round by
-round: the median, and the quartiles in brackets. Above 1 the layer is faster. A contender is timed only after its
+round: the median, and the quartiles in brackets; calls that the scheduler interrupted are left out if three others
+remain. Above 1 the layer is faster. A contender is timed only after its
 output (and, for training, every gradient) matched the reference. `kernel` is the implementation that ran.
 
 The roofline column gives the achieved rate and the share of the measured ceiling that binds: multiply-adds in registers
@@ -87,6 +88,7 @@ def _header(path: Path, results: Results) -> str:
         f"{ceilings['gemm_gflops']:.0f} GFLOP/s fp32, {ceilings['gemm_bf16_gflops']:.0f} GFLOP/s bf16; memory read "
         f"{ceilings['read_gbs']:.1f} GB/s |",
         f"| cold | {settings['cold_bytes'] // 2**20} MiB read between two uses of the same weights |",
+        f"| preempted | {100 * results.preempted:.0f} % of our timed calls |",
         "",
     ]
     if busy := busy_machine(machine):

@@ -21,7 +21,9 @@ class Row:
 
     ``times`` maps every contender to ``{"median", "q1", "q3"}`` in seconds per call; ``over_user`` and ``over_best``
     are the same three numbers of the round-by-round ratio baseline / contender. A row whose parity check is red has
-    neither. Rows of the memory cases have ``memory`` (bytes) instead.
+    neither. Rows of the memory cases have ``memory`` (bytes) instead. ``preempted`` is the share
+    of our calls during which the scheduler took a processor away; such calls count only where fewer than three others
+    were left.
     """
 
     case: str
@@ -39,6 +41,7 @@ class Row:
     memory: dict[str, dict[str, int | None]] | None = None
     left_out: dict[str, str] = field(default_factory=dict)
     rounds: int = 0
+    preempted: float = 0.0
     copies: int = 1
 
     @property
@@ -60,6 +63,12 @@ class Results:
     def refused(self) -> list[Row]:
         """The rows whose parity check was red."""
         return [row for row in self.rows if row.refused]
+
+    @property
+    def preempted(self) -> float:
+        """The mean share of preempted calls over the timed rows: above a few percent, the machine was busy."""
+        shares = [row.preempted for row in self.rows if row.times]
+        return sum(shares) / len(shares) if shares else 0.0
 
 
 def write_results(path: Path, results: Results) -> None:

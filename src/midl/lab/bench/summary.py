@@ -66,9 +66,9 @@ def format_ratio(spread: dict[str, float] | None) -> str:
     """Return the median ratio and its quartiles.
 
     >>> format_ratio({"median": 1.7, "q1": 1.6, "q3": 1.85})
-    '1.70 (1.60 to 1.85)'
+    '1.70 (1.60–1.85)'
     """
-    return "" if spread is None else f"{spread['median']:.2f} ({spread['q1']:.2f} to {spread['q3']:.2f})"
+    return "" if spread is None else f"{spread['median']:.2f} ({spread['q1']:.2f}–{spread['q3']:.2f})"
 
 
 def format_roofline(row: Row) -> str:

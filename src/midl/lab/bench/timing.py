@@ -8,11 +8,16 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from midl.errors import MIDLError
 
-__all__ = ["Spread", "Timed", "geometric_mean", "interleave", "paired_ratio"]
+try:
+    import resource
+except ImportError:  # not on Windows
+    resource = None  # type: ignore[assignment]
+
+__all__ = ["Sample", "Spread", "Timed", "geometric_mean", "interleave", "paired_ratio", "preemptions", "undisturbed"]
 
 # Quartiles of fewer would be the extremes.
 _FEWEST_ROUNDS = 3
@@ -51,6 +56,18 @@ class Timed:
     call: Callable[[Any], object]
 
 
+class Sample(NamedTuple):
+    """Seconds of one call and whether the scheduler took a processor away meanwhile."""
+
+    seconds: float
+    preempted: bool = False
+
+
+def preemptions() -> int:
+    """Return how often the scheduler has taken a processor from this process, all threads; 0 where nobody counts."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw if resource else 0
+
+
 def interleave(
     contenders: Sequence[Timed],
     *,
@@ -62,8 +79,9 @@ def interleave(
     inner: int = 1,
     before_round: Callable[[], object] = lambda: None,
     clock: Callable[[], float] = time.perf_counter,
-) -> list[list[float]]:
-    """Return the seconds of one call, per contender and round.
+    count_preemptions: Callable[[], int] = preemptions,
+) -> list[list[Sample]]:
+    """Return the time of one call, per contender and round.
 
     A round calls every contender once. The order is ABC, BCA, CAB, ...: neighbours stay neighbours and nobody is
     always first after ``before_round``.
@@ -78,8 +96,9 @@ def interleave(
         inner: calls between two looks at the clock, for calls too short for it.
         before_round: runs untimed before each round.
         clock: seconds, monotonic.
+        count_preemptions: a counter that grows when the scheduler interrupts this process.
     """
-    times: list[list[float]] = [[] for _ in contenders]
+    samples: list[list[Sample]] = [[] for _ in contenders]
     collecting = gc.isenabled()
     gc.disable()  # a collection inside one contender's call would be charged to it
     try:
@@ -93,15 +112,17 @@ def interleave(
                 j = (done + position) % len(contenders)
                 argument = contenders[j].prepare(done)
                 call = contenders[j].call
+                before = count_preemptions()
                 start = clock()
                 for _ in range(inner):
                     call(argument)
-                times[j].append((clock() - start) / inner)
+                seconds_of_call = (clock() - start) / inner
+                samples[j].append(Sample(seconds_of_call, count_preemptions() > before))
             done += 1
     finally:
         if collecting:
             gc.enable()
-    return times
+    return samples
 
 
 def _goes_on(elapsed: float, done: int, seconds: float, min_rounds: int, max_rounds: int, patience: float) -> bool:
@@ -109,13 +130,26 @@ def _goes_on(elapsed: float, done: int, seconds: float, min_rounds: int, max_rou
     return done < needed or (done < max_rounds and elapsed < seconds)
 
 
-def paired_ratio(baseline: Sequence[float], ours: Sequence[float]) -> Spread:
+def undisturbed(samples: Sequence[Sample]) -> list[float]:
+    """Return the seconds of the calls that were not preempted, or of all calls if fewer than three were not.
+
+    >>> undisturbed([Sample(1.0), Sample(9.0, preempted=True), Sample(1.1), Sample(0.9)])
+    [1.0, 1.1, 0.9]
+    """
+    clean = [sample.seconds for sample in samples if not sample.preempted]
+    return clean if len(clean) >= _FEWEST_ROUNDS else [sample.seconds for sample in samples]
+
+
+def paired_ratio(baseline: Sequence[Sample], ours: Sequence[Sample]) -> Spread:
     """Return the spread of ``baseline / ours``, round by round: above 1, ours is faster.
 
-    >>> paired_ratio([2.0, 4.0, 6.0], [1.0, 2.0, 2.0]).median
+    Rounds in which either call was preempted are left out, if three others remain.
+
+    >>> paired_ratio([Sample(2.0), Sample(4.0), Sample(6.0)], [Sample(1.0), Sample(2.0), Sample(2.0)]).median
     2.0
     """
-    return Spread.of([b / o for b, o in zip(baseline, ours, strict=True)])
+    pairs = zip(baseline, ours, strict=True)
+    return Spread.of(undisturbed([Sample(b.seconds / o.seconds, b.preempted or o.preempted) for b, o in pairs]))
 
 
 def geometric_mean(values: Iterable[float]) -> float:

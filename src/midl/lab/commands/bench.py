@@ -50,7 +50,9 @@ def bench(
             return
         from midl.lab.bench.console import Printer
 
-        printer = Printer(Console())
+        console = Console()
+        # A file or a pipe has no width of its own; 80 columns would cut the tables.
+        printer = Printer(console if console.is_terminal else Console(width=160))
         results = run_bench(
             only, quick=quick, out=out, threads=threads, kernels=kernels or ["auto"], compile=compiled, report=printer
         )
