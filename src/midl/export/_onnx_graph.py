@@ -1,0 +1,142 @@
+"""The formula of :mod:`midl.ops.reference` in ONNX operators. Imports onnxscript.
+
+torch's exporter calls :func:`linear` and :func:`conv2d` while it builds the graph. Their tensors know their type and
+shape; what the operators here return does not, so both are passed along, or asked of the graph where they may vary.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from onnxscript import opset18
+from onnxscript.ir import DataType
+
+from midl.errors import MIDLError
+
+__all__ = ["conv2d", "linear"]
+
+Value = Any
+op: Any = opset18  # its own types are of eager values, not of the symbols that pass here
+
+
+def linear(
+    x: Value, weight: Value, bias: Value, light_down: Value, light_up: Value, gate_weight: Value, gate_bias: Value,
+    noise: Value, k: int, group_size: int, span: int, interpolation: str, ste: str,
+) -> tuple[Value, Value]:  # fmt: skip
+    """Write ``midl::linear``: y and the selected groups."""
+    up = _accumulate_type(x)
+    rows = op.Cast(x, to=up)
+    y, selected = _interpolate(
+        op.MatMul(rows, _transposed(light_down, up)), op.MatMul(rows, _transposed(weight, up)), bias, light_up,
+        gate_weight, gate_bias, noise, k, group_size, span, interpolation, up,
+    )  # fmt: skip
+    return op.Cast(y, to=x.dtype), selected
+
+
+def conv2d(
+    x: Value, weight: Value, bias: Value, light_down: Value, light_up: Value, gate_weight: Value, gate_bias: Value,
+    noise: Value, stride: list[int], padding: list[int], dilation: list[int], k: int, group_size: int, span: int,
+    interpolation: str, ste: str,
+) -> tuple[Value, Value]:  # fmt: skip
+    """Write ``midl::conv2d``; ``span=0`` makes each image one block."""
+    up = _accumulate_type(x)
+    images = op.Cast(x, to=up)
+
+    def convolve(filters: Value) -> Value:
+        """(B, C, H, W) -> (B, H', W', channels)."""
+        pads = [*padding, *padding]
+        image = op.Conv(images, op.Cast(filters, to=up), strides=list(stride), pads=pads, dilations=list(dilation))
+        return op.Transpose(image, perm=[0, 2, 3, 1])
+
+    code, full = convolve(light_down), convolve(weight)
+    image_shape = op.Shape(full)
+    if span == 0:
+        code, full = (
+            op.Reshape(t, _ints(0, -1, filters.shape[0])) for t, filters in ((code, light_down), (full, weight))
+        )
+    y, selected = _interpolate(
+        code, full, bias, light_up, gate_weight, gate_bias, noise, k, group_size, span, interpolation, up
+    )
+    return op.Cast(op.Transpose(op.Reshape(y, image_shape), perm=[0, 3, 1, 2]), to=x.dtype), selected
+
+
+def _interpolate(
+    code: Value, full: Value, bias: Value, light_up: Value, gate_weight: Value, gate_bias: Value, noise: Value, k: int,
+    group_size: int, span: int, interpolation: str, up: DataType,
+) -> tuple[Value, Value]:  # fmt: skip
+    """Write the mix of code (..., T, r) and full path (..., T, n); ``span=0``: all positions are one block."""
+    if noise is not None:
+        raise MIDLError("onnx_translations: the model draws exploration noise, expected model.eval() before the export")
+    n = light_up.shape[0]
+    bias = None if bias is None else op.Cast(bias, to=up)
+
+    def grouped(t: Value) -> Value:
+        """(..., n) -> (..., N, group_size)."""
+        return op.Reshape(t, op.Concat(op.Shape(t, end=-1), _ints(n // group_size, group_size), axis=0))
+
+    light = op.MatMul(code, _transposed(light_up, up))
+    block_code = _block_mean(code, light_up.shape[1], span, up)
+    if gate_weight is not None:
+        logits = op.Add(op.MatMul(block_code, _transposed(gate_weight, up)), op.Cast(gate_bias, to=up))
+    else:
+        block_light = op.MatMul(block_code, _transposed(light_up, up))
+        block_light = block_light if bias is None else op.Add(block_light, bias)
+        logits = op.ReduceMean(grouped(block_light), _ints(-1), keepdims=0)
+
+    lowest = op.Cast(op.Constant(value_float=-math.inf), to=up)
+    _, chosen = op.TopK(op.Where(op.IsNaN(logits), lowest, logits), _ints(k), axis=-1)
+    nowhere = op.Expand(_false(), op.Shape(logits))
+    mask = op.ScatterElements(nowhere, chosen, op.Expand(op.Not(_false()), op.Shape(chosen)), axis=-1)
+    ascending, _ = op.TopK(chosen, _ints(k), axis=-1, largest=0)
+
+    def spread(t: Value) -> Value:
+        """(..., blocks, N) -> (..., T, N, 1), or broadcasting to it."""
+        if span > 1:
+            block_of_position = op.Div(_positions(code, step=1), _ints(span))
+            t = op.Gather(t, block_of_position, axis=-2)
+        return op.Unsqueeze(t, _ints(-1))
+
+    light_groups, full_groups = grouped(light), grouped(full)
+    mixed = full_groups
+    if interpolation == "sigmoid":
+        difference = op.Sub(full_groups, light_groups)
+        mixed = op.Add(light_groups, op.Mul(spread(op.Sigmoid(logits)), difference))
+    y = op.Reshape(op.Where(spread(mask), mixed, light_groups), op.Shape(full))
+    return (y if bias is None else op.Add(y, bias)), op.Cast(ascending, to=DataType.INT32)
+
+
+def _block_mean(t: Value, channels: int, span: int, up: DataType) -> Value:
+    """(..., T, channels) -> (..., blocks, channels): the mean over each block; the last may be short."""
+    if span == 0:
+        return op.ReduceMean(t, _ints(-2), keepdims=1)
+    if span == 1:
+        return t
+    length = op.Shape(t, start=-2, end=-1)
+    missing = op.Mod(op.Neg(length), _ints(span))
+    padded = op.Pad(t, op.Concat(_ints(0), missing, axis=0), op.Cast(op.Constant(value_float=0.0), to=up), _ints(-2))
+    blocks = op.Reshape(padded, op.Concat(op.Shape(t, end=-2), _ints(-1, span, channels), axis=0))
+    sizes = op.Min(op.Sub(length, _positions(t, step=span)), _ints(span))
+    return op.Div(op.ReduceSum(blocks, _ints(-2), keepdims=0), op.Unsqueeze(op.Cast(sizes, to=up), _ints(-1)))
+
+
+def _positions(t: Value, step: int) -> Value:
+    """Return 0, step, 2 step, ... below the positions of ``t`` (..., T, channels)."""
+    length = op.Squeeze(op.Shape(t, start=-2, end=-1))
+    return op.Range(op.Constant(value_int=0), length, op.Constant(value_int=step))
+
+
+def _accumulate_type(x: Value) -> DataType:
+    return DataType.DOUBLE if x.dtype == DataType.DOUBLE else DataType.FLOAT
+
+
+def _transposed(matrix: Value, up: DataType) -> Value:
+    return op.Transpose(op.Cast(matrix, to=up), perm=[1, 0])
+
+
+def _ints(*values: int) -> Value:
+    return op.Constant(value_ints=list(values))
+
+
+def _false() -> Value:
+    return op.Cast(op.Constant(value_int=0), to=DataType.BOOL)
