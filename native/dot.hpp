@@ -36,16 +36,20 @@ MIDL_INLINE void dot_tile(const float* const* rows, const W* w, std::int64_t ldw
     for (int c = 0; c < C; ++c) column[c] = load(b[c] + i);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      const Vec row = load(a[r] + i);
+      Vec row = load(a[r] + i);
+      MIDL_IN_REGISTER(row);
 #pragma GCC unroll 16
       for (int c = 0; c < C; ++c) acc[r][c] += row * column[c];
     }
   }
   if (i < depth) {
     Vec column[C];
+#pragma GCC unroll 16
     for (int c = 0; c < C; ++c) column[c] = load_first(b[c] + i, depth - i);
+#pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       const Vec row = load_first(a[r] + i, depth - i);
+#pragma GCC unroll 16
       for (int c = 0; c < C; ++c) acc[r][c] += row * column[c];
     }
   }
@@ -61,8 +65,10 @@ MIDL_INLINE void dot_tile(const float* const* rows, const W* w, std::int64_t ldw
   for (int r = 0; r < R; ++r) {
     float* o = out + r * ldo;
     if (accumulate) {
+#pragma GCC unroll 16
       for (int c = 0; c < C; ++c) o[c] += sums[r * C + c];
     } else {
+#pragma GCC unroll 16
       for (int c = 0; c < C; ++c) o[c] = sums[r * C + c];
     }
   }
@@ -99,22 +105,6 @@ void dot_block(const float* const* rows, std::int64_t m, const W* w, std::int64_
     case 2: return dot_rows<2>(rows, w, ldw, neurons, start, depth, out, ldo, accumulate);
     case 1: return dot_rows<1>(rows, w, ldw, neurons, start, depth, out, ldo, accumulate);
     default: return;
-  }
-}
-
-// out (m x neurons) = rows (m x depth, by pointer) . w (neurons x depth)^T
-template <class W>
-void multiply_rows(const float* const* rows, std::int64_t m, const W* w, std::int64_t ldw, std::int64_t neurons,
-                   std::int64_t depth, float* out, std::int64_t ldo) {
-  constexpr std::int64_t kNeuronBlock = 32;
-  const std::int64_t passes = (depth + kDepthBlock - 1) / kDepthBlock;
-  const std::int64_t step = ((depth + passes - 1) / passes + L - 1) / L * L;
-  for (std::int64_t start = 0; start < depth; start += step) {
-    const std::int64_t length = depth - start < step ? depth - start : step;
-    for (std::int64_t c = 0; c < neurons; c += kNeuronBlock) {
-      const int count = int(neurons - c < kNeuronBlock ? neurons - c : kNeuronBlock);
-      dot_block(rows, m, w + c * ldw, ldw, count, start, length, out + c, ldo, start > 0);
-    }
   }
 }
 

@@ -19,9 +19,6 @@ constexpr double kThreadWorth = 300e3;
 // Below this many, every thread computes the gate for itself rather than wait for the others' share.
 constexpr double kRepeatWorth = 100e3;
 
-MIDL_INLINE std::int64_t lesser(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
-MIDL_INLINE std::int64_t round_up(std::int64_t n, std::int64_t step) { return (n + step - 1) / step * step; }
-MIDL_INLINE std::int64_t divide_up(std::int64_t n, std::int64_t step) { return (n + step - 1) / step; }
 
 struct Range {
   std::int64_t begin, end;
@@ -60,10 +57,30 @@ struct NeuronBlocks {
     const std::int64_t group = i / parts * groups_per_block;
     const std::int64_t end = lesser(groups, group + groups_per_block);
     if (parts == 1) return {group, end, group * group_size, (end - group) * group_size};
-    const std::int64_t size = divide_up(group_size, parts), begin = i % parts * size;
-    return {group, end, group * group_size + begin, lesser(size, group_size - begin)};
+    const std::int64_t begin = i % parts * part_size();
+    return {group, end, group * group_size + begin, lesser(part_size(), group_size - begin)};
   }
+  std::int64_t part_size() const { return divide_up(group_size, parts); }
 };
+
+// Where the panels of a layer lie in one buffer of elements, see Neurons.
+struct PackedLayout {
+  std::int64_t depth, rank, part_lanes;  // part_lanes: 0 where groups are too narrow for panels
+  std::int64_t down, up, gate, weight, size;
+  PackedLayout(std::int64_t depth_, std::int64_t rank_, const NeuronBlocks& blocks) : depth(depth_), rank(rank_) {
+    part_lanes = blocks.group_size < kPanelWorthNeurons ? 0 : round_up(blocks.part_size(), L);
+    down = 0;
+    up = down + round_up(rank, kPanelWidth) * depth;
+    gate = up + blocks.count * kPanelWidth * rank;
+    weight = gate + round_up(blocks.groups, kPanelWidth) * rank;
+    size = weight + blocks.groups * blocks.parts * part_lanes * depth;
+  }
+  std::int64_t weight_part(std::int64_t part) const { return weight + part * part_lanes * depth; }
+};
+
+// The light gate's group means of light_up keep float32's precision: bfloat16 panels don't hold them.
+template <class T>
+constexpr bool kGroupMeansPacked = sizeof(T) == 4;
 
 // Everything the phases of a call share.
 template <class T>
@@ -71,6 +88,8 @@ struct ForwardPlan {
   const midl::LinearForward& call;
   Blocks blocks;
   NeuronBlocks neuron_blocks;
+  PackedLayout layout;
+  const T* packed;
   int threads;
   bool repeat_gate;
   std::int64_t group_size, code_stride, gate_stride, chunk_blocks, chunk_rows, row_parts;
@@ -81,9 +100,10 @@ struct ForwardPlan {
   std::size_t private_bytes;
 
   explicit ForwardPlan(const midl::LinearForward& c)
-      : call(c), blocks(c.rows, c.positions, c.span), neuron_blocks(c.groups, c.neurons / c.groups) {
+      : call(c), blocks(c.rows, c.positions, c.span), neuron_blocks(c.groups, c.neurons / c.groups),
+        layout(c.depth, c.rank, neuron_blocks), packed(static_cast<const T*>(c.packed)) {
     group_size = c.neurons / c.groups;
-    code_stride = round_up(c.rank, L);
+    code_stride = round_up(c.rank, kPanelWidth);
     gate_stride = round_up(c.groups, kPanelWidth);
     const double work = double(c.rows) * (double(c.rank) * double(c.depth + c.neurons) +
                                           double(c.selected_groups) * double(group_size) * double(c.depth));
@@ -111,7 +131,7 @@ struct ForwardPlan {
     code = memory.take<float>(chunk_rows * code_stride);
     block_code = call.span > 1 ? memory.take<float>(chunk_blocks * code_stride) : code;
     gate = memory.take<float>(chunk_blocks * gate_stride);
-    gate_weight = memory.take<float>(call.gate_weight ? 0 : call.groups * call.rank);
+    gate_weight = call.gate_weight || (packed && kGroupMeansPacked<T>) ? nullptr : memory.take<float>(call.groups * call.rank);
     gate_bias = memory.take<float>(gate_stride);
     input = sizeof(T) == 4 ? nullptr : memory.take<float>(chunk_rows * call.depth);
   }
@@ -119,10 +139,10 @@ struct ForwardPlan {
 
 // What one thread needs for itself.
 struct ThreadMemory {
-  const float** rows;
+  const float **rows, **code_rows;
   std::int32_t* members;
   float* weights;
-  float *panel, *light, *full, *bias;
+  float *slice, *light, *full, *bias;
   std::int32_t *keys, *picks;
   float* gate;  // of the chunk: the plan's, or this thread's own where the gate is computed by every thread
 
@@ -130,9 +150,10 @@ struct ThreadMemory {
   ThreadMemory(Carver& memory, const ForwardPlan<T>& plan) {
     const auto& c = plan.call;
     rows = memory.take<const float*>(plan.chunk_rows);
+    code_rows = memory.take<const float*>(plan.chunk_rows);
     members = memory.take<std::int32_t>(plan.chunk_rows);
     weights = memory.take<float>(plan.chunk_rows);
-    panel = memory.take<float>(panel_floats(c.rank));
+    slice = memory.take<float>(slice_floats());
     light = memory.take<float>(plan.chunk_rows * kPanelWidth);
     full = memory.take<float>(plan.chunk_rows * kPanelWidth);
     bias = memory.take<float>(kPanelWidth);
@@ -143,37 +164,33 @@ struct ThreadMemory {
   }
 };
 
-// out (m x kPanelWidth) = a (m x depth) . w (size x depth)^T + bias (kPanelWidth)
 template <class W>
-void multiply_short(const float* a, std::int64_t lda, std::int64_t m, const W* w, int size, std::int64_t depth,
-                    const float* bias, ThreadMemory& memory, float* out, std::int64_t ldo) {
-  if (m >= kPanelWorthRows) {
-    pack_panel(w, depth, size, depth, memory.panel);
-    multiply_panel(a, lda, m, memory.panel, depth, bias, out, ldo);
-    return;
-  }
-  for (std::int64_t r = 0; r < m; ++r) memory.rows[r] = a + r * lda;
-  dot_block(memory.rows, m, w, depth, size, 0, depth, out, ldo, false);
-  for (std::int64_t r = 0; r < m; ++r)
-    for (int j = 0; j < size; ++j) out[r * ldo + j] += bias[j];
+Neurons<W> neurons_at(const W* plain, std::int64_t stride, const W* packed, std::int64_t offset, std::int64_t count) {
+  return {plain, stride, packed ? packed + offset : nullptr, int(count)};
 }
 
 // The light gate is a projection by the group means of light_up, with the group means of the bias.
-template <class T>
-void average_light_up(const ForwardPlan<T>& plan, Range groups) {
-  const auto& c = plan.call;
-  const T* up = static_cast<const T*>(c.light_up);
-  const T* bias = static_cast<const T*>(c.bias);
+template <class T, class P>
+void average_light_up(const T* up, std::int64_t rank, std::int64_t group_size, Range groups, P* mean) {
   for (std::int64_t g = groups.begin; g < groups.end; ++g) {
-    float* mean = plan.gate_weight + g * c.rank;
-    for (std::int64_t i = 0; i < c.rank; ++i) mean[i] = 0;
-    for (std::int64_t j = g * plan.group_size; j < (g + 1) * plan.group_size; ++j)
-      for (std::int64_t i = 0; i < c.rank; ++i) mean[i] += to_float(up[j * c.rank + i]);
-    for (std::int64_t i = 0; i < c.rank; ++i) mean[i] /= float(plan.group_size);
+    for (std::int64_t i = 0; i < rank; ++i) {
+      float total = 0;
+      for (std::int64_t j = g * group_size; j < (g + 1) * group_size; ++j) total += to_float(up[j * rank + i]);
+      store_as(mean + g * rank + i, total / float(group_size));
+    }
+  }
+}
+
+template <class T>
+void read_gate_bias(const ForwardPlan<T>& plan) {
+  const auto& c = plan.call;
+  const T* from = static_cast<const T*>(c.gate_weight ? c.gate_bias : c.bias);
+  const std::int64_t size = c.gate_weight ? 1 : plan.group_size;
+  for (std::int64_t g = 0; g < plan.gate_stride; ++g) {
     float total = 0;
-    if (bias)
-      for (std::int64_t j = g * plan.group_size; j < (g + 1) * plan.group_size; ++j) total += to_float(bias[j]);
-    plan.gate_bias[g] = total / float(plan.group_size);
+    if (from && g < c.groups)
+      for (std::int64_t j = g * size; j < (g + 1) * size; ++j) total += to_float(from[j]);
+    plan.gate_bias[g] = total / float(size);
   }
 }
 
@@ -201,11 +218,15 @@ template <class T>
 void compute_code(const ForwardPlan<T>& plan, ThreadMemory& memory, Range rows, Range columns,
                   std::int64_t chunk_start) {
   const auto& c = plan.call;
-  if (rows.begin == rows.end || columns.begin == columns.end) return;
+  if (rows.begin == rows.end) return;
   for (std::int64_t r = rows.begin; r < rows.end; ++r) memory.rows[r - rows.begin] = input_row(plan, r, chunk_start);
-  multiply_rows(memory.rows, rows.end - rows.begin, static_cast<const T*>(c.light_down) + columns.begin * c.depth,
-                c.depth, columns.end - columns.begin, c.depth,
-                plan.code + (rows.begin - chunk_start) * plan.code_stride + columns.begin, plan.code_stride);
+  const T* down = static_cast<const T*>(c.light_down);
+  for (std::int64_t i = columns.begin; i < columns.end; i += kPanelWidth)
+    multiply_neurons(memory.rows, rows.end - rows.begin,
+                     neurons_at(down + i * c.depth, c.depth, plan.packed, plan.layout.down + i * c.depth,
+                                lesser(kPanelWidth, columns.end - i)),
+                     c.depth, nullptr, memory.slice, plan.code + (rows.begin - chunk_start) * plan.code_stride + i,
+                     plan.code_stride);
 }
 
 template <class T>
@@ -224,15 +245,17 @@ void average_code(const ForwardPlan<T>& plan, Range blocks, std::int64_t chunk_b
 }
 
 template <class T, class G>
-void compute_logits(const ForwardPlan<T>& plan, ThreadMemory& memory, const G* gate_weight, Range blocks,
-                    Range groups) {
+void compute_logits(const ForwardPlan<T>& plan, ThreadMemory& memory, const G* gate_weight, const G* packed,
+                    Range blocks, Range groups) {
   const auto& c = plan.call;
-  for (std::int64_t g = groups.begin; g < groups.end; g += kPanelWidth) {
-    const int size = int(lesser(groups.end - g, kPanelWidth));
-    multiply_short(plan.block_code + blocks.begin * plan.code_stride, plan.code_stride, blocks.end - blocks.begin,
-                   gate_weight + g * c.rank, size, c.rank, plan.gate_bias + g, memory,
-                   memory.gate + blocks.begin * plan.gate_stride + g, plan.gate_stride);
-  }
+  for (std::int64_t b = blocks.begin; b < blocks.end; ++b)
+    memory.code_rows[b - blocks.begin] = plan.block_code + b * plan.code_stride;
+  for (std::int64_t g = groups.begin; g < groups.end; g += kPanelWidth)
+    multiply_neurons(memory.code_rows, blocks.end - blocks.begin,
+                     neurons_at(gate_weight + g * c.rank, c.rank, packed, plan.layout.gate + g * c.rank,
+                                lesser(kPanelWidth, groups.end - g)),
+                     c.rank, plan.gate_bias + g, memory.slice, memory.gate + blocks.begin * plan.gate_stride + g,
+                     plan.gate_stride);
 }
 
 template <class T>
@@ -294,24 +317,32 @@ void interpolate(const ThreadMemory& memory, std::int64_t count, std::int64_t of
 }
 
 template <class T>
-void compute_neurons(const ForwardPlan<T>& plan, ThreadMemory& memory, const NeuronBlocks::Block& block, Range rows,
+void compute_neurons(const ForwardPlan<T>& plan, ThreadMemory& memory, std::int64_t index, Range rows,
                      std::int64_t chunk_block, std::int64_t chunk_start) {
   const auto& c = plan.call;
+  const NeuronBlocks::Block block = plan.neuron_blocks[index];
   const std::int64_t m = rows.end - rows.begin;
   const T* bias = static_cast<const T*>(c.bias);
   for (int j = 0; j < kPanelWidth; ++j)
     memory.bias[j] = bias && j < block.size ? to_float(bias[block.first + j]) : 0.0f;
-  multiply_short(plan.code + (rows.begin - chunk_start) * plan.code_stride, plan.code_stride, m,
-                 static_cast<const T*>(c.light_up) + block.first * c.rank, int(block.size), c.rank, memory.bias, memory,
-                 memory.light, kPanelWidth);
+  for (std::int64_t r = 0; r < m; ++r)
+    memory.code_rows[r] = plan.code + (rows.begin + r - chunk_start) * plan.code_stride;
+  multiply_neurons(memory.code_rows, m,
+                   neurons_at(static_cast<const T*>(c.light_up) + block.first * c.rank, c.rank, plan.packed,
+                              plan.layout.up + index * kPanelWidth * c.rank, block.size),
+                   c.rank, memory.bias, memory.slice, memory.light, kPanelWidth);
 
   const std::int64_t size = lesser(block.size, plan.group_size);
+  const T* packed = plan.layout.part_lanes ? plan.packed : nullptr;
   for (std::int64_t g = block.first_group; g < block.end_group; ++g) {
     const std::int64_t offset = (g - block.first_group) * plan.group_size;
     const std::int64_t count = gather_members(plan, g, rows, chunk_block, chunk_start, memory);
     if (count == 0) continue;
-    multiply_rows(memory.rows, count, static_cast<const T*>(c.weight) + (block.first + offset) * c.depth, c.depth,
-                  size, c.depth, memory.full, kPanelWidth);
+    const std::int64_t part = g * plan.neuron_blocks.parts + index % plan.neuron_blocks.parts;
+    multiply_neurons(memory.rows, count,
+                     neurons_at(static_cast<const T*>(c.weight) + (block.first + offset) * c.depth, c.depth, packed,
+                                plan.layout.weight_part(part), size),
+                     c.depth, nullptr, memory.slice, memory.full, kPanelWidth);
     interpolate(memory, count, offset, size);
   }
 
@@ -340,8 +371,7 @@ void run_forward(const midl::LinearForward& call) {
     plan.private_memory = memory + shared.used();
   }
   const std::int64_t groups = call.groups, rank = call.rank;
-  if (call.gate_bias)
-    for (std::int64_t g = 0; g < groups; ++g) plan.gate_bias[g] = to_float(static_cast<const T*>(call.gate_bias)[g]);
+  read_gate_bias(plan);
 
 #pragma omp parallel num_threads(plan.threads) if (plan.threads > 1)
   {
@@ -349,7 +379,9 @@ void run_forward(const midl::LinearForward& call) {
     const std::int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
     Carver own(plan.private_memory + plan.private_bytes * std::size_t(thread));
     ThreadMemory memory(own, plan);
-    if (!call.gate_weight) average_light_up(plan, part_of(groups, thread, threads, 1));
+    if (plan.gate_weight)
+      average_light_up(static_cast<const T*>(call.light_up), rank, plan.group_size,
+                       part_of(groups, thread, threads, 1), plan.gate_weight);
 
     for (std::int64_t first = 0; first < plan.blocks.count; first += plan.chunk_blocks) {
       const std::int64_t start = plan.blocks.first_row(first), end = plan.last_row(first);
@@ -363,7 +395,7 @@ void run_forward(const midl::LinearForward& call) {
       // Many rows are dealt out by rows, few rows by columns of the code.
       const bool by_rows = rows >= threads * kTileRows;
       compute_code(plan, memory, by_rows ? shift(part_of(rows, thread, threads, kTileRows), start) : Range{start, end},
-                   by_rows ? Range{0, rank} : part_of(rank, thread, threads, 4), start);
+                   by_rows ? Range{0, rank} : part_of(rank, thread, threads, kPanelWidth), start);
 #pragma omp barrier
       if (call.span > 1) {
         average_code(plan, shift(part_of(count, thread, threads, 1), first), first, start);
@@ -373,11 +405,11 @@ void run_forward(const midl::LinearForward& call) {
       const Range all_blocks{0, count};
       const Range own_blocks = plan.repeat_gate ? all_blocks : part_of(count, thread, threads, 1);
       const Range own_groups = by_blocks ? Range{0, groups} : part_of(groups, thread, threads, kPanelWidth);
-      if (call.gate_weight)
-        compute_logits(plan, memory, static_cast<const T*>(call.gate_weight), by_blocks ? own_blocks : all_blocks,
-                       own_groups);
+      const Range logit_blocks = by_blocks ? own_blocks : all_blocks;
+      if (plan.gate_weight)
+        compute_logits(plan, memory, plan.gate_weight, static_cast<const float*>(nullptr), logit_blocks, own_groups);
       else
-        compute_logits(plan, memory, plan.gate_weight, by_blocks ? own_blocks : all_blocks, own_groups);
+        compute_logits(plan, memory, static_cast<const T*>(call.gate_weight), plan.packed, logit_blocks, own_groups);
       if (!by_blocks) {
 #pragma omp barrier
       }
@@ -388,7 +420,7 @@ void run_forward(const midl::LinearForward& call) {
       const std::int64_t items = plan.neuron_blocks.count * plan.row_parts;
 #pragma omp for schedule(dynamic, 1) nowait
       for (std::int64_t i = 0; i < items; ++i)
-        compute_neurons(plan, memory, plan.neuron_blocks[i / plan.row_parts],
+        compute_neurons(plan, memory, i / plan.row_parts,
                         shift(part_of(rows, i % plan.row_parts, plan.row_parts, kTileRows), start), first, start);
       if (plan.end_block(first) < plan.blocks.count) {
 #pragma omp barrier
@@ -402,6 +434,57 @@ void linear_forward(const midl::LinearForward& call) {
     run_forward<bf16>(call);
   else
     run_forward<float>(call);
+}
+
+template <class T>
+void run_pack(const midl::LinearPack& call) {
+  const NeuronBlocks blocks(call.groups, call.neurons / call.groups);
+  const PackedLayout layout(call.depth, call.rank, blocks);
+  const std::int64_t rank = call.rank, depth = call.depth, group_size = blocks.group_size;
+  T* packed = static_cast<T*>(call.packed);
+  const auto* down = static_cast<const T*>(call.light_down);
+  const auto* up = static_cast<const T*>(call.light_up);
+  const auto* weight = static_cast<const T*>(call.weight);
+  const auto* gate = static_cast<const T*>(call.gate_weight);
+  if (!gate && kGroupMeansPacked<T>) {
+    T* mean = reinterpret_cast<T*>(midl::scratch(std::size_t(call.groups * rank) * sizeof(T)));
+    average_light_up(up, rank, group_size, Range{0, call.groups}, mean);
+    gate = mean;
+  }
+#pragma omp parallel num_threads(call.threads) if (call.threads > 1)
+  {
+#pragma omp for schedule(static) nowait
+    for (std::int64_t i = 0; i < rank; i += kPanelWidth)
+      pack_panel(down + i * depth, depth, int(lesser(kPanelWidth, rank - i)), depth, packed + layout.down + i * depth);
+    if (gate) {
+#pragma omp for schedule(static) nowait
+      for (std::int64_t i = 0; i < call.groups; i += kPanelWidth)
+        pack_panel(gate + i * rank, rank, int(lesser(kPanelWidth, call.groups - i)), rank,
+                   packed + layout.gate + i * rank);
+    }
+#pragma omp for schedule(static) nowait
+    for (std::int64_t i = 0; i < blocks.count; ++i)
+      pack_panel(up + blocks[i].first * rank, rank, int(blocks[i].size), rank, packed + layout.up + i * kPanelWidth * rank);
+    if (layout.part_lanes) {
+#pragma omp for schedule(static) nowait
+      for (std::int64_t part = 0; part < call.groups * blocks.parts; ++part) {
+        const std::int64_t begin = part % blocks.parts * blocks.part_size();
+        pack_panel(weight + (part / blocks.parts * group_size + begin) * depth, depth,
+                   int(lesser(blocks.part_size(), group_size - begin)), depth, packed + layout.weight_part(part));
+      }
+    }
+  }
+}
+
+std::int64_t packed_elements(const midl::LinearPack& call) {
+  return PackedLayout(call.depth, call.rank, NeuronBlocks(call.groups, call.neurons / call.groups)).size;
+}
+
+void pack(const midl::LinearPack& call) {
+  if (call.storage == midl::Storage::bfloat16)
+    run_pack<bf16>(call);
+  else
+    run_pack<float>(call);
 }
 
 void topk(const midl::TopK& call) {

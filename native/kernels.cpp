@@ -6,6 +6,6 @@
 
 namespace midl {
 
-const Kernels MIDL_TABLE = {MIDL_STRING(MIDL_NAME), L, linear_forward, topk};
+const Kernels MIDL_TABLE = {MIDL_STRING(MIDL_NAME), L, linear_forward, packed_elements, pack, topk};
 
 }  // namespace midl

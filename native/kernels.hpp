@@ -22,9 +22,19 @@ struct LinearForward {
   const void* gate_weight;     // (groups, rank), or null for the light gate
   const void* gate_bias;       // (groups), null with gate_weight
   const float* noise;          // (blocks, groups) or null
+  const void* packed;          // what `pack` made of these parameters, or null
   bool hard;                   // interpolation weight 1 instead of sigmoid
   void* y;                     // (rows, neurons)
   std::int32_t* selected;      // (blocks, selected_groups)
+  int threads;
+};
+
+// Parameters of a layer to be laid out as panels; the fields are those of LinearForward.
+struct LinearPack {
+  Storage storage;
+  std::int64_t depth, neurons, rank, groups;
+  const void *weight, *light_down, *light_up, *gate_weight;
+  void* packed;                // packed_elements() elements of `storage`
   int threads;
 };
 
@@ -39,6 +49,8 @@ struct Kernels {
   const char* name;
   int lanes;
   void (*linear_forward)(const LinearForward&);
+  std::int64_t (*packed_elements)(const LinearPack&);
+  void (*pack)(const LinearPack&);
   void (*topk)(const TopK&);
 };
 

@@ -29,8 +29,9 @@ struct bf16 {
   std::uint16_t bits;
 };
 
-MIDL_INLINE Vec splat(float value) { return Vec{} + value; }
-MIDL_INLINE IVec splat(std::int32_t value) { return IVec{} + value; }
+// value - 0 is value, also for -0, so nothing but a broadcast is left of it.
+MIDL_INLINE Vec splat(float value) { return value - Vec{}; }
+MIDL_INLINE IVec splat(std::int32_t value) { return value - IVec{}; }
 
 MIDL_INLINE Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
 MIDL_INLINE IVec load(const std::int32_t* p) { return *reinterpret_cast<const UnalignedIVec*>(p); }
@@ -40,19 +41,24 @@ MIDL_INLINE Vec load(const bf16* p) {
 MIDL_INLINE void store(float* p, Vec v) { *reinterpret_cast<UnalignedVec*>(p) = v; }
 MIDL_INLINE void store(std::int32_t* p, IVec v) { *reinterpret_cast<UnalignedIVec*>(p) = v; }
 
+// Keep v in a register: compilers otherwise load an operand once per use, and loads are what limits these loops.
+#if defined(__AVX512F__) || (defined(__AVX__) && MIDL_LANES <= 8) || (defined(__x86_64__) && MIDL_LANES <= 4)
+#define MIDL_IN_REGISTER(v) asm("" : "+v"(v))
+#elif defined(__aarch64__) && MIDL_LANES <= 4
+#define MIDL_IN_REGISTER(v) asm("" : "+w"(v))
+#else
+#define MIDL_IN_REGISTER(v)
+#endif
+
 MIDL_INLINE float to_float(float value) { return value; }
 MIDL_INLINE float to_float(bf16 value) { return __builtin_bit_cast(float, std::uint32_t(value.bits) << 16); }
 
 // The first `count` < L elements, zeros behind them; nothing past them is read.
 template <class T>
 MIDL_INLINE Vec load_first(const T* p, std::int64_t count) {
-  Vec v = {};
-  for (std::int64_t i = 0; i < count; ++i) v[i] = to_float(p[i]);
-  return v;
-}
-
-MIDL_INLINE void store_first(float* p, Vec v, std::int64_t count) {
-  for (std::int64_t i = 0; i < count; ++i) p[i] = v[i];
+  float lanes[L] = {};
+  for (std::int64_t i = 0; i < count; ++i) lanes[i] = to_float(p[i]);
+  return load(lanes);
 }
 
 // Round to nearest even, NaN stays NaN.
@@ -73,12 +79,5 @@ MIDL_INLINE void store_as(bf16* p, Vec v) {
 }
 MIDL_INLINE void store_as(float* p, float value) { *p = value; }
 MIDL_INLINE void store_as(bf16* p, float value) { *p = to_bf16(value); }
-
-MIDL_INLINE float horizontal_sum(Vec v) {
-  // The same tree as `sum_lanes`, so that a sum does not depend on how many neighbours were summed with it.
-  for (int half = L / 2; half >= 1; half /= 2)
-    for (int i = 0; i < half; ++i) v[i] += v[i + half];
-  return v[0];
-}
 
 }  // namespace

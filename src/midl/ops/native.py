@@ -1,6 +1,6 @@
 """The ``native`` implementation: fused CPU kernels (native/), for float32 and bfloat16.
 
-Weights are read where they are: nothing is packed, cached or copied, so nothing goes stale and memory does not double.
+Weights that stay unchanged from call to call are packed once (:mod:`midl.ops.native_packing`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from midl.errors import KernelError
 from midl.ops.dispatch import Implementation, register
+from midl.ops.native_packing import packed_panels
 
 __all__ = ["instruction_set", "supported_instruction_sets", "topk_groups", "use_instruction_set"]
 
@@ -105,10 +106,13 @@ def _linear(
     bias, gate_weight, gate_bias = _dense(bias), _dense(gate_weight), _dense(gate_bias)
     if noise is not None:
         noise = noise.to(torch.float32).contiguous()
+    rows = y.numel() // n
+    panels = packed_panels(_native, weight, light_down, light_up, gate_weight, group_size, rows)
     _native.linear_forward(
-        x.dtype == torch.bfloat16, x.data_ptr(), stride, y.numel() // n, depth, n, light_down.shape[0],
+        x.dtype == torch.bfloat16, x.data_ptr(), stride, rows, depth, n, light_down.shape[0],
         n // group_size, k, positions, span, weight.data_ptr(), _address(bias), light_down.data_ptr(),
-        light_up.data_ptr(), _address(gate_weight), _address(gate_bias), _address(noise), interpolation == "hard",
+        light_up.data_ptr(), _address(gate_weight), _address(gate_bias), _address(noise),
+        _address(panels), interpolation == "hard",
         y.data_ptr(), selected.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return y, selected

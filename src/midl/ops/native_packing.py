@@ -1,0 +1,88 @@
+"""Weights laid out as panels for the native kernels, kept while the parameters stay as they are.
+
+A panel copy costs as much memory as the parameters it copies, so it is made only on the second call with the same,
+unchanged parameters: training, where every step changes them, packs slice by slice inside the kernel instead and keeps
+nothing. A copy dies with its weight and is replaced as soon as the parameters change: torch's version counters see
+in-place operations, addresses see swapped storage, and a sample of the values sees edits through ``.data``, which move
+no counter (an edit of a few elements through ``.data`` can slip through; ``clear_packed`` is for that).
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["clear_packed", "packed_bytes", "packed_panels"]
+
+# Rows of a call from which packing inside the kernel costs next to nothing.
+_ROWS_THAT_PACK_THEMSELVES = 2048
+
+
+class _Entry:
+    """The state of the parameters at the last call, weak references to them, and their panels if made."""
+
+    __slots__ = ("panels", "references", "stamp")
+
+    def __init__(self, stamp: tuple[Any, ...], references: list[weakref.ref[Tensor]]) -> None:
+        self.stamp, self.references, self.panels = stamp, references, None
+
+    panels: Tensor | None
+
+    def matches(self, stamp: tuple[Any, ...], tensors: tuple[Tensor, ...]) -> bool:
+        """Return whether these very tensors, unchanged, were there at the last call; an id alone may be reused."""
+        return self.stamp == stamp and all(r() is t for r, t in zip(self.references, tensors, strict=True))
+
+
+_entries: dict[int, _Entry] = {}
+
+
+def clear_packed() -> None:
+    """Free all panels; the next calls make them again.
+
+    >>> clear_packed()
+    >>> packed_bytes()
+    0
+    """
+    _entries.clear()
+
+
+def packed_bytes() -> int:
+    """Return how much memory panels hold at present, in bytes."""
+    return sum(e.panels.nbytes for e in list(_entries.values()) if e.panels is not None)
+
+
+def packed_panels(
+    kernels: Any, weight: Tensor, light_down: Tensor, light_up: Tensor, gate_weight: Tensor | None, group_size: int,
+    rows: int,
+) -> Tensor | None:  # fmt: skip
+    """Return the panels of these parameters (all contiguous), or None where the kernel had better do without."""
+    if gate_weight is None:
+        tensors: tuple[Tensor, ...] = (weight, light_down, light_up)
+    else:
+        tensors = (weight, light_down, light_up, gate_weight)
+    if any(t.is_inference() for t in tensors):
+        return None  # no version counter: a change could not be seen
+    stamp = (
+        kernels.instruction_set(), group_size, *[(t._version, t.data_ptr()) for t in tensors],
+        *[kernels.sample(t.data_ptr(), t.nbytes) for t in tensors],
+    )  # fmt: skip
+    key = id(weight)
+    entry = _entries.get(key)
+    if entry is None or not entry.matches(stamp, tensors):
+        references = [weakref.ref(weight, lambda _: _entries.pop(key, None)), *map(weakref.ref, tensors[1:])]
+        _entries[key] = _Entry(stamp, references)
+        return None
+    if entry.panels is None and rows < _ROWS_THAT_PACK_THEMSELVES:
+        n, depth = weight.shape
+        rank = light_down.shape[0]
+        panels = weight.new_empty(kernels.packed_elements(depth, n, rank, n // group_size))
+        kernels.pack(
+            weight.dtype == torch.bfloat16, depth, n, rank, n // group_size, weight.data_ptr(), light_down.data_ptr(),
+            light_up.data_ptr(), 0 if gate_weight is None else gate_weight.data_ptr(), panels.data_ptr(),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        entry.panels = panels
+    return entry.panels
