@@ -185,10 +185,16 @@ def auto_rank(
     if rank >= 1:
         return rank
     fitting = [j for j in range(1, num_groups + 1) if macs(1, j) <= budget]
-    largest = f"active={1000 * fitting[-1] // num_groups / 1000:g}" if fitting else "no active at all"
+    largest = f"active={_floor(fitting[-1] / num_groups):g}" if fitting else "no active at all"
     raise MIDLError(
         f"{owner}: rank='auto' finds no rank for active={active:g}, group_size={group_size}, "
         f"flops_ratio={flops_ratio:g} (in={fan_in}, out={out_features}): {k} of {num_groups} groups at rank 1 cost "
         f"{macs(1, k)} multiply-adds, the budget is {budget}; expected at most {largest} at this flops_ratio, "
-        f"flops_ratio <= {1000 * dense // macs(1, k) / 1000:g} at this active, or an explicit rank"
+        f"flops_ratio <= {_floor(dense / macs(1, k)):g} at this active, or an explicit rank"
     )
+
+
+def _floor(value: float) -> float:
+    """Round down to four significant digits, so that a bound that is printed is met."""
+    digits = 3 - math.floor(math.log10(value))
+    return math.floor(value * 10**digits) / 10**digits

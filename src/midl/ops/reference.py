@@ -239,9 +239,11 @@ def interpolate(
     logits = _gate_logits(code, bias, light_up, gate_weight, gate_bias, group_size, span)
     selected = topk_groups(logits if noise is None else logits + noise.to(logits.dtype), k)
     mask = selection_mask(selected, num_groups)
-    weight = logits.sigmoid() if interpolation == "sigmoid" else torch.ones_like(logits)
-    mask, weight = (_to_neurons(t, positions, group_size, span) for t in (mask, weight))
-    y = torch.where(mask, light + weight * (full - light), light)
+    mask = _to_neurons(mask, positions, group_size, span)
+    mixed = full  # with a = 1, to the last bit
+    if interpolation == "sigmoid":
+        mixed = light + _to_neurons(logits.sigmoid(), positions, group_size, span) * (full - light)
+    y = torch.where(mask, mixed, light)
     return (y if bias is None else y + bias.to(y.dtype)), selected
 
 
