@@ -14,6 +14,7 @@ NAMES = [
     "MIDConfig",
     "MIDConv2d",
     "MIDLinear",
+    "adapt",
     "convert_",
     "count_flops",
     "kernels",

@@ -1,5 +1,6 @@
 """midl: layers that spend full computation only on the neurons an input needs (MID-L, arXiv 2505.11416)."""
 
+from midl.adaptation import adapt
 from midl.analysis import count_flops, record_activity
 from midl.budget import set_active
 from midl.config import MIDConfig
@@ -14,6 +15,7 @@ __all__ = [
     "MIDConfig",
     "MIDConv2d",
     "MIDLinear",
+    "adapt",
     "convert_",
     "count_flops",
     "kernels",

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from midl.errors import MIDLError
 
-__all__ = ["count_flops"]
+__all__ = ["count_flops", "evaluation_mode"]
 
 
 def count_flops(model: nn.Module, inputs: Any) -> int:
@@ -36,7 +36,12 @@ def count_flops(model: nn.Module, inputs: Any) -> int:
     if any(type(m).__name__ == "OptimizedModule" for m in model.modules()):
         raise MIDLError("count_flops: model is compiled, expected the eager model (pass model._orig_mod)")
     # On a CPU torch's fused attention is an op that FlopCounterMode does not know; the plain one is made of matmuls.
-    with _evaluation(model), sdpa_kernel(SDPBackend.MATH), torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with (
+        evaluation_mode(model),
+        sdpa_kernel(SDPBackend.MATH),
+        torch.no_grad(),
+        FlopCounterMode(display=False) as counter,
+    ):
         if isinstance(inputs, Mapping):
             model(**inputs)
         elif isinstance(inputs, (tuple, list)):
@@ -47,7 +52,7 @@ def count_flops(model: nn.Module, inputs: Any) -> int:
 
 
 @contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Evaluate ``model``, without torch's fused transformer kernels, which FlopCounterMode does not see into."""
     training = [m for m in model.modules() if m.training]
     fast_path = torch.backends.mha.get_fastpath_enabled()

@@ -17,7 +17,7 @@ from midl.conversion.report import ConversionReport, LayerChange
 from midl.errors import MIDLError
 from midl.layers import MIDLayer
 
-__all__ = ["convert_", "own_parameters", "replace_modules", "revert_"]
+__all__ = ["convert_", "own_parameters", "replace_modules", "revert_", "shared_parameters"]
 
 Override = MIDConfig | Mapping[str, Any] | None
 
@@ -60,7 +60,7 @@ def convert_(
     _check_root(model)
     names = _names(model)
     chosen = _match_overrides(names, model, overrides or {})
-    shared = _shared_parameters(model)
+    shared = shared_parameters(model)
     replacements: dict[int, nn.Module] = {}
     changes: list[LayerChange] = []
     for name, module in own_parameters(model):
@@ -207,7 +207,8 @@ def _merge(config: MIDConfig, override: Override) -> MIDConfig:
     return config.replace(**(override or {}))
 
 
-def _shared_parameters(model: nn.Module) -> set[int]:
+def shared_parameters(model: nn.Module) -> set[int]:
+    """Return the ids of the parameters that several modules hold."""
     holders: dict[int, int] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):

@@ -1,0 +1,32 @@
+"""Adapting a trained model to a budget: calibrate, initialise, allocate, distil; ``midl.adapt`` does them in turn."""
+
+from midl.adaptation.adapt import adapt
+from midl.adaptation.allocate import Option, allocate
+from midl.adaptation.calibrate import Moments, calibrate
+from midl.adaptation.distil import distil, soft_cross_entropy, squared_error
+from midl.adaptation.gate import captured_energy, fit_gate
+from midl.adaptation.initialise import Start, initialise
+from midl.adaptation.light_path import LightPath, fit_light_path
+from midl.adaptation.report import AdaptedLayer, AdaptReport
+from midl.adaptation.sensitivity import OutputRows, sample_outputs
+
+__all__ = [
+    "AdaptReport",
+    "AdaptedLayer",
+    "LightPath",
+    "Moments",
+    "Option",
+    "OutputRows",
+    "Start",
+    "adapt",
+    "allocate",
+    "calibrate",
+    "captured_energy",
+    "distil",
+    "fit_gate",
+    "fit_light_path",
+    "initialise",
+    "sample_outputs",
+    "soft_cross_entropy",
+    "squared_error",
+]

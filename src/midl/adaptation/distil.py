@@ -1,0 +1,206 @@
+"""distil: a converted model learns to give the dense model's answers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence, Sized
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from midl.adaptation.batches import Data, batches_of, inputs_of, run
+from midl.adaptation.outputs import hooked
+from midl.budget import set_active
+from midl.config import check_active, check_positive_int
+from midl.errors import MIDLError
+from midl.layers import MIDLayer
+
+__all__ = ["distil", "soft_cross_entropy", "squared_error"]
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""Called with the student's and the teacher's output; returns a scalar."""
+
+
+def squared_error(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return the mean squared error relative to the teacher's variance: for logits, embeddings and images alike.
+
+    >>> squared_error(torch.zeros(2, 2), torch.tensor([[1.0, -1.0], [1.0, -1.0]])).item()
+    1.0
+    """
+    return F.mse_loss(student, teacher) / teacher.var(correction=0).clamp(min=1e-12)
+
+
+def soft_cross_entropy(temperature: float = 2.0) -> Loss:
+    """Return KL(teacher || student) of softened class probabilities, times the squared temperature.
+
+    >>> round(soft_cross_entropy()(torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 0.0]])).item(), 6)
+    0.0
+
+    Source: G. Hinton, O. Vinyals, J. Dean, "Distilling the Knowledge in a Neural Network", arXiv 1503.02531.
+    """
+
+    def loss(student: Tensor, teacher: Tensor) -> Tensor:
+        p, q = (F.log_softmax(logits / temperature, dim=-1).flatten(0, -2) for logits in (teacher, student))
+        return F.kl_div(q, p, reduction="batchmean", log_target=True) * temperature**2
+
+    return loss
+
+
+def distil(
+    student: nn.Module,
+    teacher: nn.Module,
+    data: Data,
+    *,
+    epochs: int = 1,
+    first_epoch: int = 0,
+    optimizer: torch.optim.Optimizer | None = None,
+    loss: Loss = squared_error,
+    match: Sequence[str] = (),
+    elastic: tuple[float, float] | None = None,
+    autocast: torch.dtype | None = None,
+    seed: int = 0,
+    on_epoch: Callable[[int, float], None] = lambda epoch, loss: None,
+) -> list[float]:
+    """Train ``student`` in place to give ``teacher``'s answers on ``data``; return the mean loss of every epoch.
+
+    >>> import copy, midl
+    >>> teacher = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 4))
+    >>> student = copy.deepcopy(teacher)
+    >>> _ = midl.convert_(student, midl.MIDConfig(group_size=8))
+    >>> losses = distil(student, teacher, torch.randn(256, 16), epochs=3)
+    >>> losses[-1] < losses[0]
+    True
+
+    To resume, save the student and the optimizer in ``on_epoch`` and call again with ``first_epoch``: the random
+    choices and the default learning rate of an epoch depend on ``seed`` and the epoch alone. The order of the batches
+    is that of ``data``.
+
+    Args:
+        student: contains MID-L layers; ends in evaluation mode.
+        teacher: takes the same inputs; evaluated, not changed. Must not share parameters with ``student``.
+        data: as for :func:`midl.adapt`; gone through once per epoch.
+        epochs: the epoch to stop before; 0 trains nothing.
+        first_epoch: the epoch to start with, for resuming.
+        optimizer: of the student's parameters; its learning rate is left alone. Default: AdamW at 3e-4 with a cosine
+            decay to zero.
+        loss: between the two outputs.
+        match: names of submodules, the same in both models, whose outputs should agree too; the mean of their squared
+            errors is added to the loss.
+        elastic: (low, high): every step all layers draw one ``active`` from this range, so that the weights serve all
+            budgets in it (:func:`midl.set_active`). Each layer's own is restored afterwards.
+        autocast: dtype of mixed precision, such as torch.bfloat16.
+        seed: of the elastic draws and the layers' noise; torch's random state is left as it was.
+        on_epoch: called after every epoch with the epochs done and its mean loss.
+
+    Raises:
+        MIDLError: arguments that do not fit, or the loss became NaN or infinite.
+    """
+    layers = _check(student, teacher, epochs, first_epoch, match, elastic)
+    parameters = [p for p in student.parameters() if p.requires_grad]
+    if not parameters:
+        raise MIDLError("distil: every parameter of the student is frozen, expected some with requires_grad")
+    shared = {id(p) for p in teacher.parameters()} & {id(p) for p in parameters}
+    if shared:
+        raise MIDLError(
+            "distil: teacher and student share parameters, expected a copy (copy.deepcopy before converting)"
+        )
+    batches = batches_of(data)
+    scheduled = optimizer is None
+    if scheduled and not isinstance(batches, Sized):
+        raise MIDLError("distil: data has no length, expected one (or an optimizer, whose learning rate is then kept)")
+    optimizer = optimizer or torch.optim.AdamW(parameters, lr=_LEARNING_RATE, weight_decay=0.0)
+    budgets = [layer.active for layer in layers]
+    teacher_modes = [m for m in teacher.modules() if m.training]
+    losses = []
+    teacher.eval()
+    student.train()
+    try:
+        for epoch in range(first_epoch, epochs):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed * 1_000_003 + epoch)
+                total, steps = 0.0, 0
+                for steps, batch in enumerate(batches, start=1):
+                    if scheduled:
+                        progress = (epoch + (steps - 1) / len(batches)) / epochs  # type: ignore[arg-type]
+                        for group in optimizer.param_groups:
+                            group["lr"] = _LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * progress))
+                    if elastic is not None:
+                        low, high = elastic
+                        set_active(student, low + (high - low) * float(torch.rand(())))
+                    value = _loss(student, teacher, inputs_of(batch), loss, match, autocast)
+                    optimizer.zero_grad(set_to_none=True)
+                    value.backward()
+                    optimizer.step()
+                    total += value.item()
+            if steps == 0:
+                raise MIDLError("distil: data is empty in this epoch, expected batches that can be gone through again")
+            if not math.isfinite(total):
+                raise MIDLError(f"distil: the loss of epoch {epoch + 1} is {total / steps}, expected a finite one")
+            losses.append(total / steps)
+            on_epoch(epoch + 1, losses[-1])
+    finally:
+        for layer, active in zip(layers, budgets, strict=True):
+            layer.active = active
+        for module in teacher_modes:
+            module.training = True
+        student.eval()
+    return losses
+
+
+_LEARNING_RATE = 3e-4
+
+
+def _loss(
+    student: nn.Module, teacher: nn.Module, inputs: Any, loss: Loss, match: Sequence[str], autocast: torch.dtype | None
+) -> Tensor:
+    seen: list[dict[str, Tensor]] = []
+
+    def answer(model: nn.Module) -> Tensor:
+        outputs: dict[str, Tensor] = {}
+        seen.append(outputs)
+
+        def keep(name: str, output: Tensor) -> None:
+            outputs[name] = output
+
+        with hooked({name: model.get_submodule(name) for name in match}, keep):
+            return run(model, inputs)
+
+    device = next(student.parameters()).device.type
+    with torch.autocast(device, dtype=autocast, enabled=autocast is not None):
+        with torch.no_grad():
+            expected = answer(teacher)
+        actual = answer(student)
+    value = loss(actual.float(), expected.float())
+    for name in match:
+        value = value + squared_error(seen[1][name].float(), seen[0][name].float()) / len(match)
+    return value
+
+
+def _check(
+    student: nn.Module,
+    teacher: nn.Module,
+    epochs: int,
+    first_epoch: int,
+    match: Sequence[str],
+    elastic: tuple[float, float] | None,
+) -> list[MIDLayer]:
+    if epochs != 0:
+        check_positive_int("distil", "epochs", epochs, "an int of at least 0")
+    if not 0 <= first_epoch <= epochs:
+        raise MIDLError(f"distil: first_epoch={first_epoch}, expected 0 to epochs={epochs}")
+    for model, owner in ((student, "student"), (teacher, "teacher")):
+        known = dict(model.named_modules())
+        for name in match:
+            if name not in known:
+                raise MIDLError(f"distil: match: the {owner} has no submodule {name!r}, expected a qualified name")
+    if elastic is not None:
+        for bound in elastic:
+            check_active("distil: elastic", bound)
+        if elastic[0] > elastic[1]:
+            raise MIDLError(f"distil: elastic={elastic}, expected (low, high)")
+    layers = [m for m in student.modules() if isinstance(m, MIDLayer)]
+    if not layers:
+        raise MIDLError(f"distil: the student, a {type(student).__name__}, has no MID-L layers")
+    return layers

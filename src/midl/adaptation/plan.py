@@ -1,0 +1,154 @@
+"""The plan of an adaptation: which layers become sparse, from which start, at which density."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from midl.adaptation.allocate import Option, allocate
+from midl.adaptation.calibrate import Moments, weight_of
+from midl.adaptation.initialise import Start, initialise
+from midl.adaptation.light_path import fit_light_path
+from midl.adaptation.measure import simulate
+from midl.adaptation.sensitivity import sample_outputs
+from midl.config import layer_macs, num_active_groups
+from midl.conversion.convert import own_parameters, shared_parameters
+from midl.conversion.families import family_of, why_not
+from midl.errors import MIDLError
+
+__all__ = ["Choice", "choose", "find_layers", "list_choices"]
+
+# Light paths, as shares of the dense layer's multiply-adds, and active fractions at which every layer is measured;
+# between two fractions the error is interpolated in steps of _STEP.
+_LIGHT_SHARES = (0.03, 0.06, 0.1, 0.16)
+_ACTIVE = (0.05, 0.15, 0.3, 0.5, 0.75)
+_STEP = 0.01
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """A way to run one layer: dense, or from a start at a density.
+
+    Attributes:
+        flops: on the first batch.
+        error: relative output error of the model with this layer alone made so.
+        start: None: dense.
+        active: fraction of groups on the full path.
+    """
+
+    flops: int
+    error: float
+    start: Start | None = None
+    active: float = 1.0
+
+
+def find_layers(
+    model: nn.Module, group_size: int, filter_fn: Callable[[nn.Module, str], bool] | None
+) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """Return the layers that can be converted, by name, and why each other dense layer cannot."""
+    shared = shared_parameters(model)
+    layers: dict[str, nn.Module] = {}
+    reasons: dict[str, str] = {}
+    for name, module in own_parameters(model):
+        if family_of(module) is None:
+            continue
+        reason = why_not(module, shared)
+        if reason is None:
+            n = weight_of(module).shape[0]
+            if n % group_size:
+                reason = f"group_size={group_size} does not divide its {n} neurons"
+            elif n == group_size:
+                reason = f"group_size={group_size} leaves one group to choose from"
+            elif filter_fn is not None and not filter_fn(module, name):
+                reason = "filter_fn returned False"
+        if reason is None:
+            layers[name] = module
+        else:
+            reasons[name] = reason
+    return layers, reasons
+
+
+def list_choices(
+    model: nn.Module,
+    name: str,
+    layer: nn.Module,
+    moments: Moments,
+    batches: Sequence[Any],
+    expected: Sequence[Tensor],
+    *,
+    rows: int,
+    group_size: int,
+    seed: int,
+) -> list[Choice]:
+    """Return the ways to run one layer with what each costs and loses, dense first.
+
+    Args:
+        model: dense; left as it was.
+        name: of the layer.
+        layer: the layer.
+        moments: its calibration.
+        batches: inputs to fit and measure on.
+        expected: the model's outputs on the first of them, as many as are to be measured on.
+        rows: rows (positions) of the layer on the first batch, in which the costs are counted.
+        group_size: divides the layer's width.
+        seed: of the random choices.
+    """
+    weight, bias = weight_of(layer), getattr(layer, "bias", None)
+    n, fan_in = weight.shape
+    principal = moments.principal_outputs()
+    middle = fit_light_path(weight, *principal, max(1, int(0.1 * n * fan_in / (n + fan_in))))
+    sampled = sample_outputs(model, name, layer, middle, batches, seed=seed)
+    choices = [Choice(2 * rows * n * fan_in, 0.0)]
+    if len(sampled.full) < 8:
+        return choices
+    for share in _LIGHT_SHARES:
+        light_macs = int(share * n * fan_in)
+        if light_macs < n + fan_in:
+            continue
+        start = initialise(weight, bias, principal, sampled, group_size=group_size, light_macs=light_macs)
+        errors = [
+            simulate(model, {name: layer}, {name: (start, active)}, batches[: len(expected)], expected)
+            for active in _ACTIVE
+        ]
+        choices += [
+            choice for choice in _interpolate(start, errors, n, fan_in, rows) if choice.flops < choices[0].flops
+        ]
+    return choices
+
+
+def _interpolate(start: Start, errors: Sequence[float], n: int, fan_in: int, rows: int) -> list[Choice]:
+    """Return the choices between the measured fractions; with every group active the error is 0."""
+    known, values = (*_ACTIVE, 1.0), (*errors, 0.0)
+    num_groups = n // start.group_size
+    choices: dict[int, Choice] = {}
+    for step in range(round(_ACTIVE[0] / _STEP), round(1 / _STEP)):
+        k = num_active_groups(step * _STEP, num_groups)
+        active = min(1.0, max(_ACTIVE[0], k / num_groups))
+        i = max(j for j, fraction in enumerate(known[:-1]) if fraction <= active + 1e-9)
+        part = (active - known[i]) / (known[i + 1] - known[i])
+        macs = layer_macs(
+            fan_in, n, start.rank, num_selected=k, group_size=start.group_size, gate=start.gate
+        )  # fmt: skip
+        choices[k] = Choice(2 * rows * macs, values[i] + part * (values[i + 1] - values[i]), start, k / num_groups)
+    return list(choices.values())
+
+
+def choose(choices: Mapping[str, Sequence[Choice]], dense_flops: int, budget: float) -> dict[str, Choice]:
+    """Return the choice for each layer that together lose least with ``dense_flops / budget`` for the whole model.
+
+    Raises:
+        MIDLError: the budget cannot be met; the message says the nearest that can.
+    """
+    elsewhere = dense_flops - sum(found[0].flops for found in choices.values())
+    least = elsewhere + sum(min(choice.flops for choice in found) for found in choices.values())
+    if least > dense_flops / budget:
+        raise MIDLError(
+            f"adapt: budget={budget:g} cannot be met, expected at most {int(1000 * dense_flops / least) / 1000:g}: "
+            f"{elsewhere / dense_flops:.1%} of the FLOPs are outside the layers that can be converted"
+        )
+    options = [[Option(choice.flops, choice.error) for choice in found] for found in choices.values()]
+    indices = allocate(options, int(dense_flops / budget) - elsewhere)
+    return {name: found[i] for (name, found), i in zip(choices.items(), indices, strict=True)}

@@ -1,0 +1,108 @@
+"""What follows a layer, in numbers: how much the model's output moves when one of its neurons does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from midl.adaptation.batches import run
+from midl.adaptation.calibrate import without_bias
+from midl.adaptation.light_path import LightPath
+from midl.adaptation.outputs import from_rows, hooked, to_rows
+from midl.analysis.flops import evaluation_mode
+from midl.errors import MIDLError
+
+__all__ = ["OutputRows", "sample_outputs"]
+
+_PER_BATCH = 1024
+
+
+class OutputRows(NamedTuple):
+    """Rows of a layer's output without bias, ``full`` (rows, n), and the ``weight`` (rows, n) of an error in each."""
+
+    full: Tensor
+    weight: Tensor
+
+    def energy(self, light: Tensor, group_size: int) -> Tensor:
+        """Return what each group loses on the light path: weighted squares of full - light, (rows, groups)."""
+        return (self.weight * (self.full - light).square()).unflatten(-1, (-1, group_size)).sum(-1)
+
+
+def sample_outputs(
+    model: nn.Module,
+    name: str,
+    layer: nn.Module,
+    light_path: LightPath,
+    batches: Sequence[Any],
+    *,
+    rows: int = 4096,
+    draws: int = 4,
+    seed: int = 0,
+) -> OutputRows:
+    """Return output rows of one layer, each neuron with the sensitivity of the model's output to it.
+
+    The weight of neuron j in a row is an estimate of ||dY / dy_j||^2, Y the whole output of the model: the mean over
+    ``draws`` random vectors v of (d(v . Y) / dy_j)^2. So it holds for whatever follows the layer, an activation, a
+    normalisation, a residual sum, and needs no labels. A random half of the neurons is on the light path meanwhile:
+    an activation's slope counts at both ends of the step from light to full, not only where the dense model is.
+
+    Args:
+        model: left as it was.
+        name: of the layer, for messages.
+        layer: a dense layer of ``model``.
+        light_path: the layer's.
+        batches: inputs of the model.
+        rows: rows to return, at most.
+        draws: random vectors per batch; more draws, less noise.
+        seed: of the random choices.
+
+    Raises:
+        MIDLError: the output does not depend on the layer, or gradients cannot be had.
+    """
+    device = next(layer.parameters()).device
+    random = torch.Generator(device).manual_seed(seed)
+    found: list[tuple[Tensor, Tensor]] = []
+    calls: list[tuple[Tensor, Tensor]] = []
+
+    def put_half_on_light(name: str, output: Tensor) -> Tensor:
+        full = without_bias(layer, to_rows(layer, output)).detach()
+        light = full @ (light_path.up @ light_path.reader).T.to(full.dtype)
+        kept = torch.rand(full.shape, generator=random, device=device) < 0.5
+        mixed = torch.where(kept, 0, light - full)
+        leaf = (output.detach() + from_rows(layer, mixed, output)).requires_grad_()
+        calls.append((full, leaf))
+        return leaf
+
+    with evaluation_mode(model), hooked({name: layer}, put_half_on_light), torch.enable_grad():
+        for batch in batches:
+            calls.clear()
+            output = run(model, batch)
+            leaves = [leaf for _, leaf in calls]
+            squares = [torch.zeros_like(leaf) for leaf in leaves]
+            for _ in range(draws):
+                v = torch.randn(output.shape, generator=random, device=device).to(output.dtype)
+                try:
+                    grads = torch.autograd.grad((output * v).sum(), leaves, retain_graph=True)
+                except RuntimeError as error:
+                    raise MIDLError(f"adapt: no gradient of the model's output reaches {name}: {error}") from error
+                squares = [total + grad.square() / draws for total, grad in zip(squares, grads, strict=True)]
+            found += [
+                _some(full, to_rows(layer, square), random)
+                for (full, _), square in zip(calls, squares, strict=True)
+            ]  # fmt: skip
+            if sum(len(full) for full, _ in found) >= rows:
+                break
+    full, weight = (torch.cat(parts)[:rows] for parts in zip(*found, strict=True))
+    finite = full.isfinite().all(-1) & weight.isfinite().all(-1)
+    return OutputRows(full[finite].float(), weight[finite].float())
+
+
+def _some(full: Tensor, weight: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return a random part of the rows: the positions of an image are many and alike."""
+    if len(full) <= _PER_BATCH:
+        return full, weight
+    rows = torch.randperm(len(full), generator=random, device=full.device)[:_PER_BATCH]
+    return full[rows], weight[rows]

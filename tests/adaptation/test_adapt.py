@@ -1,0 +1,223 @@
+"""midl.adapt on whole models: the budget, the report, bad input, and the model left as it was."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import midl
+from midl.adaptation import calibrate
+from midl.adaptation.measure import dense_outputs, output_error, simulate
+from midl.adaptation.plan import find_layers, list_choices
+from midl.conversion.families import family_of
+from midl.errors import MIDLError
+
+
+def mlp():
+    return nn.Sequential(
+        nn.Linear(32, 96), nn.ReLU(), nn.Linear(96, 96), nn.GELU(), nn.Linear(96, 10)
+    )  # fmt: skip
+
+
+def cnn():
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.BatchNorm2d(32), nn.SiLU(),
+        nn.Flatten(), nn.Linear(32 * 16, 5),
+    )  # fmt: skip
+
+
+def state_of(model):
+    return {name: (id(module), module.training) for name, module in model.named_modules()}, {
+        name: (id(t), t.clone()) for name, t in (*model.named_parameters(), *model.named_buffers())
+    }
+
+
+def assert_unchanged(model, state):
+    modules, tensors = state_of(model)
+    assert modules == state[0]
+    assert {name: key for name, (key, _) in tensors.items()} == {name: key for name, (key, _) in state[1].items()}
+    for name, (_, value) in tensors.items():
+        assert torch.equal(value, state[1][name][1]), name
+
+
+@pytest.mark.parametrize("budget", [1.3, 1.7])
+@pytest.mark.parametrize(("make", "shape"), [(mlp, (32,)), (cnn, (3, 8, 8))])
+def test_meets_the_budget_of_the_whole_model_as_count_flops_sees_it(make, shape, budget):
+    model, x = make().train(), torch.randn(256, *shape)
+    before = midl.count_flops(model, x[:128])
+    weight = model[0].weight
+    with torch.no_grad():
+        expected = copy.deepcopy(model).eval()(x)
+    report = midl.adapt(model, x, budget, group_size=4)
+    assert before / midl.count_flops(model, x[:128]) == pytest.approx(report.flops_ratio)
+    assert budget <= report.flops_ratio < budget * 1.1
+    assert model.training
+    assert model[0].weight is weight
+    assert [layer.name for layer in report.layers] == [n for n, m in make().named_modules() if family_of(m) is not None]
+    for layer in report.layers:
+        assert layer.changed == isinstance(model.get_submodule(layer.name), midl.MIDLinear | midl.MIDConv2d)
+        assert 0 <= layer.captured <= layer.oracle + 1e-6 <= 1 + 2e-6
+    assert report.error == report.error_initialised == pytest.approx(output_error(model, [x], [expected]), rel=1e-3)
+    assert report.error < 1
+    assert f"{report.flops_ratio:.2f}x fewer FLOPs" in str(report)
+
+
+def test_loses_less_than_a_plain_conversion_of_the_same_flops():
+    model, x = mlp(), torch.randn(1024, 32) @ torch.diag(torch.logspace(0, -2, 32))
+    plain = copy.deepcopy(model)
+    expected = dense_outputs(model, [x])
+    midl.convert_(plain, midl.MIDConfig(group_size=4, gate="light", interpolation="hard"), overrides={"4": None})
+    report = midl.adapt(model, x, midl.count_flops(mlp(), x) / midl.count_flops(plain, x), group_size=4)
+    assert report.error < 0.5 * output_error(plain, [x], expected)
+
+
+@pytest.mark.parametrize(("make", "shape", "name"), [(mlp, (32,), "2"), (cnn, (3, 8, 8), "3")])
+def test_what_is_measured_is_what_the_converted_layer_computes(make, shape, name):
+    model, x = make().eval(), torch.randn(64, *shape)
+    layers, _ = find_layers(model, 4, None)
+    moments = calibrate(model, [x], layers)
+    expected = dense_outputs(model, [x])
+    choices = list_choices(model, name, layers[name], moments[name], [x], expected, rows=64, group_size=4, seed=0)
+    assert choices[0].start is None
+    start = choices[-1].start
+    simulated = simulate(model, layers, {name: (start, 0.5)}, [x], expected)
+    override = {name: start.config(0.5)}
+    midl.convert_(model, filter_fn=lambda m, n: n == name, overrides=override)
+    start.write(model.get_submodule(name))
+    assert output_error(model, [x], expected) == pytest.approx(simulated, rel=1e-3)
+
+
+def test_takes_batches_with_labels_and_keyword_arguments():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = mlp()
+
+        def forward(self, *, x, scale):
+            return {"features": self.body(x) * scale}
+
+    labelled = [(torch.randn(64, 32), torch.zeros(64)) for _ in range(3)]
+    assert midl.adapt(mlp(), labelled, group_size=4).flops_ratio >= 1.7
+    named = [{"x": x, "scale": torch.tensor(2.0)} for x, _ in labelled]
+    assert midl.adapt(Named(), named, group_size=4).flops_ratio >= 1.7
+
+
+def test_rows_with_nan_are_left_out_and_reported():
+    x = torch.randn(256, 32)
+    x[7] = float("nan")
+    report = midl.adapt(mlp(), x, group_size=4)
+    assert all(layer.dropped_rows == 1 for layer in report.changed)
+    assert report.error < 1
+    assert "1 rows with NaN or Inf left out" in str(report)
+
+
+def test_data_of_nothing_but_nan_is_an_error():
+    model = mlp()
+    state = state_of(model)
+    with pytest.raises(MIDLError, match="all its 64 rows have NaN or Inf"):
+        midl.adapt(model, torch.full((64, 32), float("nan")), group_size=4)
+    assert_unchanged(model, state)
+
+
+def test_layers_never_reached_stay_dense_and_say_so():
+    class Spare(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.spare = mlp(), nn.Linear(32, 32)
+
+        def forward(self, x):
+            return self.body(x)
+
+    report = midl.adapt(Spare(), torch.randn(256, 32), group_size=4)
+    assert {layer.name: layer.detail for layer in report.kept}["spare"] == "not reached by the data"
+
+
+def test_frozen_and_shared_parameters_stay_frozen_and_shared():
+    model = mlp()
+    model[2].requires_grad_(False)
+    tied = nn.ModuleDict({"a": model, "b": nn.Linear(32, 96)})
+    tied["b"].weight = model[0].weight
+    tied.forward = lambda x: model(x) + tied["b"](x).mean(-1, keepdim=True)
+    midl.adapt(tied, torch.randn(256, 32), group_size=4)
+    assert tied["b"].weight is tied["a"][0].weight
+    assert not any(p.requires_grad for p in model[2].parameters())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"budget": 1.0}, r"budget=1.0, expected a FLOPs ratio above 1"),
+        ({"budget": "2"}, r"budget='2', expected"),
+        ({"budget": float("nan")}, r"budget=nan, expected"),
+        ({"budget": 50}, r"budget=50 cannot be met, expected at most \d+\.\d+: \d+\.\d% of the FLOPs are outside"),
+        ({"group_size": 0}, r"group_size=0, expected a positive int"),
+        ({"group_size": 7}, r"nothing in the Sequential could be converted: 0: group_size=7 does not divide its 96"),
+        ({"filter_fn": lambda m, n: False}, r"nothing in the Sequential could be converted: 0: filter_fn returned"),
+        ({"data": torch.randn(64, 31)}, r"the Sequential does not take the data, a batch of shape \(64, 31\)"),
+        ({"data": []}, r"data is empty"),
+        ({"data": 3}, r"data is a int, expected a tensor or an iterable"),
+        ({"data": ["a"]}, r"data has a batch of type str"),
+        ({"model": nn.Sequential(nn.ReLU())}, r"nothing in the Sequential could be converted: it has no dense layers"),
+        ({"model": nn.Linear(32, 96)}, r"model is itself a Linear"),
+        ({"model": 3}, r"model is a int, expected torch.nn.Module"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_a_clear_error_and_leaves_the_model_as_it_was(change, message):
+    call = {"model": mlp().train(), "data": torch.randn(64, 32), "group_size": 4, **change}
+    state = state_of(call["model"]) if isinstance(call["model"], nn.Module) else None
+    with pytest.raises(MIDLError, match=message):
+        midl.adapt(**call)
+    if state is not None:
+        assert_unchanged(call["model"], state)
+
+
+def test_the_nearest_budget_that_an_error_names_can_be_met():
+    x = torch.randn(256, 32)
+    with pytest.raises(MIDLError) as caught:
+        midl.adapt(mlp(), x, 50, group_size=4)
+    nearest = float(str(caught.value).split("at most ")[1].split(":")[0])
+    assert midl.adapt(mlp(), x, nearest, group_size=4).flops_ratio >= nearest
+
+
+def test_inference_tensors_are_an_error():
+    with torch.inference_mode():
+        model = mlp()
+    with pytest.raises(MIDLError, match="inference mode"):
+        midl.adapt(model, torch.randn(64, 32), group_size=4)
+
+
+def test_a_distillation_that_diverges_leaves_the_model_as_it_was():
+    model = cnn().train()
+    state = state_of(model)
+    with pytest.raises(MIDLError, match="the loss of epoch 1 is"):
+        midl.adapt(model, torch.randn(64, 3, 8, 8), group_size=4, epochs=1, loss=lambda s, t: (s * float("inf")).sum())
+    assert_unchanged(model, state)
+
+
+def test_distillation_lowers_the_error_and_keeps_the_budget():
+    model, x = mlp(), torch.randn(512, 32)
+    report = midl.adapt(model, x, 2.0, group_size=8, epochs=5, optimizer=lambda p: torch.optim.Adam(p, 1e-3))
+    assert len(report.losses) == 5
+    assert report.error < 0.8 * report.error_initialised
+    assert report.flops_ratio >= 2.0
+    assert "after 5 epochs of distillation" in str(report)
+
+
+def test_the_same_seed_gives_the_same_model():
+    torch.manual_seed(3)
+    first, x = mlp(), torch.randn(256, 32)
+    second = copy.deepcopy(first)
+    for model in (first, second):
+        midl.adapt(model, x, group_size=4, epochs=1)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_an_adapted_model_survives_save_and_load(tmp_path):
+    pytest.importorskip("safetensors")
+    model, x = mlp(), torch.randn(256, 32)
+    midl.adapt(model, x, group_size=4)
+    midl.save(model, tmp_path / "m.safetensors")
+    fresh = midl.load_(mlp(), tmp_path / "m.safetensors")
+    assert torch.equal(fresh(x), model(x))
