@@ -20,7 +20,7 @@ from midl.lab.distillation import distillation_loss
 from midl.lab.environment import describe_kernels, describe_machine
 from midl.lab.files import write_json
 from midl.lab.measure import layer_flops, measure_accuracy, measure_latency, saved_bytes
-from midl.lab.methods import METHODS, Method, Recipes, build, check_fit, mid_config, recipes_for
+from midl.lab.methods import METHODS, Method, Recipes, build, check_fit, mid_config, recipes_for, threads_for
 from midl.lab.models import MLP, architecture_for
 from midl.lab.runs import RunFolder
 from midl.lab.training import cross_entropy, seed_for, train
@@ -72,7 +72,7 @@ class Settings:
         active: fraction of neuron groups on the full path.
         group_size: neurons selected together. 16 by default: as accurate as 1 in our trials and far quicker to
             select and to compute.
-        threads: torch's; ``None`` for what it has.
+        threads: torch's; ``None`` for what it has, or 1 where the networks are too small to share.
         validation: score on a fifth of the training rows, held out, and leave the test rows alone: for choosing.
 
     Raises:
@@ -157,7 +157,7 @@ def compare(settings: Settings, out: Path, watcher: Watcher | None = None) -> Co
     if settings.validation:
         dataset = dataset.hold_out()
     architecture = architecture_for(settings.dataset, dataset.input_shape, dataset.num_classes)
-    with _threads(settings.threads):
+    with _threads(settings.threads or threads_for(settings.dataset)):
         job = _Job(settings, dataset, architecture, recipes_for(settings.dataset, settings.epochs))
         check_fit(architecture, settings.active, settings.group_size)
         with RunFolder(out, f"compare-{settings.dataset}", job.fingerprint()) as folder:
@@ -280,10 +280,9 @@ def _run_name(method: Method, seed: int) -> str:
 
 
 @contextmanager
-def _threads(threads: int | None) -> Iterator[None]:
+def _threads(threads: int) -> Iterator[None]:
     before = torch.get_num_threads()
-    if threads is not None:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(threads)
     try:
         yield
     finally:

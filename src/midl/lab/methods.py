@@ -16,7 +16,7 @@ from midl.lab.models import MLP
 from midl.lab.training import Recipe
 from midl.layers import MIDLinear
 
-__all__ = ["METHODS", "TITLES", "Method", "Recipes", "build", "check_fit", "mid_config", "recipes_for"]
+__all__ = ["METHODS", "TITLES", "Method", "Recipes", "build", "check_fit", "mid_config", "recipes_for", "threads_for"]
 
 Method = str
 METHODS: tuple[Method, ...] = ("dense", "narrow", "scratch", "converted")
@@ -41,6 +41,8 @@ class Recipes:
 
 _EPOCHS = {"digits": (20, 5), "mnist": (8, 2), "adult": (8, 2)}
 _BATCH_SIZE = {"digits": 32, "mnist": 128, "adult": 128}
+# Networks so small that a second thread only waits for the first.
+_THREADS = {"digits": 1, "adult": 1}
 
 
 def recipes_for(dataset: str, epochs: int | None = None) -> Recipes:
@@ -57,6 +59,15 @@ def recipes_for(dataset: str, epochs: int | None = None) -> Recipes:
         Recipe(epochs=default if epochs is None else epochs, batch_size=batch_size),
         Recipe(epochs=distill, batch_size=batch_size, lr=3e-4),
     )
+
+
+def threads_for(dataset: str) -> int:
+    """Return how many threads a comparison on a data set uses by default: torch's, or 1 for small networks.
+
+    >>> threads_for("digits")
+    1
+    """
+    return _THREADS.get(dataset, torch.get_num_threads())
 
 
 def mid_config(method: Method, active: float, group_size: int) -> MIDConfig:

@@ -28,7 +28,7 @@ def compare(
     active: Annotated[float, typer.Option(help="Fraction of the neuron groups that take the full path.")] = 0.45,
     group_size: Annotated[int, typer.Option(help="Neurons that are selected together.")] = 16,
     out: Annotated[Path, typer.Option(help="Folder for run folders.")] = Path("runs"),
-    threads: Annotated[int | None, typer.Option(help="Threads.  [default: torch's]")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads.  [default: torch's; 1 for small networks]")] = None,
     validation: Annotated[bool, typer.Option("--validation", help="Score on held-out training rows.")] = False,
 ) -> None:
     """Train dense, narrowed dense, MID-L from scratch and converted MID-L with the same recipe and seeds.
