@@ -150,6 +150,7 @@ def test_the_report(comparison: Comparison) -> None:
     text = console.export_text()
     assert "fewer, hidden" in text
     assert "…" not in text
+    assert next(line for line in text.splitlines() if line.startswith("┏")).endswith("┓")  # not cut off at 80 columns
 
 
 def test_validation_never_touches_the_test_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

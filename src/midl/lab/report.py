@@ -102,7 +102,7 @@ def _body(comparison: Comparison) -> list[list[str]]:
 def _latency_lines(line: Callable[[str, Callable[[Row], str]], list[str]], batch: int, dense: Row) -> list[list[str]]:
     reference = dense.latency[batch]["median"]
     return [
-        line(f"latency, batch {batch}", lambda r: _seconds(r.latency[batch]["median"])),
+        line(f"latency batch {batch}", lambda r: _seconds(r.latency[batch]["median"])),
         line("of dense", lambda r: f"{r.latency[batch]['median'] / reference:.2f}x"),
     ]
 
