@@ -8,8 +8,8 @@ import torch
 from midl.errors import MIDLError
 from midl.lab.bench import list_benchmarks, run_bench
 from midl.lab.bench.ceilings import Ceilings
-from midl.lab.bench.registry import all_cases, select_cases
-from midl.lab.bench.results import Row, read_results
+from midl.lab.bench.registry import Case, all_cases, select_cases
+from midl.lab.bench.results import Results, Row, read_results
 from midl.ops.dispatch import selected_kernels
 
 GROUPS = {
@@ -73,6 +73,20 @@ def test_every_available_kernel_can_be_asked_for() -> None:
     kernels = {row.params["kernels"] for row in results.rows}
     assert {"auto", "reference", "dense"} <= kernels
     assert {row.implementation for row in results.rows if row.params["kernels"] == "reference"} == {"reference"}
+
+
+def test_the_higher_of_two_ceilings_counts_and_the_shares_follow(monkeypatch: pytest.MonkeyPatch) -> None:
+    ceilings = iter([Ceilings(1, None, 80.0, 10.0, 20.0, "first"), Ceilings(1, 200.0, 60.0, 10.0, 10.0, "second")])
+    monkeypatch.setattr("midl.lab.bench.runner.measure_ceilings", lambda quick: next(ceilings))
+    seen: list[float] = []
+
+    def report(results: Results, case: Case, rows: list[Row]) -> None:
+        seen.extend(row.roofline["share"] for row in rows if row.roofline)
+
+    results = run_bench("selection/float32/1x32", threads=1, report=report)
+    assert results.ceilings == Ceilings(1, 200.0, 80.0, 10.0, 20.0, "first").to_dict()
+    # Selection is bound by memory, and the first reading was the higher one.
+    assert [row.roofline["share"] for row in results.rows if row.roofline] == pytest.approx(seen)
 
 
 @pytest.mark.parametrize(("kernels", "message"), [(["fast"], "name='fast'"), ([], "at least one")])

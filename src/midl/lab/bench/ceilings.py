@@ -78,6 +78,22 @@ class Ceilings:
         """The fp32 ceiling in 1e9 operations per second; a multiply-add is two."""
         return max(self.fma_gflops or 0.0, self.gemm_gflops)
 
+    def peak_gflops(self, dtype: torch.dtype) -> float:
+        """Return the compute ceiling for weights of ``dtype``: bfloat16 may also be multiplied as float32."""
+        return max(self.gflops, self.gemm_bf16_gflops if dtype == torch.bfloat16 else 0.0)
+
+    def best_of(self, other: Ceilings) -> Ceilings:
+        """Return the higher rates of two measurements: a ceiling measured beside other work is too low."""
+        fma = [rate for rate in (self.fma_gflops, other.fma_gflops) if rate is not None]
+        return Ceilings(
+            threads=self.threads,
+            fma_gflops=max(fma, default=None),
+            gemm_gflops=max(self.gemm_gflops, other.gemm_gflops),
+            gemm_bf16_gflops=max(self.gemm_bf16_gflops, other.gemm_bf16_gflops),
+            read_gbs=max(self.read_gbs, other.read_gbs),
+            read_by=max(self, other, key=lambda c: c.read_gbs).read_by,
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON values."""
         return asdict(self)

@@ -72,8 +72,7 @@ class Session:
         """Return the compute ceiling for ``dtype``, or None where the ceilings were measured with other threads."""
         if torch.get_num_threads() != self.ceilings.threads:
             return None
-        native = self.ceilings.gemm_bf16_gflops if dtype == torch.bfloat16 else 0.0
-        return max(self.ceilings.gflops, native)
+        return self.ceilings.peak_gflops(dtype)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain JSON values."""
