@@ -232,3 +232,16 @@ def test_without_safetensors_the_error_names_the_extra(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode
     assert "pip install 'midl[save]'" in done.stderr
+
+
+def test_a_parametrized_layer_round_trips_into_its_like_and_is_an_error_elsewhere(tmp_path):
+    weight_norm = nn.utils.parametrizations.weight_norm
+    model, x = nn.Sequential(midl.MIDLinear(16, 32, rank=2)), torch.randn(3, 16)
+    weight_norm(model[0])
+    midl.save(model, tmp_path / "m")
+    other = nn.Sequential(midl.MIDLinear(16, 32, rank=2, active=0.9))
+    weight_norm(other[0])
+    assert torch.equal(midl.load_(other, tmp_path / "m")(x), model(x))
+    assert_load_fails(tmp_path / "m", nn.Sequential(nn.Linear(16, 32)), r"lacks \['0.weight'\]")
+    midl.save(nn.Sequential(nn.Linear(16, 32)), tmp_path / "d")
+    assert_load_fails(tmp_path / "d", other, "is parametrized, expected", MIDLError)

@@ -209,6 +209,8 @@ def _plan(
     planned: dict[str, tuple[nn.Module, nn.Module]] = {}
     for name, entry in layers.items():
         module = modules.get(name)
+        if _same(module, entry):
+            continue
         kind = "no module" if module is None else f"a {type(module).__name__}"
         dense = _as_dense(module) if module is not None else None
         family = family_of(dense) if dense is not None else None
@@ -219,8 +221,6 @@ def _plan(
                 f"a {entry['type']} or its dense layer ({entry['dense']})"
             )
         assert module is not None  # its family says so
-        if _same(module, entry):
-            continue
         if module is model:
             raise CheckpointError(
                 f"load_: the model is itself a {type(model).__name__} and cannot be replaced in place; "
@@ -242,7 +242,7 @@ def _as_dense(module: nn.Module) -> nn.Module:
     return family_of_layer(module).to_dense(module) if isinstance(module, MIDLayer) else module
 
 
-def _same(module: nn.Module, entry: Mapping[str, Any]) -> bool:
+def _same(module: nn.Module | None, entry: Mapping[str, Any]) -> bool:
     """Return whether ``module`` has the entry's parameters; the rest of the configuration can be set as it is."""
     if not isinstance(module, MIDLayer) or module.dense_family != entry["dense"]:
         return False

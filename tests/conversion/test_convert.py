@@ -278,3 +278,20 @@ def test_conversion_does_not_touch_the_random_state():
     state = torch.get_rng_state()
     midl.convert_(net, midl.MIDConfig(rank=8, group_size=10))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_reverting_a_parametrized_layer_is_an_error_that_says_what_to_do():
+    net, x = nn.Sequential(nn.Linear(16, 32), nn.Conv2d(8, 16, 1)), torch.randn(3, 16)
+    midl.convert_(net, CONFIG)
+    expected = net[0](x)
+    for layer in net:
+        nn.utils.parametrizations.weight_norm(layer)
+    torch.testing.assert_close(net[0](x), expected)
+    with pytest.raises(MIDLError, match=r"weight is parametrized, expected .*remove_parametrizations first"):
+        midl.revert_(net)
+    with pytest.raises(MIDLError, match=r"MIDConv2d\.to_conv2d"):
+        net[1].to_conv2d()
+    for layer in net:
+        nn.utils.parametrize.remove_parametrizations(layer, "weight")
+    midl.revert_(net)
+    assert type(net[0]) is nn.Linear

@@ -57,6 +57,7 @@ def _to_conv1d(layer: MIDLinear) -> nn.Module:
     conv1d = _conv1d_class()
     if conv1d is None:  # Converted in another process and loaded here: its twin without transformers is nn.Linear.
         return layer.to_linear()
+    layer._check_plain("MIDLinear.to_conv1d")
     with torch.device("meta"):
         dense: Any = conv1d(layer.out_features, layer.in_features)
     dense.weight, dense.bias = _transposed(layer.weight), layer.bias

@@ -126,6 +126,15 @@ class MIDLayer(nn.Module):
         self.register_parameter("bias", dense.bias)  # type: ignore[arg-type]
         return self.train(dense.training)
 
+    def _check_plain(self, method: str) -> None:
+        """Raise if a parametrization stands between the layer and its weights: a dense layer would lose it."""
+        if nn.utils.parametrize.is_parametrized(self):
+            names = ", ".join(self.parametrizations)  # type: ignore[arg-type]
+            raise MIDLError(
+                f"{method}: the layer's {names} is parametrized, expected torch.nn.utils.parametrize."
+                "remove_parametrizations first"
+            )
+
     def _check_input(self, x: Tensor, axis: int, expected: int, name: str) -> None:
         owner = type(self).__name__
         if not isinstance(x, Tensor):

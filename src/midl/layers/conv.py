@@ -146,7 +146,11 @@ class MIDConv2d(MIDLayer):
         >>> layer = MIDConv2d(16, 32, 3)
         >>> layer.to_conv2d().weight is layer.weight
         True
+
+        Raises:
+            MIDLError: the layer is parametrized.
         """
+        self._check_plain("MIDConv2d.to_conv2d")
         dense = nn.Conv2d(
             self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation,
             bias=self.bias is not None, padding_mode=self.padding_mode, device="meta",  # type: ignore[arg-type]

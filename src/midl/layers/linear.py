@@ -111,7 +111,11 @@ class MIDLinear(MIDLayer):
         >>> layer = MIDLinear(64, 128)
         >>> layer.to_linear().weight is layer.weight
         True
+
+        Raises:
+            MIDLError: the layer is parametrized.
         """
+        self._check_plain("MIDLinear.to_linear")
         dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         dense.weight = self.weight
         dense.register_parameter("bias", self.bias)
