@@ -180,6 +180,7 @@ def _plot(rows: list[Row], path: Path) -> bool:
     axes[0].set_title("1024x4096, G = 32, float32")
     axes[1].set_title("45 % active, G = 32, float32")
     axes[1].set_xscale("log", base=2)
+    axes[1].xaxis.set_major_formatter("{x:g}")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
