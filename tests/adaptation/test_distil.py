@@ -109,7 +109,7 @@ def test_torchs_random_state_is_left_as_it_was():
 def test_what_does_not_fit_is_an_error():
     student, teacher = pair()
     for call, message in (
-        ({"student": teacher}, "the student, a Sequential, has no MID-L layers"),
+        ({"student": copy.deepcopy(teacher), "elastic": (0.1, 0.9)}, "the student, a Sequential, has no MID-L layers"),
         ({"teacher": student}, "teacher and student share parameters"),
         ({"match": ["9"]}, "match: the student has no submodule '9'"),
         ({"elastic": (0.9, 0.1)}, r"elastic=\(0.9, 0.1\), expected \(low, high\)"),

@@ -18,11 +18,9 @@ from midl.adaptation.plan import Choice, choose, find_layers, list_choices
 from midl.adaptation.report import AdaptedLayer, AdaptReport
 from midl.analysis.flops import count_flops, evaluation_mode
 from midl.config import check_positive_int
-from midl.conversion import convert_
-from midl.conversion.convert import replace_modules
+from midl.conversion.convert import make_layer, replace_modules
 from midl.conversion.families import family_of
 from midl.errors import MIDLError
-from midl.layers import MIDLayer
 
 __all__ = ["adapt"]
 
@@ -168,16 +166,13 @@ def _count_rows(model: nn.Module, layers: Mapping[str, nn.Module], batch: Any) -
 
 def _convert(model: nn.Module, layers: Mapping[str, nn.Module], sparse: Mapping[str, Choice]) -> None:
     """Replace the layers of the plan by MID-L layers with their starts."""
-    chosen = {id(layers[name]) for name in sparse}
-    overrides = {
-        name: choice.start.config(choice.active) for name, choice in sparse.items() if choice.start is not None
-    }
-    convert_(model, filter_fn=lambda module, name: id(module) in chosen, overrides=overrides)
+    replacements = {}
     for name, choice in sparse.items():
-        layer = model.get_submodule(name)
-        assert isinstance(layer, MIDLayer)
         assert choice.start is not None
+        layer = make_layer(layers[name], choice.start.config(choice.active))
         choice.start.write(layer)
+        replacements[id(layers[name])] = layer
+    replace_modules(model, replacements)
 
 
 def _revert(model: nn.Module, layers: Mapping[str, nn.Module], before: list[tuple[Tensor, Tensor]]) -> None:

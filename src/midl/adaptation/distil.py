@@ -78,7 +78,7 @@ def distil(
     is that of ``data``.
 
     Args:
-        student: contains MID-L layers; ends in evaluation mode.
+        student: the model to train, with MID-L layers or without; ends in evaluation mode.
         teacher: takes the same inputs; evaluated, not changed. Must not share parameters with ``student``.
         data: as for :func:`midl.adapt`; gone through once per epoch.
         epochs: the epoch to stop before; 0 trains nothing.
@@ -201,6 +201,6 @@ def _check(
         if elastic[0] > elastic[1]:
             raise MIDLError(f"distil: elastic={elastic}, expected (low, high)")
     layers = [m for m in student.modules() if isinstance(m, MIDLayer)]
-    if not layers:
-        raise MIDLError(f"distil: the student, a {type(student).__name__}, has no MID-L layers")
+    if elastic is not None and not layers:
+        raise MIDLError(f"distil: elastic={elastic}, but the student, a {type(student).__name__}, has no MID-L layers")
     return layers

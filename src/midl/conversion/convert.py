@@ -17,7 +17,7 @@ from midl.conversion.report import ConversionReport, LayerChange
 from midl.errors import MIDLError
 from midl.layers import MIDLayer
 
-__all__ = ["convert_", "own_parameters", "replace_modules", "revert_", "shared_parameters"]
+__all__ = ["convert_", "make_layer", "own_parameters", "replace_modules", "revert_", "shared_parameters"]
 
 Override = MIDConfig | Mapping[str, Any] | None
 
@@ -72,7 +72,8 @@ def convert_(
             if reason is None and filter_fn is not None and not filter_fn(module, name):
                 reason = "filter_fn returned False"
             if reason is None:
-                layer = _convert_layer(module, _merge(config, override))
+                layer = make_layer(module, _merge(config, override))
+                layer.reset_light_path()
         except MIDLError as error:
             if id(module) in chosen:
                 raise MIDLError(f"convert_: {name}: {error}") from error
@@ -216,11 +217,11 @@ def shared_parameters(model: nn.Module) -> set[int]:
     return {key for key, count in holders.items() if count > 1}
 
 
-def _convert_layer(module: nn.Module, config: MIDConfig) -> MIDLayer:
+def make_layer(module: nn.Module, config: MIDConfig) -> MIDLayer:
+    """Return the MID-L layer for a dense one, with its very weight and bias; light path and gate hold no values yet."""
     family = family_of(module)
     assert family is not None  # why_not has ruled this out
     layer = family.like(module, config)
-    layer.reset_light_path()
     layer.dense_family = family.name
     for name, parameter in layer.named_parameters():
         if name not in ("weight", "bias"):  # a frozen layer stays frozen
