@@ -165,8 +165,9 @@ struct ThreadMemory {
 };
 
 template <class W>
-Neurons<W> neurons_at(const W* plain, std::int64_t stride, const W* packed, std::int64_t offset, std::int64_t count) {
-  return {plain, stride, packed ? packed + offset : nullptr, int(count)};
+Neurons<W> neurons_at(const W* plain, std::int64_t stride, const W* packed, std::int64_t offset, std::int64_t count,
+                      bool narrow = false) {
+  return {plain, stride, packed && !narrow ? packed + offset : nullptr, int(count), narrow};
 }
 
 // The light gate is a projection by the group means of light_up, with the group means of the bias.
@@ -333,15 +334,14 @@ void compute_neurons(const ForwardPlan<T>& plan, ThreadMemory& memory, std::int6
                    c.rank, memory.bias, memory.slice, memory.light, kPanelWidth);
 
   const std::int64_t size = lesser(block.size, plan.group_size);
-  const T* packed = plan.layout.part_lanes ? plan.packed : nullptr;
   for (std::int64_t g = block.first_group; g < block.end_group; ++g) {
     const std::int64_t offset = (g - block.first_group) * plan.group_size;
     const std::int64_t count = gather_members(plan, g, rows, chunk_block, chunk_start, memory);
     if (count == 0) continue;
     const std::int64_t part = g * plan.neuron_blocks.parts + index % plan.neuron_blocks.parts;
     multiply_neurons(memory.rows, count,
-                     neurons_at(static_cast<const T*>(c.weight) + (block.first + offset) * c.depth, c.depth, packed,
-                                plan.layout.weight_part(part), size),
+                     neurons_at(static_cast<const T*>(c.weight) + (block.first + offset) * c.depth, c.depth, plan.packed,
+                                plan.layout.weight_part(part), size, plan.layout.part_lanes == 0),
                      c.depth, nullptr, memory.slice, memory.full, kPanelWidth);
     interpolate(memory, count, offset, size);
   }

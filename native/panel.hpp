@@ -11,8 +11,6 @@ namespace {
 constexpr int kPanelWidth = 32;
 // Rows of a register tile against a sub-panel of V vectors.
 constexpr int panel_rows(int vectors) { return L >= 16 ? (vectors == 2 ? 10 : 12) : (vectors == 2 ? 6 : 8); }
-// Fewer rows than this don't pay for packing.
-constexpr std::int64_t kPackWorthRows = 6;
 // Groups narrower than this would waste most lanes of a panel: they take the dot form.
 constexpr std::int64_t kPanelWorthNeurons = L / 2 + 1;
 
@@ -27,6 +25,7 @@ struct Neurons {
   std::int64_t stride;
   const W* panel;         // or null
   int count;              // at most kPanelWidth
+  bool narrow = false;    // take the dot form, which needs no panel
 };
 
 // Write neurons [first, first + lanes) over depth [start, start + depth) as (depth, lanes); zeros past `count`.
@@ -126,15 +125,14 @@ void panel_slice(const float* const* rows, std::int64_t m, const P* panel, std::
 }
 
 // out (m x count) = rows (m x depth, by pointer) . neurons^T + bias (round_up(count, L) values, or null).
-// Columns up to round_up(count, L) may be written. `slice` holds slice_floats() floats.
+// The result has the same bits with and without a panel. Columns up to round_up(count, L) may be written. `slice` holds slice_floats() floats.
 template <class W>
 void multiply_neurons(const float* const* rows, std::int64_t m, const Neurons<W>& neurons, std::int64_t depth,
                       const float* bias, float* slice, float* out, std::int64_t ldo) {
-  const bool dot = !neurons.panel && (m < kPackWorthRows || neurons.count < kPanelWorthNeurons);
   const std::int64_t step = round_up(divide_up(depth, divide_up(depth, kDepthBlock)), L);
   for (std::int64_t start = 0; start < depth; start += step) {
     const std::int64_t length = lesser(step, depth - start);
-    if (dot) {
+    if (neurons.narrow) {
       dot_block(rows, m, neurons.plain, neurons.stride, neurons.count, start, length, out, ldo, start > 0);
     } else if (neurons.panel) {
       panel_slice(rows, m, neurons.panel, depth, start, neurons.count, start, length, bias, out, ldo, start > 0);
@@ -143,7 +141,7 @@ void multiply_neurons(const float* const* rows, std::int64_t m, const Neurons<W>
       panel_slice(rows, m, slice, length, 0, neurons.count, start, length, bias, out, ldo, start > 0);
     }
   }
-  if (dot && bias) {
+  if (neurons.narrow && bias) {
     for (std::int64_t r = 0; r < m; ++r)
       for (int j = 0; j < neurons.count; ++j) out[r * ldo + j] += bias[j];
   }
