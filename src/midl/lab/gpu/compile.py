@@ -17,16 +17,36 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 from triton.compiler import ASTSource
 
+from midl.ops.triton.conv2d import conv2d, conv2d_backward
 from midl.ops.triton.launch import Launch, record_launches
 from midl.ops.triton.linear import linear, linear_backward
 
-__all__ = ["SHARED_MEMORY_LIMITS", "MachineCode", "compile_launch", "linear_launches", "shipped_launches"]
+__all__ = [
+    "SHARED_MEMORY_LIMITS",
+    "TENSOR_CORE_KERNELS",
+    "MachineCode",
+    "compile_launch",
+    "conv2d_launches",
+    "linear_launches",
+    "shipped_launches",
+]
 
 SHARED_MEMORY_LIMITS = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 """Bytes that a block may use: CUDA C++ programming guide, table of compute capabilities; AMD CDNA 3 ISA guide."""
 
 REGISTERS = 65536
 """32-bit registers of an NVIDIA multiprocessor, compute capabilities 8.0 to 10.0 (CUDA C++ programming guide)."""
+
+TENSOR_CORE_KERNELS = (
+    "project_kernel",
+    "light_path_kernel",
+    "full_path_kernel",
+    "input_grad_kernel",
+    "weight_grad_kernel",
+    "code_grad_kernel",
+    "light_up_grad_kernel",
+)
+"""Kernels whose inner loop is a matrix product in the input's dtype."""
 
 _TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32"}
 _MATRIX_INSTRUCTIONS = {
@@ -150,22 +170,59 @@ def linear_launches(
     return launches
 
 
+def conv2d_launches(
+    images: int, channels: int, size: int, out_channels: int, *, group_size: int, rank: int, dtype: torch.dtype,
+    backward: bool, active: float = 0.45,
+) -> list[Launch]:  # fmt: skip
+    """Return the kernel launches of a 3 x 3 convolution's forward (and backward) pass, without running anything."""
+    groups = out_channels // group_size
+    k = max(1, round(active * groups))
+
+    def tensor(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    args = (
+        tensor(images, channels, size, size), tensor(out_channels, channels, 3, 3), tensor(out_channels),
+        tensor(rank, channels, 3, 3), tensor(out_channels, rank), tensor(groups, rank), tensor(groups),
+    )  # fmt: skip
+    window = ([1, 1], [1, 1], [1, 1])
+    with record_launches() as launches:
+        if backward:
+            selected = torch.empty((images, size, size, k), dtype=torch.int32, device="meta")
+            conv2d_backward(
+                tensor(images, out_channels, size, size), selected, *args, *window, group_size, 1, "sigmoid",
+                "selected", [True] * 7,
+            )  # fmt: skip
+        else:
+            conv2d(*args, None, *window, k, group_size, 1, "sigmoid", "selected")
+    return launches
+
+
 def _distinct(launches: Iterable[Launch]) -> Iterator[Launch]:
     seen = set()
     for launch in launches:
         dtypes = tuple(a.dtype if isinstance(a, Tensor) else None for a in launch.args)
-        key = (launch.kernel.fn.__name__, dtypes, tuple(sorted(launch.constants.items(), key=str)), launch.warps)
+        # How a group is cut into tiles is all that its size changes; a table needs one row of each.
+        constants = {**launch.constants, "GROUP_SIZE": None, "GEOMETRY": launch.constants.get("GEOMETRY") is not None}
+        key = (launch.kernel.fn.__name__, dtypes, tuple(sorted(constants.items(), key=str)), launch.warps)
         if key not in seen:
             seen.add(key)
             yield launch
 
 
-def shipped_launches(dtype: torch.dtype) -> list[Launch]:
+def shipped_launches(dtype: torch.dtype, *, tf32: bool = False) -> list[Launch]:
     """Return one launch of every kernel in every tile configuration that calls with ``dtype`` can choose."""
     launches: list[Launch] = []
-    for rows, group_size in [(1, 32), *((rows, size) for rows in (32, 256, 1024) for size in (16, 32, 64, 128))]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    try:
+        for rows, group_size in [(1, 32), *((rows, size) for rows in (32, 256, 1024) for size in (16, 32, 64, 128))]:
+            for backward in (False, True):
+                launches += linear_launches(
+                    rows, 1024, 4096, group_size=group_size, rank=112, dtype=dtype, backward=backward
+                )
         for backward in (False, True):
-            launches += linear_launches(
-                rows, 1024, 4096, group_size=group_size, rank=112, dtype=dtype, backward=backward
-            )
+            launches += conv2d_launches(8, 64, 32, 128, group_size=32, rank=32, dtype=dtype, backward=backward)
+    finally:
+        torch.set_float32_matmul_precision(before)
     return list(_distinct(launches))

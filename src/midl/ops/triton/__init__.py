@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,10 +16,19 @@ from midl.ops.dispatch import Implementation, register
 
 __all__: list[str] = []
 
+_ops: dict[str, Callable[..., Any]] = {}
 _installed = importlib.util.find_spec("triton") is not None
 if _installed:
     from midl.ops.triton.configs import MAX_GROUPS, interpreted
+    from midl.ops.triton.conv2d import conv2d, conv2d_backward
     from midl.ops.triton.linear import linear, linear_backward
+
+    _ops = {
+        "linear": linear,
+        "linear_backward": linear_backward,
+        "conv2d": conv2d,
+        "conv2d_backward": conv2d_backward,
+    }
 
 DTYPES = {torch.float32, torch.float16, torch.bfloat16}
 
@@ -57,7 +68,7 @@ def _interpreter_multiplies_bfloat16() -> bool:
 register(
     Implementation(
         "triton",
-        {"linear": linear, "linear_backward": linear_backward} if _installed else {},
+        _ops,
         unavailable=_unavailable,
         unsupported=_unsupported,
     )

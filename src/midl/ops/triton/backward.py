@@ -111,7 +111,7 @@ class _Call:
             self.code.shape[1], self.gates.shape[1], rows.stride, *self._sharing, GROUP_SIZE=self.group_size,
             SPAN=rows.span, HARD=self.hard, NEED_X=need_x, TAPS=rows.taps, GEOMETRY=rows.geometry,
             PRECISION=self.precision, BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
-            BLOCK_R=min(32, tile.k), warps=tile.warps, stages=2,
+            BLOCK_R=min(32, tile.k), warps=8 if tile.m > 16 else tile.warps, stages=2,
         )  # fmt: skip
         return grad_x
 

@@ -46,7 +46,7 @@ def _tile(m: int, n: int, dtype: torch.dtype, precision: str) -> Tile:
     k = 64 if dtype.itemsize == 2 else 32
     if m * n == 128 * 128:
         k //= 2  # The operands of a longer step would spill on sm_80.
-    return Tile(m, n, k, warps=8 if m == 128 or m * n >= 64 * 128 else 4, stages=3)
+    return Tile(m, n, k, warps=8 if m * n >= 64 * 128 else 4, stages=3)
 
 
 def full_path_tile(rows_per_group: float, group_size: int, dtype: torch.dtype, precision: str) -> Tile:

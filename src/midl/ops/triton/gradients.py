@@ -4,7 +4,7 @@
 import triton
 import triton.language as tl
 
-from midl.ops.triton.products import block_of, block_size, input_offsets, light_tile
+from midl.ops.triton.products import block_of, block_size, input_offsets
 
 __all__ = ["code_grad_kernel", "input_grad_kernel", "light_up_grad_kernel", "weight_grad_kernel"]
 
@@ -66,14 +66,24 @@ def input_grad_kernel(
             part = product if HARD else product * gate[:, None]
             tl.atomic_add(grad_x_ptr + to[:, None] + ks[None, :], part, mask, sem="relaxed")
 
-    for start in range(0, GROUP_SIZE, BLOCK_N):
-        lanes = start + tl.arange(0, BLOCK_N)
-        lane_ok = lanes < GROUP_SIZE
-        neurons = group * GROUP_SIZE + lanes
-        light = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        light = light_tile(light, 1.0, code_ptr, up_ptr, rows, valid, neurons, lane_ok, rank, PRECISION, BLOCK_R)
-        grad = tl.load(grad_row + neurons[None, :], valid[:, None] & lane_ok[None, :], 0.0)
-        grad_gate -= tl.sum(grad.to(tl.float32) * light, 1)
+    # Likewise grad_y . l = (grad_y @ light_up[group]) . z, with the code z in float32.
+    for begin in range(0, rank, BLOCK_R):
+        rs = begin + tl.arange(0, BLOCK_R)
+        product = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+        for start in range(0, GROUP_SIZE, BLOCK_N):
+            lanes = start + tl.arange(0, BLOCK_N)
+            neurons = group * GROUP_SIZE + lanes
+            grad = tl.load(grad_row + neurons[None, :], valid[:, None] & (lanes < GROUP_SIZE)[None, :], 0.0)
+            up = tl.load(
+                up_ptr + neurons.to(tl.int64)[:, None] * rank + rs[None, :],
+                (lanes < GROUP_SIZE)[:, None] & (rs < rank)[None, :],
+                0.0,
+            )
+            product = tl.dot(grad, up, product, input_precision=PRECISION)
+        z = tl.load(
+            code_ptr + rows.to(tl.int64)[:, None] * rank + rs[None, :], valid[:, None] & (rs < rank)[None, :], 0.0
+        )
+        grad_gate -= tl.sum(product * z, 1)
     grad_logits = grad_gate * gate * (1.0 - gate)
     block = block_of(rows, positions, blocks, SPAN).to(tl.int64)
     out = grad_logits_ptr + block * num_groups + group

@@ -10,7 +10,7 @@ from midl.ops.triton.forward import forward, project
 from midl.ops.triton.launch import on_device
 from midl.ops.triton.rows import linear_rows, precision
 
-__all__ = ["linear", "linear_backward"]
+__all__ = ["contiguous", "linear", "linear_backward", "zero_grads"]
 
 
 def linear(
@@ -24,8 +24,8 @@ def linear(
         return x.new_empty((*x.shape[:-1], n)), x.new_empty((*x.shape[:-2], blocks, k), dtype=torch.int32)
     with on_device(x):
         y, selected = forward(
-            linear_rows(x, span), weight.contiguous(), _contiguous(bias), light_down.contiguous(),
-            light_up.contiguous(), gate_weight, gate_bias, _contiguous(noise), k, group_size,
+            linear_rows(x, span), weight.contiguous(), contiguous(bias), light_down.contiguous(),
+            light_up.contiguous(), gate_weight, gate_bias, contiguous(noise), k, group_size,
             interpolation == "hard", _precision(x),
         )  # fmt: skip
     return y.view(*x.shape[:-1], n), selected.view(*x.shape[:-2], blocks, k)
@@ -38,11 +38,7 @@ def linear_backward(
 ) -> Grads:  # fmt: skip
     """Return the gradients of the seven tensors from x to gate_bias, empty where not needed."""
     if x.numel() == 0:
-        inputs = (x, weight, bias, light_down, light_up, gate_weight, gate_bias)
-        return tuple(  # type: ignore[return-value]
-            x.new_empty(0) if t is None or not need else torch.zeros_like(t)
-            for t, need in zip(inputs, needs, strict=True)
-        )
+        return zero_grads((x, weight, bias, light_down, light_up, gate_weight, gate_bias), needs)
     rows = linear_rows(x, span)
     down = light_down.contiguous()
 
@@ -54,13 +50,23 @@ def linear_backward(
     with on_device(x):
         grads = backward(
             grad_y.reshape(rows.count, -1).contiguous(), selected.reshape(rows.blocks, -1).contiguous(), rows,
-            weight.contiguous(), _contiguous(bias), down, light_up.contiguous(), gate_weight, gate_bias, group_size,
+            weight.contiguous(), contiguous(bias), down, light_up.contiguous(), gate_weight, gate_bias, group_size,
             interpolation == "hard", needs, _precision(x), through_filters,
         )  # fmt: skip
     return (grads[0].view_as(x) if needs[0] else grads[0], *grads[1:])
 
 
-def _contiguous(t: Tensor | None) -> Tensor | None:
+def zero_grads(inputs: tuple[Tensor | None, ...], needs: list[bool]) -> Grads:
+    """Return the gradients of a call without rows."""
+    x = inputs[0]
+    assert x is not None
+    return tuple(  # type: ignore[return-value]
+        torch.zeros_like(t) if need and t is not None else x.new_empty(0) for t, need in zip(inputs, needs, strict=True)
+    )
+
+
+def contiguous(t: Tensor | None) -> Tensor | None:
+    """Return ``t`` in contiguous memory, copied if it must be."""
     return None if t is None else t.contiguous()
 
 

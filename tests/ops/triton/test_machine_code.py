@@ -1,0 +1,95 @@
+"""The Triton kernels compiled for GPUs that are not here: Tensor Cores in use, nothing spilled, wide loads."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="pip install 'midl[gpu]'")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("interpreted kernels do not compile", allow_module_level=True)
+
+from midl.lab.gpu.compile import (
+    SHARED_MEMORY_LIMITS,
+    TENSOR_CORE_KERNELS,
+    Launch,
+    MachineCode,
+    compile_launch,
+    conv2d_launches,
+    linear_launches,
+    shipped_launches,
+)
+
+SMALLEST_SHARED_MEMORY = 99 * 1024
+"""What a block gets on compute capability 8.6 and 8.9 (RTX 4090, L4)."""
+
+
+def name(launch: Launch) -> str:
+    return launch.kernel.fn.__name__
+
+
+def check(launch: Launch, target: str, dtype: torch.dtype, tf32: bool) -> MachineCode:
+    code = compile_launch(launch, target)
+    assert code.spilled == 0, f"{launch}: {code}"
+    # The A100 and H100 have more, but one list of tiles serves all.
+    assert code.shared <= min(SHARED_MEMORY_LIMITS[target], SMALLEST_SHARED_MEMORY), f"{launch}: {code}"
+    if name(launch) in TENSOR_CORE_KERNELS and (dtype != torch.float32 or tf32):
+        assert code.matrix == matrix_instruction(launch, target), f"{launch}: {code}"
+    if target.startswith("sm") and name(launch) in ("full_path_kernel", "project_kernel"):
+        c = launch.constants
+        step = (c["BLOCK_M"] + c["BLOCK_N"]) * c["BLOCK_K"] * dtype.itemsize
+        # Each stage of the pipeline loads x and the weight's panel, 16 bytes by every thread at a time.
+        assert code.wide_loads >= launch.stages * step // (16 * 32 * launch.warps), f"{launch}: {code}"
+    if name(launch) == "panels_kernel" and target.startswith("sm"):
+        assert code.wide_loads >= 1
+    return code
+
+
+def matrix_instruction(launch: Launch, target: str) -> str:
+    if target.startswith("gfx"):
+        return "mfma"
+    if target == "sm_80":
+        return "mma.sync"
+    sizes = launch.constants
+    # Products with fewer than 64 rows, the least wgmma and tcgen05 take, stay on mma.sync.
+    rows = sizes["BLOCK_N"] if name(launch) in ("weight_grad_kernel", "light_up_grad_kernel") else sizes["BLOCK_M"]
+    if rows < 64:
+        return "mma.sync"
+    return "wgmma" if target == "sm_90" else "tcgen05.mma"
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_tensor_cores_and_no_spills_where_it_matters(target: str) -> None:
+    launches = [
+        *linear_launches(256, 1024, 4096, group_size=64, rank=112, dtype=torch.float16, backward=False),
+        *linear_launches(1, 1024, 4096, group_size=64, rank=112, dtype=torch.float16, backward=False),
+    ]
+    seen = {name(launch): check(launch, target, torch.float16, False) for launch in launches}
+    assert len(seen) == 12
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_gradients_and_convolution_compile_to_tensor_core_code(target: str) -> None:
+    launches = [
+        *linear_launches(256, 1024, 4096, group_size=64, rank=112, dtype=torch.bfloat16, backward=True),
+        *conv2d_launches(8, 64, 32, 128, group_size=32, rank=32, dtype=torch.bfloat16, backward=False),
+    ]
+    for launch in launches:
+        if name(launch) in TENSOR_CORE_KERNELS:
+            check(launch, target, torch.bfloat16, False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+@pytest.mark.parametrize(
+    ("dtype", "tf32"),
+    [(torch.float16, False), (torch.bfloat16, False), (torch.float32, True), (torch.float32, False)],
+    ids=["float16", "bfloat16", "tf32", "float32"],
+)
+def test_every_shipped_configuration(dtype: torch.dtype, tf32: bool, target: str) -> None:
+    if target == "gfx942" and dtype == torch.float32:
+        pytest.skip("float32 tiles are chosen for NVIDIA's shared memory")
+    for launch in shipped_launches(dtype, tf32=tf32):
+        check(launch, target, dtype, tf32)
