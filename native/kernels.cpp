@@ -1,11 +1,11 @@
 // The kernels for one instruction set; the build compiles this file once per set, with MIDL_TABLE naming the table.
-#include "forward.hpp"
+#include "backward.hpp"
 
 #define MIDL_STRING_OF(x) #x
 #define MIDL_STRING(x) MIDL_STRING_OF(x)
 
 namespace midl {
 
-const Kernels MIDL_TABLE = {MIDL_STRING(MIDL_NAME), L, linear_forward, packed_elements, pack, topk};
+const Kernels MIDL_TABLE = {MIDL_STRING(MIDL_NAME), L, linear_forward, linear_backward, packed_elements, pack, topk};
 
 }  // namespace midl

@@ -38,6 +38,25 @@ struct LinearPack {
   int threads;
 };
 
+// The sparse part of a backward call, float32 throughout. The products with the rank are the caller's.
+struct LinearBackward {
+  const float* grad_y;         // (rows, neurons)
+  const float* x;              // (rows, depth)
+  std::int64_t x_stride;
+  std::int64_t rows, depth, neurons, rank, groups, selected_groups, positions, span;
+  const float* weight;         // (neurons, depth)
+  const float* code;           // (rows, rank)
+  const float* light_up;       // (neurons, rank)
+  const std::int32_t* selected;  // (blocks, selected_groups)
+  const float* gate;           // (blocks, selected_groups): sigmoid of the selected logits
+  bool hard;
+  float* grad_light;           // (rows, neurons), gradient of the light path without the gate's share
+  float* grad_x;               // (rows, depth), the full path's share; null with grad_logits where not needed
+  float* grad_logits;          // (blocks, selected_groups)
+  float* grad_weight;          // (neurons, depth) or null
+  int threads;
+};
+
 struct TopK {
   const float* scores;         // (rows, groups)
   std::int64_t rows, groups, k;
@@ -49,6 +68,7 @@ struct Kernels {
   const char* name;
   int lanes;
   void (*linear_forward)(const LinearForward&);
+  void (*linear_backward)(const LinearBackward&);
   std::int64_t (*packed_elements)(const LinearPack&);
   void (*pack)(const LinearPack&);
   void (*topk)(const TopK&);

@@ -12,10 +12,15 @@ import torch
 from torch import Tensor
 
 from midl.errors import KernelError
+from midl.ops import reference
 from midl.ops.dispatch import Implementation, register
+from midl.ops.native_backward import linear_backward
 from midl.ops.native_packing import packed_panels
 
 __all__ = ["instruction_set", "supported_instruction_sets", "topk_groups", "use_instruction_set"]
+
+# Groups of fewer neurons take the dense backward.
+_BACKWARD_GROUP = 8
 
 try:
     # torch first: the kernels then share its OpenMP runtime.
@@ -118,6 +123,23 @@ def _linear(
     return y, selected
 
 
+def _linear_backward(
+    grad_y: Tensor, selected: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, light_down: Tensor,
+    light_up: Tensor, gate_weight: Tensor | None, gate_bias: Tensor | None, group_size: int, span: int,
+    interpolation: str, ste: str, needs: list[bool],
+) -> reference.Grads:  # fmt: skip
+    if ste == "dense" or group_size < _BACKWARD_GROUP or x.numel() == 0:
+        # Every neuron's value or gradient is wanted, or groups too narrow to beat torch's matrix products.
+        return reference.linear_backward(
+            grad_y, selected, x, weight, bias, light_down, light_up, gate_weight, gate_bias, group_size, span,
+            interpolation, ste, needs,
+        )  # fmt: skip
+    return linear_backward(
+        _native, grad_y, selected, x, weight, bias, light_down, light_up, gate_weight, gate_bias, group_size, span,
+        interpolation, needs,
+    )  # fmt: skip
+
+
 def _dense(t: Tensor | None) -> Tensor | None:
     return t if t is None else t.contiguous()
 
@@ -140,4 +162,11 @@ def _unsupported(op: str, x: Tensor, *, weight: Tensor, **_: Any) -> str | None:
     return None
 
 
-register(Implementation("native", {"linear": _linear}, unavailable=_unavailable, unsupported=_unsupported))
+register(
+    Implementation(
+        "native",
+        {"linear": _linear, "linear_backward": _linear_backward},
+        unavailable=_unavailable,
+        unsupported=_unsupported,
+    )
+)

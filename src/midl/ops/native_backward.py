@@ -1,0 +1,105 @@
+"""Backward of the native linear op: the sparse part in the kernel, products with the rank by torch.
+
+Nothing of the forward pass is kept but its inputs and the selection: code and logits are recomputed, the full path is
+not needed (native/backward.hpp says why), and nothing of the size (rows, n) is made but the gradient of the light path.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from midl.ops.reference import Grads
+
+__all__ = ["linear_backward"]
+
+
+def linear_backward(
+    kernels: Any, grad_y: Tensor, selected: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, light_down: Tensor,
+    light_up: Tensor, gate_weight: Tensor | None, gate_bias: Tensor | None, group_size: int, span: int,
+    interpolation: str, needs: list[bool],
+) -> Grads:  # fmt: skip
+    """Return the gradients for ``ste="selected"``, empty where not needed; half precision is computed in float32."""
+    n, depth = weight.shape
+    rank, groups, positions, k = light_down.shape[0], n // group_size, x.shape[-2], selected.shape[-1]
+    need_x, need_weight, need_bias, need_down, need_up, need_gate, need_gate_bias = needs
+    flat = _float_rows(x, depth)
+    grad = _float_rows(grad_y, n)
+    down, up = light_down.float().contiguous(), light_up.float().contiguous()
+    code = flat @ down.T
+
+    blocks = _Blocks(x, span)
+    block_code = blocks.mean(code)
+    if gate_weight is not None and gate_bias is not None:
+        gate_rows, gate_offset = gate_weight.float(), gate_bias.float()
+    else:
+        # The light gate is a projection by the group means of light_up and bias.
+        gate_rows = up.view(groups, group_size, rank).mean(1)
+        gate_offset = up.new_zeros(groups) if bias is None else bias.float().view(groups, group_size).mean(1)
+    chosen = selected.reshape(-1, k)
+    index = chosen.long()
+    gate = torch.addmm(gate_offset, block_code, gate_rows.T).gather(1, index).sigmoid_()
+
+    full_weight = weight.float().contiguous()
+    need_code = need_x or need_down or need_gate or need_gate_bias or need_up or (need_bias and gate_weight is None)
+    grad_light = torch.empty_like(grad)
+    grad_x = torch.empty_like(flat, memory_format=torch.contiguous_format) if need_code else None
+    grad_chosen = torch.empty_like(gate)
+    grad_weight = torch.empty_like(full_weight) if need_weight else None
+    kernels.linear_backward(
+        grad.data_ptr(), flat.data_ptr(), flat.stride(0), flat.shape[0], depth, n, rank, groups, k, positions, span,
+        full_weight.data_ptr(), code.data_ptr(), up.data_ptr(), chosen.data_ptr(), gate.data_ptr(),
+        interpolation == "hard", grad_light.data_ptr(), 0 if grad_x is None else grad_x.data_ptr(),
+        grad_chosen.data_ptr(), 0 if grad_weight is None else grad_weight.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+
+    out: list[Tensor | None] = [None, grad_weight, None, None, None, None, None]
+    grad_bias = grad.sum(0) if need_bias else None
+    if grad_x is not None:
+        grad_logits = torch.zeros_like(gate_offset).repeat(gate.shape[0], 1).scatter_(1, index, grad_chosen)
+        grad_gate_rows = grad_logits.T @ block_code
+        grad_code = blocks.spread(grad_logits @ gate_rows).addmm_(grad_light, up)
+        grad_up = grad_light.T @ code if need_up else None
+        if gate_weight is None:
+            if grad_up is not None:
+                grad_up.view(groups, group_size, rank).add_(grad_gate_rows.unsqueeze(1), alpha=1 / group_size)
+            if grad_bias is not None:
+                grad_bias.view(groups, group_size).add_(grad_logits.sum(0).unsqueeze(1), alpha=1 / group_size)
+        out[3] = grad_code.T @ flat if need_down else None
+        out[0] = grad_x.addmm_(grad_code, down).view(x.shape) if need_x else None
+        out[4] = grad_up
+        if gate_weight is not None:
+            out[5], out[6] = grad_gate_rows, grad_logits.sum(0)
+    out[2] = grad_bias
+    return tuple(  # type: ignore[return-value]
+        x.new_empty(0) if g is None or not need else g.to(x.dtype) for g, need in zip(out, needs, strict=True)
+    )
+
+
+def _float_rows(t: Tensor, width: int) -> Tensor:
+    return t.float().contiguous().view(-1, width)
+
+
+class _Blocks:
+    """Rows that share a selection: means over a block's rows, and shares of a block's gradient for its rows."""
+
+    def __init__(self, x: Tensor, span: int) -> None:
+        self.span, self.positions = span, x.shape[-2]
+        if span == 1:
+            return
+        rows = torch.arange(x.shape[:-1].numel())
+        per_sequence = -(-self.positions // span)
+        self.block = rows // self.positions * per_sequence + rows % self.positions // span
+        self.sizes = torch.bincount(self.block).unsqueeze(1)
+
+    def mean(self, code: Tensor) -> Tensor:
+        """(rows, r) -> (blocks, r)."""
+        if self.span == 1:
+            return code
+        return code.new_zeros(len(self.sizes), code.shape[1]).index_add_(0, self.block, code) / self.sizes
+
+    def spread(self, grad: Tensor) -> Tensor:
+        """(blocks, r) -> (rows, r)."""
+        return grad if self.span == 1 else (grad / self.sizes)[self.block]
