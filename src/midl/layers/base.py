@@ -136,24 +136,32 @@ class MIDLayer(nn.Module):
             )
 
     def _check_input(self, x: Tensor, axis: int, expected: int, name: str) -> None:
+        """Raise unless the layer can compute with ``x``; what is right passes with as few look-ups as possible."""
+        weight = self.weight
+        if (
+            isinstance(x, Tensor)
+            and x.shape[axis] == expected
+            and x.device == weight.device
+            and (x.dtype is weight.dtype or (x.dtype.is_floating_point and _autocast(x)))
+        ):
+            return
         owner = type(self).__name__
         if not isinstance(x, Tensor):
             raise MIDLError(f"{owner}: input is a {type(x).__name__}, expected a torch.Tensor")
         if not x.dtype.is_floating_point:
-            raise DTypeError(f"{owner}: input has dtype {x.dtype}, expected {self.weight.dtype}")
-        if x.dtype != self.weight.dtype and not _autocast(x):
+            raise DTypeError(f"{owner}: input has dtype {x.dtype}, expected {weight.dtype}")
+        if x.dtype != weight.dtype and not _autocast(x):
             raise DTypeError(
-                f"{owner}: input has dtype {x.dtype}, expected {self.weight.dtype} like the weight "
+                f"{owner}: input has dtype {x.dtype}, expected {weight.dtype} like the weight "
                 "(convert one with .to(dtype), or use torch.autocast)"
             )
-        if x.device != self.weight.device:
-            raise MIDLError(f"{owner}: input is on {x.device}, expected {self.weight.device} like the weight")
-        if x.shape[axis] != expected:
-            raise MIDLError(f"{owner}: input of shape {tuple(x.shape)} has {x.shape[axis]} {name}, expected {expected}")
+        if x.device != weight.device:
+            raise MIDLError(f"{owner}: input is on {x.device}, expected {weight.device} like the weight")
+        raise MIDLError(f"{owner}: input of shape {tuple(x.shape)} has {x.shape[axis]} {name}, expected {expected}")
 
-    def _op_tensors(self, x: Tensor) -> tuple[Tensor | None, ...]:
+    def _op_tensors(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return x and the parameters in the op's order, in autocast's dtype where autocast is on."""
-        tensors = (
+        tensors: Any = (
             x, self.weight, self.bias, self.light_down, self.light_up, self.gate_weight, self.gate_bias,
         )  # fmt: skip
         if _autocast(x):
@@ -161,10 +169,8 @@ class MIDLayer(nn.Module):
             return tuple(t if t is None else t.to(dtype) for t in tensors)
         return tensors
 
-    def _draw_noise(self, x: Tensor, shape: tuple[int, ...]) -> Tensor | None:
-        """Return the exploration noise of a training step, or None."""
-        if not self.training or self.config.noise == 0:
-            return None
+    def _draw_noise(self, x: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Return the exploration noise of a training step."""
         return torch.randn((*shape, self.num_groups), device=x.device, dtype=torch.float32) * self.config.noise
 
     def _observe(self, selected: Tensor) -> None:

@@ -172,7 +172,6 @@ class MIDConv2d(MIDLayer):
         c = self.config
         tensors = self._op_tensors(x)
         images = tensors[0]
-        assert images is not None
         if self._pad_before:
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             images = F.pad(images, self._pad_before, mode=mode)
@@ -186,9 +185,11 @@ class MIDConv2d(MIDLayer):
                 f"dilation={self.dilation} and padding={self.padding!r}"
             )
         per_image = c.select == "image"
-        choices = (x.shape[0], 1) if per_image else (x.shape[0], height, -(-width // c.span))
+        noise = None
+        if self.training and c.noise > 0:
+            noise = self._draw_noise(x, (len(x), 1) if per_image else (len(x), height, -(-width // c.span)))
         y, selected = conv2d(
-            images, *tensors[1:], self._draw_noise(x, choices), self.stride, self._op_padding, self.dilation,
+            images, *tensors[1:], noise, self.stride, self._op_padding, self.dilation,
             self.num_selected, c.group_size, 0 if per_image else c.span, c.interpolation, c.ste,
         )  # fmt: skip
         self._observe(selected)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from midl.config import MIDConfig, check_positive_int
 from midl.errors import MIDLError
-from midl.layers.base import MIDLayer
+from midl.layers.base import MIDLayer, observers
 from midl.ops.linear import linear
 
 __all__ = ["MIDLinear"]
@@ -128,13 +128,16 @@ class MIDLinear(MIDLayer):
         self._check_input(x, -1, self.in_features, "features")
         c = self.config
         # A sequence keeps its axis only where positions share a selection.
-        rows = x if x.dim() >= 2 and c.span > 1 else x.reshape(-1, self.in_features)
-        noise = self._draw_noise(x, (*rows.shape[:-2], -(-rows.shape[-2] // c.span)))
+        rows = x if x.dim() == 2 or (x.dim() > 2 and c.span > 1) else x.reshape(-1, self.in_features)
+        noise = None
+        if self.training and c.noise > 0:
+            noise = self._draw_noise(x, (*rows.shape[:-2], -(-rows.shape[-2] // c.span)))
         y, selected = linear(
             *self._op_tensors(rows), noise, self.num_selected, c.group_size, c.span, c.interpolation, c.ste
         )
-        self._observe(selected)
-        return y.view(*x.shape[:-1], self.out_features)
+        if observers:
+            self._observe(selected)
+        return y if rows is x else y.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         """Return the constructor's arguments."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from midl.errors import KernelError, MIDLError
 
@@ -16,6 +17,7 @@ __all__ = [
     "NAMES",
     "Implementation",
     "invoke",
+    "is_plain_inference",
     "kernels",
     "register",
     "resolve",
@@ -136,6 +138,24 @@ def resolve(op: str, x: Tensor, **call: Any) -> Callable[..., Any]:
             if implementation.reason_against(op, x, **call) is None and implementation.prefer(op, x, **call):
                 return implementation.ops[op]
     raise KernelError(f"midl::{op}: no implementation takes dtype={x.dtype} on device={x.device}")
+
+
+def is_plain_inference(x: Tensor, weight: Tensor) -> bool:
+    """Return whether nobody between the caller and the implementation wants to see the op.
+
+    That is: no autograd, no compilation or tracing, no dispatch mode (FLOP counters, fake tensors), no transform, no
+    profiler, no tensor subclass. torch's dispatcher then only costs time, more than a small layer takes to compute.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.is_grad_enabled()
+        and type(x) is Tensor
+        and type(weight) in (Parameter, Tensor)
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not torch.autograd.profiler._is_profiler_enabled
+        and not torch.jit.is_tracing()
+    )
 
 
 def invoke(run: Callable[..., Any], *args: Any) -> Any:
