@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from midl.ops.dispatch import Implementation, register
+from midl.ops.gpu_cost import Call, Device, device_of, predicted_speedup
 
 __all__: list[str] = []
 
@@ -60,6 +62,24 @@ def _unsupported(
     return None
 
 
+def _prefer(op: str, x: Tensor, *, weight: Tensor, k: int, group_size: int, **_: object) -> bool:
+    """Return whether the cost model expects these kernels to beat a dense product on x's GPU."""
+    if x.device.type != "cuda":
+        return False
+    width, fan_in = weight.shape[0], weight[0].numel()
+    rows = x.numel() // x.shape[1 if op.startswith("conv2d") else -1]
+    # The call does not say the rank. What it costs hardly moves the decision: take a tenth of the dense product.
+    rank = max(1, round(0.1 * fan_in * width / (fan_in + width)))
+    tf32 = torch.get_float32_matmul_precision() != "highest"
+    call = Call(rows, fan_in, width, group_size, k, rank, x.dtype, tf32)
+    return predicted_speedup(call, _device(x.device), backward=op.endswith("_backward")) > 1
+
+
+@functools.cache
+def _device(device: torch.device) -> Device:
+    return device_of(torch.cuda.get_device_name(device))
+
+
 def _interpreter_multiplies_bfloat16() -> bool:
     """Return False: Triton 3.9 does not. The tests repair their interpreter and this answer with it."""
     return False
@@ -71,5 +91,6 @@ register(
         _ops,
         unavailable=_unavailable,
         unsupported=_unsupported,
+        prefer=_prefer,
     )
 )
