@@ -5,6 +5,7 @@ from midl.adaptation.allocate import Option, allocate
 from midl.adaptation.calibrate import Moments, calibrate
 from midl.adaptation.distil import distil, soft_cross_entropy, squared_error
 from midl.adaptation.gate import captured_energy, fit_gate
+from midl.adaptation.group import Chain, find_chains, group_neurons, order_neurons, permute
 from midl.adaptation.initialise import Start, initialise
 from midl.adaptation.light_path import LightPath, fit_light_path
 from midl.adaptation.report import AdaptedLayer, AdaptReport
@@ -13,6 +14,7 @@ from midl.adaptation.sensitivity import OutputRows, sample_outputs
 __all__ = [
     "AdaptReport",
     "AdaptedLayer",
+    "Chain",
     "LightPath",
     "Moments",
     "Option",
@@ -23,9 +25,13 @@ __all__ = [
     "calibrate",
     "captured_energy",
     "distil",
+    "find_chains",
     "fit_gate",
     "fit_light_path",
+    "group_neurons",
     "initialise",
+    "order_neurons",
+    "permute",
     "sample_outputs",
     "soft_cross_entropy",
     "squared_error",

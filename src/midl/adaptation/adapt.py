@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from midl.adaptation.batches import Data, collect, run, size_of
 from midl.adaptation.calibrate import calibrate
 from midl.adaptation.distil import Loss, distil, squared_error
+from midl.adaptation.group import group_neurons
 from midl.adaptation.measure import dense_outputs, output_error
 from midl.adaptation.outputs import hooked, to_rows
 from midl.adaptation.plan import Choice, choose, find_layers, list_choices
@@ -33,6 +34,7 @@ def adapt(
     budget: float = 1.7,
     *,
     group_size: int = 16,
+    group: bool = True,
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     samples: int = 2048,
     epochs: int = 0,
@@ -60,6 +62,8 @@ def adapt(
             starts with one of them (labels behind it are not used).
         budget: FLOPs of the whole model before, divided by those after, at least.
         group_size: neurons selected together; a layer whose width it does not divide stays dense.
+        group: let neurons of a layer change places where nothing else can see it (in a plain nn.Sequential), so that
+            those that matter together share a group. The weights then differ from the dense model's by that order.
         filter_fn: called with (module, qualified name); False keeps a layer dense.
         samples: inputs to calibrate and measure on, from the start of ``data``.
         epochs: of distillation on all of ``data``; 0: none.
@@ -84,47 +88,47 @@ def adapt(
     if not layers:
         reasons = "; ".join(f"{name}: {kept[name]}" for name in names[:8]) or "it has no dense layers"
         raise MIDLError(f"adapt: nothing in the {type(model).__name__} could be converted: {reasons}")
+    measured = _first(batches, _MEASURED)
+    expected = dense_outputs(model, measured)
     dense_flops = count_flops(model, batches[0])
     rows = _count_rows(model, layers, batches[0])
-    expected = dense_outputs(model, _first(batches, _MEASURED))
-    choices = {
-        name: list_choices(
-            model, name, layer, moments[name], batches, expected, rows=rows[name], group_size=group_size, seed=seed
-        )
-        for name, layer in layers.items()
-    }
-    plan = choose(choices, dense_flops, budget)
-    sparse = {name: choice for name, choice in plan.items() if choice.start is not None}
-    if not sparse:
-        raise MIDLError(f"adapt: budget={budget:g} leaves every layer dense, expected a larger one")
-    error, error_initialised, losses = float("nan"), float("nan"), []
-    teacher = copy.deepcopy(model) if epochs else None
     modes = {name: module.training for name, module in model.named_modules()}
-    before = [(t, t.detach().clone()) for t in (*model.parameters(), *model.buffers())] if epochs else []
+    before = [(t, t.detach().clone()) for t in (*model.parameters(), *model.buffers())]
     try:
-        _convert(model, layers, sparse)
-        error = error_initialised = output_error(model, batches[: len(expected)], expected)
+        regrouped = set()
+        if group and group_size > 1:
+            regrouped = group_neurons(model, layers, moments, batches, expected, group_size=group_size, seed=seed)
+        choices = {
+            name: list_choices(
+                model, name, layer, moments[name], batches, expected, rows=rows[name], group_size=group_size, seed=seed
+            )
+            for name, layer in layers.items()
+        }
+        plan = choose(choices, dense_flops, budget)
+        teacher = copy.deepcopy(model) if epochs else None
+        _convert(model, layers, plan)
+        error = error_initialised = output_error(model, measured, expected)
+        losses: list[float] = []
         if teacher is not None:
             losses = distil(
                 model, teacher, data, epochs=epochs, loss=loss, elastic=elastic, seed=seed,
                 optimizer=None if optimizer is None else optimizer(model.parameters()),
             )  # fmt: skip
-            error = output_error(model, batches[: len(expected)], expected)
+            error = output_error(model, measured, expected)
         flops = count_flops(model, batches[0])
     except BaseException:
-        _revert(model, layers, before)
+        _restore(model, layers, before)
         raise
     finally:
         for name, module in model.named_modules():
             module.training = modes[name]
     inputs = size_of(batches[0])
+    described = {
+        name: _describe(name, plan[name], choices[name][0], inputs, name in regrouped, moments[name].dropped)
+        for name in plan
+    }
     return AdaptReport(
-        tuple(
-            _describe(name, plan[name], choices[name][0], moments[name].dropped, inputs)
-            if name in plan
-            else AdaptedLayer(name, False, kept[name])
-            for name in names
-        ),
+        tuple(described.get(name) or AdaptedLayer(name, False, kept[name]) for name in names),
         dense_flops / inputs, flops / inputs, error_initialised, error, tuple(losses),
     )  # fmt: skip
 
@@ -164,18 +168,19 @@ def _count_rows(model: nn.Module, layers: Mapping[str, nn.Module], batch: Any) -
     return rows
 
 
-def _convert(model: nn.Module, layers: Mapping[str, nn.Module], sparse: Mapping[str, Choice]) -> None:
-    """Replace the layers of the plan by MID-L layers with their starts."""
+def _convert(model: nn.Module, layers: Mapping[str, nn.Module], plan: Mapping[str, Choice]) -> None:
+    """Replace the layers that the plan makes sparse by MID-L layers with their starts."""
     replacements = {}
-    for name, choice in sparse.items():
-        assert choice.start is not None
+    for name, choice in plan.items():
+        if choice.start is None:
+            continue
         layer = make_layer(layers[name], choice.start.config(choice.active))
         choice.start.write(layer)
         replacements[id(layers[name])] = layer
     replace_modules(model, replacements)
 
 
-def _revert(model: nn.Module, layers: Mapping[str, nn.Module], before: list[tuple[Tensor, Tensor]]) -> None:
+def _restore(model: nn.Module, layers: Mapping[str, nn.Module], before: list[tuple[Tensor, Tensor]]) -> None:
     """Put the very same dense layers back, with the values that their tensors had."""
     replaced = {}
     for name, dense in layers.items():
@@ -187,7 +192,7 @@ def _revert(model: nn.Module, layers: Mapping[str, nn.Module], before: list[tupl
         tensor.data.copy_(value)
 
 
-def _describe(name: str, choice: Choice, dense: Choice, dropped: int, inputs: int) -> AdaptedLayer:
+def _describe(name: str, choice: Choice, dense: Choice, inputs: int, regrouped: bool, dropped: int) -> AdaptedLayer:
     if choice.start is None:
         return AdaptedLayer(
             name, False, "dense is worth its FLOPs", flops_before=dense.flops / inputs, flops_after=dense.flops / inputs
@@ -195,5 +200,5 @@ def _describe(name: str, choice: Choice, dense: Choice, dropped: int, inputs: in
     captured, oracle = choice.start.captured(choice.active)
     return AdaptedLayer(
         name, True, "", choice.active, choice.start.rank, choice.start.gate, dense.flops / inputs,
-        choice.flops / inputs, captured, oracle, dropped,
+        choice.flops / inputs, captured, oracle, regrouped, dropped,
     )  # fmt: skip

@@ -52,6 +52,12 @@ class Moments:
         self.rows += len(t)
         self.dropped += len(rows) - len(t)
 
+    def permuted(self, order: Tensor) -> Moments:
+        """Return the moments of the same layer with its neurons in ``order``."""
+        if self.basis is not None:
+            return dataclasses.replace(self, basis=self.basis[order])
+        return dataclasses.replace(self, second_moment=self.second_moment[order][:, order])
+
     def principal_outputs(self) -> tuple[Tensor, Tensor]:
         """Return orthonormal directions (n, m) of the output in descending order of energy, and the energies (m,).
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["LightPath", "fit_light_path"]
+__all__ = ["LightPath", "fit_light_path", "middle_rank"]
 
 
 class LightPath(NamedTuple):
@@ -41,3 +41,9 @@ def fit_light_path(weight: Tensor, directions: Tensor, energies: Tensor, rank: i
     scale = scale.where(scale > 1e-6 * scale.max().clamp(min=1e-30), 1.0)
     reader = chosen.T / scale[:, None]
     return LightPath(reader @ weight.double(), chosen * scale, reader)
+
+
+def middle_rank(weight: Tensor) -> int:
+    """Return a rank in the middle of what is worth trying: a tenth of the layer's multiply-adds."""
+    n, fan_in = weight.shape
+    return max(1, int(0.1 * n * fan_in / (n + fan_in)))

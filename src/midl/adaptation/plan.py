@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from midl.adaptation.allocate import Option, allocate
 from midl.adaptation.calibrate import Moments, weight_of
 from midl.adaptation.initialise import Start, initialise
-from midl.adaptation.light_path import fit_light_path
+from midl.adaptation.light_path import fit_light_path, middle_rank
 from midl.adaptation.measure import simulate
 from midl.adaptation.sensitivity import sample_outputs
 from midl.config import layer_macs, num_active_groups
@@ -99,7 +99,7 @@ def list_choices(
     weight, bias = weight_of(layer), getattr(layer, "bias", None)
     n, fan_in = weight.shape
     principal = moments.principal_outputs()
-    middle = fit_light_path(weight, *principal, max(1, int(0.1 * n * fan_in / (n + fan_in))))
+    middle = fit_light_path(weight, *principal, middle_rank(weight))
     sampled = sample_outputs(model, name, layer, middle, batches, seed=seed)
     choices = [Choice(2 * rows * n * fan_in, 0.0)]
     if len(sampled.full) < 8:

@@ -23,6 +23,7 @@ class AdaptedLayer:
         captured: share of the energy lost on the light path that the gate's choice wins back, on rows of the
             calibration data to which the gate was not fitted.
         oracle: the same for the best possible choice.
+        regrouped: whether its neurons changed places, so that those that matter together share a group.
         dropped_rows: output rows with NaN or infinite values, left out.
     """
 
@@ -36,6 +37,7 @@ class AdaptedLayer:
     flops_after: float = 0.0
     captured: float = 1.0
     oracle: float = 1.0
+    regrouped: bool = False
     dropped_rows: int = 0
 
 
@@ -92,8 +94,10 @@ class AdaptReport:
 def _cells(layer: AdaptedLayer) -> tuple[str, ...]:
     if not layer.changed:
         return (layer.name, "dense", "", "", "1.00x", "", "", layer.detail)
-    note = f"{layer.dropped_rows} rows with NaN or Inf left out" if layer.dropped_rows else ""
+    notes = ["regrouped"] if layer.regrouped else []
+    notes += [f"{layer.dropped_rows} rows with NaN or Inf left out"] if layer.dropped_rows else []
     return (
         layer.name, f"{layer.active:.3f}", str(layer.rank), layer.gate,
-        f"{layer.flops_before / layer.flops_after:.2f}x", f"{layer.captured:.3f}", f"{layer.oracle:.3f}", note,
+        f"{layer.flops_before / layer.flops_after:.2f}x", f"{layer.captured:.3f}", f"{layer.oracle:.3f}",
+        ", ".join(notes),
     )  # fmt: skip
