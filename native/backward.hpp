@@ -14,6 +14,7 @@ constexpr std::int64_t kColumnBlock = 128;
 // Fixed shares of the depth, each with its own partial sums for the gate.
 constexpr std::int64_t kDepthShares = 8;
 constexpr std::int64_t kBackwardRows = 256;
+constexpr int kOuterRows = panel_rows(2);
 
 // Which rows selected which group: for each group its members, ascending. A member knows its place in `selected`.
 struct Members {
@@ -81,15 +82,17 @@ struct BackwardPlan {
 
 struct BackwardMemory {
   const float** rows;
-  float *slice, *light, *block, *sums;
+  float *slice, *light, *inputs, *gradients, *weights, *sums;
 
   BackwardMemory(Carver& memory, const BackwardPlan& plan) {
     rows = memory.take<const float*>(kBackwardRows);
     slice = memory.take<float>(slice_floats());
     light = memory.take<float>(kBackwardRows * kPanelWidth);
-    block = memory.take<float>((plan.call.rows > plan.group_size ? plan.call.rows : plan.group_size) *
-                               (kColumnBlock + 2 * L));
-    sums = memory.take<float>(kBackwardRows * L);
+    const std::int64_t rows = lesser(plan.call.rows, kBackwardRows);
+    inputs = memory.take<float>(rows * (kColumnBlock + 16));
+    gradients = memory.take<float>(rows * (kColumnBlock + 16));
+    weights = memory.take<float>(plan.group_size * kColumnBlock);
+    sums = memory.take<float>(kOuterRows * L);
   }
 };
 
@@ -128,41 +131,55 @@ void split_gradient(const BackwardPlan& plan, BackwardMemory& memory, std::int64
   }
 }
 
-// out[r][0 .. 2L) = sum over k < depth of a[r * a_row + k * a_step] * b[k * b_step ..)
+// Copy `width` columns, padded with zeros to a multiple of 2 L.
+MIDL_INLINE void copy_columns(const float* from, std::int64_t width, float* to) {
+  __builtin_memcpy(to, from, std::size_t(width) * sizeof(float));
+  for (std::int64_t j = width; j < round_up(width, 2 * L); ++j) to[j] = 0;
+}
+
+// u = grad_full of R members . two vectors of columns of their group's weights; then grad_x += u, sums += u * x.
 template <int R>
-[[gnu::noinline]] void outer_tile(const float* a, std::int64_t a_row, std::int64_t a_step, const float* b,
-                                  std::int64_t b_step, std::int64_t depth, float* out) {
+[[gnu::noinline]] void input_tile(const float* scaled, std::int64_t size, const float* weights,
+                                  std::int64_t weights_stride, const std::int32_t* rows, const float* x, float* grad_x,
+                                  std::int64_t stride, float* sums) {
   Vec acc[R][2] = {};
-  const float* row[R];
+  const float* a[R];
 #pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) row[r] = a + r * a_row;
-  std::int64_t at = 0;
-  for (std::int64_t k = 0; k < depth; ++k, at += a_step, b += b_step) {
-    const Vec b0 = load(b), b1 = load(b + L);
+  for (int r = 0; r < R; ++r) a[r] = scaled + r * size;
+  for (std::int64_t k = 0; k < size; ++k, weights += weights_stride) {
+    const Vec b0 = load(weights), b1 = load(weights + L);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      const Vec value = splat(row[r][at]);
+      const Vec value = splat(a[r][k]);
       acc[r][0] += value * b0;
       acc[r][1] += value * b1;
     }
   }
 #pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) store(out + r * 2 * L, acc[r][0]), store(out + r * 2 * L + L, acc[r][1]);
+  for (int r = 0; r < R; ++r) {
+    const float* from = x + rows[r] * stride;
+    float* to = grad_x + rows[r] * stride;
+    store(to, load(to) + acc[r][0]);
+    store(to + L, load(to + L) + acc[r][1]);
+    store(sums + r * L, load(sums + r * L) + acc[r][0] * load(from) + acc[r][1] * load(from + L));
+  }
 }
 
-constexpr int kOuterRows = panel_rows(2);
-
-template <int R = kOuterRows>
-void outer_rows(std::int64_t m, const float* a, std::int64_t a_row, std::int64_t a_step, const float* b,
-                std::int64_t b_step, std::int64_t depth, float* out) {
-  if (m == R) return outer_tile<R>(a, a_row, a_step, b, b_step, depth, out);
-  if constexpr (R > 1) outer_rows<R - 1>(m, a, a_row, a_step, b, b_step, depth, out);
+template <int R = kOuterRows, class... Args>
+void input_rows(std::int64_t m, Args... args) {
+  if (m == R) return input_tile<R>(args...);
+  if constexpr (R > 1) input_rows<R - 1>(m, args...);
 }
 
-// Copy `width` columns, padded with zeros to a multiple of 2 L.
-MIDL_INLINE void copy_columns(const float* from, std::int64_t width, float* to) {
-  __builtin_memcpy(to, from, std::size_t(width) * sizeof(float));
-  for (std::int64_t j = width; j < round_up(width, 2 * L); ++j) to[j] = 0;
+// A block of columns of the inputs, gathered with an odd number of cache lines from row to row: rows a power of two
+// apart would share a few cache sets.
+MIDL_INLINE std::int64_t block_stride(std::int64_t width) { return round_up(width, 2 * L) + 16; }
+
+void gather_columns(const BackwardPlan& plan, Range rows, std::int64_t col, std::int64_t width, float* block) {
+  const auto& c = plan.call;
+  const std::int64_t stride = block_stride(width);
+  for (std::int64_t r = rows.begin; r < rows.end; ++r)
+    copy_columns(c.x + r * c.x_stride + col, width, block + (r - rows.begin) * stride);
 }
 
 // grad_x over one share of the depth, and that share of the sums of grad_full * f.
@@ -172,47 +189,33 @@ void grad_input(const BackwardPlan& plan, BackwardMemory& memory, std::int64_t s
   const Range columns = plan.share(share);
   float* sums = plan.full_sum + share * plan.entries;
   for (std::int64_t e = 0; e < plan.entries; ++e) sums[e] = 0;
-  for (std::int64_t r = 0; r < c.rows; ++r)
-    for (std::int64_t i = columns.begin; i < columns.end; ++i) c.grad_x[r * c.depth + i] = 0;
   for (std::int64_t col = columns.begin; col < columns.end; col += kColumnBlock) {
-    const std::int64_t width = lesser(kColumnBlock, columns.end - col), stride = round_up(width, 2 * L);
+    const std::int64_t width = lesser(kColumnBlock, columns.end - col), padded = round_up(width, 2 * L);
+    const std::int64_t stride = block_stride(width);
     for (std::int64_t start = 0; start < c.rows; start += kBackwardRows) {
+      const std::int64_t stop = lesser(c.rows, start + kBackwardRows);
+      gather_columns(plan, {start, stop}, col, width, memory.inputs);
+      __builtin_memset(memory.gradients, 0, std::size_t((stop - start) * stride) * sizeof(float));
       for (std::int64_t g = 0; g < c.groups; ++g) {
         const std::int64_t last = plan.members.first[g + 1];
         const std::int64_t begin = plan.members.find_row(plan.members.first[g], last, start);
-        const std::int64_t end = plan.members.find_row(begin, last, start + kBackwardRows);
+        const std::int64_t end = plan.members.find_row(begin, last, stop);
         if (begin == end) continue;
         for (std::int64_t j = 0; j < size; ++j)
-          copy_columns(c.weight + (g * size + j) * c.depth + col, width, memory.block + j * stride);
+          copy_columns(c.weight + (g * size + j) * c.depth + col, width, memory.weights + j * padded);
         for (std::int64_t e = begin; e < end; e += kOuterRows) {
           const std::int64_t m = lesser(kOuterRows, end - e);
           for (std::int64_t r = 0; r < m; ++r) store(memory.sums + r * L, Vec{});
-          for (std::int64_t i = 0; i < width; i += 2 * L) {
-            float tile[kOuterRows * 2 * L];
-            outer_rows(m, plan.scaled + e * size, size, 1, memory.block + i, stride, size, tile);
-            const std::int64_t count = lesser(2 * L, width - i);
-            for (std::int64_t r = 0; r < m; ++r) {
-              const std::int64_t row = plan.members.row[e + r];
-              const float* x = c.x + row * c.x_stride + col + i;
-              float* grad = c.grad_x + row * c.depth + col + i;
-              const float* u = tile + r * 2 * L;
-              if (count == 2 * L) {
-                const Vec u0 = load(u), u1 = load(u + L);
-                store(grad, load(grad) + u0);
-                store(grad + L, load(grad + L) + u1);
-                store(memory.sums + r * L, load(memory.sums + r * L) + u0 * load(x) + u1 * load(x + L));
-              } else {
-                for (std::int64_t j = 0; j < count; ++j) {
-                  grad[j] += u[j];
-                  memory.sums[r * L] += u[j] * x[j];
-                }
-              }
-            }
-          }
+          for (std::int64_t i = 0; i < width; i += 2 * L)
+            input_rows(m, plan.scaled + e * size, size, memory.weights + i, padded, plan.members.row + e,
+                       memory.inputs + i - start * stride, memory.gradients + i - start * stride, stride, memory.sums);
           for (std::int64_t r = 0; r < m; ++r)
             for (int lane = 0; lane < L; ++lane) sums[e + r] += memory.sums[r * L + lane];
         }
       }
+      for (std::int64_t r = start; r < stop; ++r)
+        __builtin_memcpy(c.grad_x + r * c.depth + col, memory.gradients + (r - start) * stride,
+                         std::size_t(width) * sizeof(float));
     }
   }
 }
@@ -232,26 +235,65 @@ void grad_gate(const BackwardPlan& plan, std::int64_t group) {
   }
 }
 
-// grad_weight of one group over one share of the depth.
-void grad_neurons(const BackwardPlan& plan, BackwardMemory& memory, std::int64_t group, std::int64_t share) {
+// grad[j][0 .. count) (+)= sum over members k of scaled[k][j] * x[rows[k]], for R neurons and two vectors of columns.
+template <int R>
+[[gnu::noinline]] void weight_tile(const float* scaled, std::int64_t size, const float* x, std::int64_t stride,
+                                   const std::int32_t* rows, std::int64_t members, float* grad, std::int64_t depth,
+                                   std::int64_t count, bool accumulate) {
+  Vec acc[R][2] = {};
+  for (std::int64_t k = 0; k < members; ++k, scaled += size) {
+    const float* b = x + rows[k] * stride;
+    const Vec b0 = load(b), b1 = load(b + L);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const Vec value = splat(scaled[r]);
+      acc[r][0] += value * b0;
+      acc[r][1] += value * b1;
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+    float* to = grad + r * depth;
+    if (count == 2 * L) {
+      store(to, accumulate ? load(to) + acc[r][0] : acc[r][0]);
+      store(to + L, accumulate ? load(to + L) + acc[r][1] : acc[r][1]);
+    } else {
+      float u[2 * L];
+      store(u, acc[r][0]), store(u + L, acc[r][1]);
+      for (std::int64_t j = 0; j < count; ++j) to[j] = accumulate ? to[j] + u[j] : u[j];
+    }
+  }
+}
+
+template <int R = kOuterRows, class... Args>
+void weight_rows(std::int64_t neurons, Args... args) {
+  if (neurons == R) return weight_tile<R>(args...);
+  if constexpr (R > 1) weight_rows<R - 1>(neurons, args...);
+}
+
+// grad_weight over one share of the depth. A block of columns of the inputs is gathered once for all groups.
+void grad_neurons(const BackwardPlan& plan, BackwardMemory& memory, std::int64_t share) {
   const auto& c = plan.call;
-  const std::int64_t size = plan.group_size, begin = plan.members.first[group];
-  const std::int64_t m = plan.members.first[group + 1] - begin, tiles = divide_up(size, kOuterRows);
+  const std::int64_t size = plan.group_size, tiles = divide_up(size, kOuterRows);
   const Range columns = plan.share(share);
   for (std::int64_t col = columns.begin; col < columns.end; col += kColumnBlock) {
-    const std::int64_t width = lesser(kColumnBlock, columns.end - col), stride = round_up(width, 2 * L);
-    for (std::int64_t e = 0; e < m; ++e)
-      copy_columns(c.x + plan.members.row[begin + e] * c.x_stride + col, width, memory.block + e * stride);
-    for (std::int64_t t = 0; t < tiles; ++t) {
-      const Range neurons{size * t / tiles, size * (t + 1) / tiles};
-      for (std::int64_t i = 0; i < width; i += 2 * L) {
-        float tile[kOuterRows * 2 * L];
-        outer_rows(neurons.end - neurons.begin, plan.scaled + begin * size + neurons.begin, 1, size, memory.block + i,
-                   stride, m, tile);
-        const std::int64_t count = lesser(2 * L, width - i);
-        for (std::int64_t j = neurons.begin; j < neurons.end; ++j)
-          __builtin_memcpy(c.grad_weight + (group * size + j) * c.depth + col + i, tile + (j - neurons.begin) * 2 * L,
-                           std::size_t(count) * sizeof(float));
+    const std::int64_t width = lesser(kColumnBlock, columns.end - col), stride = block_stride(width);
+    for (std::int64_t start = 0; start < c.rows; start += kBackwardRows) {
+      const std::int64_t stop = lesser(c.rows, start + kBackwardRows);
+      gather_columns(plan, {start, stop}, col, width, memory.inputs);
+      for (std::int64_t g = 0; g < c.groups; ++g) {
+        const std::int64_t last = plan.members.first[g + 1];
+        const std::int64_t begin = plan.members.find_row(plan.members.first[g], last, start);
+        const std::int64_t end = plan.members.find_row(begin, last, stop);
+        if (begin == end && start > 0) continue;
+        for (std::int64_t i = 0; i < width; i += 2 * L)
+          for (std::int64_t t = 0; t < tiles; ++t) {
+            const std::int64_t j = size * t / tiles;
+            weight_rows(size * (t + 1) / tiles - j, plan.scaled + begin * size + j, size,
+                        memory.inputs + i - start * stride, stride, plan.members.row + begin, end - begin,
+                        c.grad_weight + (g * size + j) * c.depth + col + i, c.depth, lesser(2 * L, width - i),
+                        start > 0);
+          }
       }
     }
   }
@@ -283,8 +325,7 @@ void linear_backward(const midl::LinearBackward& call) {
     }
     if (call.grad_weight) {
 #pragma omp for schedule(dynamic, 1) nowait
-      for (std::int64_t i = 0; i < call.groups * kDepthShares; ++i)
-        grad_neurons(plan, memory, i / kDepthShares, i % kDepthShares);
+      for (std::int64_t s = 0; s < kDepthShares; ++s) grad_neurons(plan, memory, s);
     }
   }
 }
