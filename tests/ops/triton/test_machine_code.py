@@ -81,6 +81,24 @@ def test_gradients_and_convolution_compile_to_tensor_core_code(target: str) -> N
             check(launch, target, torch.bfloat16, False)
 
 
+def test_launches_need_nothing_from_the_device() -> None:
+    """On the meta device no tensor has values: a launch that asked for one, or a grid that hung on one, would fail."""
+    for rows in (1, 8, 9, 700):
+        for backward in (False, True):
+            launches = linear_launches(rows, 96, 320, group_size=32, rank=24, dtype=torch.float16, backward=backward)
+            assert all(isinstance(size, int) for launch in launches for size in launch.grid)
+
+
+def test_no_intermediate_is_as_large_as_rows_times_neurons() -> None:
+    """Beside the output (and its gradient), no launch touches a mask or a gathered copy of that size."""
+    rows, d, n = 1024, 256, 8192
+    for backward in (False, True):
+        launches = linear_launches(rows, d, n, group_size=64, rank=32, dtype=torch.float16, backward=backward)
+        sizes = {arg.numel() for launch in launches for arg in launch.args if isinstance(arg, torch.Tensor)}
+        assert sorted(sizes)[-1] == rows * n
+        assert max(sizes - {rows * n, n * d}) < rows * n / 8
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
 @pytest.mark.parametrize(
