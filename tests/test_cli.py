@@ -44,7 +44,7 @@ def test_compare_prints_the_table_and_writes_the_run_folder(tmp_path: Path) -> N
     [
         (["compare", "mnits"], 1, "midl: dataset='mnits' is unknown, expected one of"),
         (["compare", "--active", "0"], 1, "midl: compare: active=0.0, expected a number in (0, 1]"),
-        (["compare", "--group-size", "48"], 1, "group_size=48 does not divide out_features=256"),
+        (["compare", "--group-size", "48"], 1, "group_size=48 does not divide out_features=512"),
         (["compare", "--seeds", "0,x"], 2, "'0,x', expected integers separated by commas"),
         (["compare", "--epochs", "0"], 1, "epochs=0, expected a positive int"),
     ],

@@ -36,10 +36,10 @@ def final_results(folder: Path) -> list[dict[str, object]]:
 def test_the_row_of_every_method(comparison: Comparison) -> None:
     rows = comparison.rows
     assert tuple(rows) == METHODS
-    assert rows["dense"].active_neurons == rows["dense"].neurons == 512
-    assert rows["dense"].flops == 2 * (64 * 256 + 256 * 256 + 256 * 10)
+    assert rows["dense"].active_neurons == rows["dense"].neurons == 1024
+    assert rows["dense"].flops == 2 * (64 * 512 + 512 * 512 + 512 * 10)
     for method in ("scratch", "converted"):
-        assert rows[method].active_neurons == 2 * 7 * 16  # 7 of 16 groups
+        assert rows[method].active_neurons == 2 * 29 * 8  # 29 of 64 groups
         assert rows["dense"].hidden_flops / rows[method].hidden_flops >= 1.7
         assert rows["narrow"].flops <= rows[method].flops * 1.01
     assert all(0 < row.accuracy <= 100 and row.spread is None for row in rows.values())
@@ -125,7 +125,7 @@ def test_settings_refuse_wrong_values(field: str, value: object, message: str) -
 
 
 def test_settings_that_do_not_fit_fail_before_training(tmp_path: Path) -> None:
-    with pytest.raises(MIDLError, match=r"group_size=48 does not divide out_features=256"):
+    with pytest.raises(MIDLError, match=r"group_size=48 does not divide out_features=512"):
         compare(Settings(group_size=48), tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -144,7 +144,7 @@ def test_the_report(comparison: Comparison) -> None:
     assert lines[0] == "|  | dense | dense narrowed | MID-L scratch | MID-L converted |"
     columns = {line.count("|") for line in lines if line.startswith("|")}
     assert columns == {6}
-    assert "| active neurons | 512 of 512 | 380 of 380 | 224 of 512 | 224 of 512 |" in lines
+    assert "| active neurons | 1024 of 1024 | 770 of 770 | 464 of 1024 | 464 of 1024 |" in lines
     console = Console(width=80, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
     console.print(to_table(comparison))
     text = console.export_text()

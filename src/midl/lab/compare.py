@@ -20,7 +20,17 @@ from midl.lab.distillation import distillation_loss
 from midl.lab.environment import describe_kernels, describe_machine
 from midl.lab.files import write_json
 from midl.lab.measure import layer_flops, measure_accuracy, measure_latency, saved_bytes
-from midl.lab.methods import METHODS, Method, Recipes, build, check_fit, mid_config, recipes_for, threads_for
+from midl.lab.methods import (
+    METHODS,
+    Method,
+    Recipes,
+    build,
+    check_fit,
+    group_size_for,
+    mid_config,
+    recipes_for,
+    threads_for,
+)
 from midl.lab.models import MLP, architecture_for
 from midl.lab.runs import RunFolder
 from midl.lab.training import cross_entropy, seed_for, train
@@ -70,8 +80,7 @@ class Settings:
         seeds: one run of every method for each.
         epochs: of training; ``None`` for the data set's own. Distillation scales along.
         active: fraction of neuron groups on the full path.
-        group_size: neurons selected together. 16 by default: as accurate as 1 in our trials and far quicker to
-            select and to compute.
+        group_size: neurons selected together; ``None`` for the data set's own.
         threads: torch's; ``None`` for what it has, or 1 where the networks are too small to share.
         validation: score on a fifth of the training rows, held out, and leave the test rows alone: for choosing.
 
@@ -83,18 +92,17 @@ class Settings:
     seeds: tuple[int, ...] = (0, 1, 2)
     epochs: int | None = None
     active: float = 0.45
-    group_size: int = 16
+    group_size: int | None = None
     threads: int | None = None
     validation: bool = False
 
     def __post_init__(self) -> None:
         if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
             raise MIDLError(f"compare: seeds={self.seeds!r}, expected different integers of at least 0")
-        for name in ("epochs", "threads"):
+        for name in ("epochs", "threads", "group_size"):
             if getattr(self, name) is not None:
                 check_positive_int("compare", name, getattr(self, name))
         check_active("compare", self.active)
-        check_positive_int("compare", "group_size", self.group_size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,12 +162,14 @@ def compare(settings: Settings, out: Path, watcher: Watcher | None = None) -> Co
     """
     watcher = watcher or _Silent()
     dataset = data.load(settings.dataset)
+    group_size = settings.group_size or group_size_for(settings.dataset)
+    settings = dataclasses.replace(settings, group_size=group_size)
     if settings.validation:
         dataset = dataset.hold_out()
     architecture = architecture_for(settings.dataset, dataset.input_shape, dataset.num_classes)
     with _threads(settings.threads or threads_for(settings.dataset)):
-        job = _Job(settings, dataset, architecture, recipes_for(settings.dataset, settings.epochs))
-        check_fit(architecture, settings.active, settings.group_size)
+        job = _Job(settings, group_size, dataset, architecture, recipes_for(settings.dataset, settings.epochs))
+        check_fit(architecture, settings.active, group_size)
         with RunFolder(out, f"compare-{settings.dataset}", job.fingerprint()) as folder:
             for seed in settings.seeds:
                 for method in METHODS:
@@ -174,6 +184,7 @@ class _Job:
     """A comparison with everything it needs to run."""
 
     settings: Settings
+    group_size: int
     dataset: data.Dataset
     architecture: MLP
     recipes: Recipes
@@ -186,14 +197,14 @@ class _Job:
             "data": self.dataset.fingerprint,
             "hidden": list(self.architecture.hidden),
             "recipes": dataclasses.asdict(self.recipes),
-            "scratch": mid_config("scratch", s.active, s.group_size).to_dict(),
-            "converted": mid_config("converted", s.active, s.group_size).to_dict(),
+            "scratch": mid_config("scratch", s.active, self.group_size).to_dict(),
+            "converted": mid_config("converted", s.active, self.group_size).to_dict(),
             "threads": torch.get_num_threads(),
         }
 
     def build(self, method: Method, dense: nn.Module | None = None) -> nn.Module:
         s = self.settings
-        return build(method, self.architecture, active=s.active, group_size=s.group_size, dense=dense)
+        return build(method, self.architecture, active=s.active, group_size=self.group_size, dense=dense)
 
     def load(self, method: Method, seed: int, folder: RunFolder) -> nn.Module:
         """Return a trained model."""

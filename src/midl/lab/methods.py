@@ -43,6 +43,7 @@ _EPOCHS = {"digits": (20, 5), "mnist": (8, 2), "adult": (8, 2)}
 _BATCH_SIZE = {"digits": 32, "mnist": 128, "adult": 128}
 # Networks so small that a second thread only waits for the first.
 _THREADS = {"digits": 1, "adult": 1}
+_GROUP_SIZE = {"digits": 8}
 
 
 def recipes_for(dataset: str, epochs: int | None = None) -> Recipes:
@@ -68,6 +69,15 @@ def threads_for(dataset: str) -> int:
     1
     """
     return _THREADS.get(dataset, torch.get_num_threads())
+
+
+def group_size_for(dataset: str) -> int:
+    """Return how many neurons a comparison on a data set selects together by default: fewer in narrow layers.
+
+    >>> group_size_for("mnist")
+    16
+    """
+    return _GROUP_SIZE.get(dataset, 16)
 
 
 def mid_config(method: Method, active: float, group_size: int) -> MIDConfig:

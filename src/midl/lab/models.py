@@ -88,7 +88,7 @@ class MLP:
         return scaled(low)
 
 
-_HIDDEN = {"digits": (256, 256), "mnist": (1024, 1024), "adult": (256, 256)}
+_HIDDEN = {"digits": (512, 512), "mnist": (1024, 1024), "adult": (256, 256)}
 
 
 def architecture_for(dataset: str, input_shape: tuple[int, ...], num_classes: int) -> MLP:

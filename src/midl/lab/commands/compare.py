@@ -26,7 +26,9 @@ def compare(
     ] = "0,1,2",
     epochs: Annotated[int | None, typer.Option(help="Training epochs.  [default: the data set's]")] = None,
     active: Annotated[float, typer.Option(help="Fraction of the neuron groups that take the full path.")] = 0.45,
-    group_size: Annotated[int, typer.Option(help="Neurons that are selected together.")] = 16,
+    group_size: Annotated[
+        int | None, typer.Option(help="Neurons selected together.  [default: the data set's]")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for run folders.")] = Path("runs"),
     threads: Annotated[int | None, typer.Option(help="Threads.  [default: torch's; 1 for small networks]")] = None,
     validation: Annotated[bool, typer.Option("--validation", help="Score on held-out training rows.")] = False,
