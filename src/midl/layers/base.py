@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from midl.config import MIDConfig, auto_rank, check_active, num_active_groups
-from midl.errors import DTypeError, MIDLError
+from midl.errors import DTypeError, KernelError, MIDLError
 from midl.layers.lowrank import truncated_svd
 
 if TYPE_CHECKING:
@@ -168,6 +169,31 @@ class MIDLayer(nn.Module):
             dtype = torch.get_autocast_dtype(x.device.type)
             return tuple(t if t is None else t.to(dtype) for t in tensors)
         return tensors
+
+    def _call_op(self, op: Any, tensors: tuple[Any, ...], *options: Any) -> tuple[Tensor, Tensor]:
+        """Return ``op(*tensors, *options)``, y and selected; an error where torch has no derivative of it.
+
+        torch's custom ops have reverse-mode rules only. It says so badly under torch.func.grad, and under forward mode
+        not at all: the tangents would be zero.
+        """
+        if torch.compiler.is_compiling():
+            return op(*tensors, *options)
+        if forward_ad._current_level >= 0 and any(
+            t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
+        ):
+            raise KernelError(
+                f"{type(self).__name__}: forward-mode derivatives (jvp) are not implemented, expected reverse mode: "
+                "backward() or torch.autograd.grad"
+            )
+        try:
+            return op(*tensors, *options)
+        except RuntimeError as error:
+            if "functorch transforms" not in str(error):
+                raise
+            raise KernelError(
+                f"{type(self).__name__}: torch.func.grad, vjp, jacrev and hessian are not implemented, expected "
+                "backward() or torch.autograd.grad (torch.func.vmap and functional_call do work)"
+            ) from error
 
     def _draw_noise(self, x: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Return the exploration noise of a training step."""

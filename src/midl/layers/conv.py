@@ -188,9 +188,9 @@ class MIDConv2d(MIDLayer):
         noise = None
         if self.training and c.noise > 0:
             noise = self._draw_noise(x, (len(x), 1) if per_image else (len(x), height, -(-width // c.span)))
-        y, selected = conv2d(
-            images, *tensors[1:], noise, self.stride, self._op_padding, self.dilation,
-            self.num_selected, c.group_size, 0 if per_image else c.span, c.interpolation, c.ste,
+        y, selected = self._call_op(
+            conv2d, (images, *tensors[1:]), noise, self.stride, self._op_padding, self.dilation, self.num_selected,
+            c.group_size, 0 if per_image else c.span, c.interpolation, c.ste,
         )  # fmt: skip
         self._observe(selected)
         return y

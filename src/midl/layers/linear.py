@@ -132,8 +132,8 @@ class MIDLinear(MIDLayer):
         noise = None
         if self.training and c.noise > 0:
             noise = self._draw_noise(x, (*rows.shape[:-2], -(-rows.shape[-2] // c.span)))
-        y, selected = linear(
-            *self._op_tensors(rows), noise, self.num_selected, c.group_size, c.span, c.interpolation, c.ste
+        y, selected = self._call_op(
+            linear, self._op_tensors(rows), noise, self.num_selected, c.group_size, c.span, c.interpolation, c.ste
         )
         if observers:
             self._observe(selected)
