@@ -101,7 +101,7 @@ void split_gradient(const BackwardPlan& plan, BackwardMemory& memory, std::int64
   const auto& c = plan.call;
   const std::int64_t size = plan.group_size, first = group * size;
   for (std::int64_t r = 0; r < c.rows; ++r)
-    __builtin_memcpy(c.grad_light + r * c.neurons + first, c.grad_y + r * c.neurons + first, std::size_t(size) * 4);
+    copy_floats(c.grad_y + r * c.neurons + first, size, c.grad_light + r * c.neurons + first);
   const std::int64_t end = plan.members.first[group + 1];
   for (std::int64_t e = plan.members.first[group]; e < end; e += kBackwardRows) {
     const std::int64_t m = lesser(kBackwardRows, end - e);
@@ -133,7 +133,7 @@ void split_gradient(const BackwardPlan& plan, BackwardMemory& memory, std::int64
 
 // Copy `width` columns, padded with zeros to a multiple of 2 L.
 MIDL_INLINE void copy_columns(const float* from, std::int64_t width, float* to) {
-  __builtin_memcpy(to, from, std::size_t(width) * sizeof(float));
+  copy_floats(from, width, to);
   for (std::int64_t j = width; j < round_up(width, 2 * L); ++j) to[j] = 0;
 }
 
@@ -214,8 +214,7 @@ void grad_input(const BackwardPlan& plan, BackwardMemory& memory, std::int64_t s
         }
       }
       for (std::int64_t r = start; r < stop; ++r)
-        __builtin_memcpy(c.grad_x + r * c.depth + col, memory.gradients + (r - start) * stride,
-                         std::size_t(width) * sizeof(float));
+        copy_floats(memory.gradients + (r - start) * stride, width, c.grad_x + r * c.depth + col);
     }
   }
 }

@@ -68,6 +68,13 @@ MIDL_INLINE bf16 to_bf16(float value) {
   return bf16{std::uint16_t((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16)};
 }
 
+// For short runs of unknown length, where memcpy would be a call or a slow string instruction.
+MIDL_INLINE void copy_floats(const float* from, std::int64_t count, float* to) {
+  std::int64_t i = 0;
+  for (; i + L <= count; i += L) store(to + i, load(from + i));
+  for (; i < count; ++i) to[i] = from[i];
+}
+
 MIDL_INLINE void store_as(float* p, Vec v) { store(p, v); }
 MIDL_INLINE void store_as(bf16* p, Vec v) {
   const UVec bits = (UVec)v;
