@@ -159,14 +159,14 @@ def midl_kernels(call: Call, device: Device, backward: bool = False) -> list[Ker
     return [
         *_code_and_gate(call),
         Kernel("Top-k", 8 * rows * call.groups + 4 * rows * k, 0, scalar=32.0 * rows * _padded(call.groups)),
-        _product("light path", call, rows, call.width, rank, (64, 64), size),
+        _product("light path", call, rows, call.width, rank, _plain_tile(rows, call.width), size),
         *_sorting(call),
         _gathered("full path", call, device, extra=2 * rank, written=size * rows * k * call.group_size),
     ]
 
 
 def _code_and_gate(call: Call) -> list[Kernel]:
-    code = _product("code", call, call.rows, call.rank, call.fan_in, (64, 64), 4)
+    code = _product("code", call, call.rows, call.rank, call.fan_in, _plain_tile(call.rows, call.rank), 4)
     gate_bytes = 4 * call.rows * (call.rank + call.groups) + call.dtype.itemsize * call.rank * call.groups
     return [
         code,
@@ -230,6 +230,9 @@ def _backward_kernels(call: Call, device: Device) -> list[Kernel]:
     entries = rows * call.k
     inputs = _gathered("input and gate gradient", call, device, extra=2 * rank, written=0)
     weights = _gathered("weight gradient", call, device, extra=0, written=size * n * d)
+    # Each program owns 64 inputs of a group's weight and reads the group's part of grad_y again.
+    grad_y = entries * call.group_size * size * math.ceil(d / 64)
+    weights = dataclasses.replace(weights, cache=weights.cache + grad_y)
     # Each selected group adds a row of float32 into x's gradient: an atomic reads and writes the cache.
     atomics = 8.0 * entries * d
     return [
@@ -242,11 +245,18 @@ def _backward_kernels(call: Call, device: Device) -> list[Kernel]:
         weights,
         _product("code gradient", call, rows, rank, n, (64, 64), 4),
         _product("light_up gradient", call, n, rank, rows, (64, 64), size),
-        _product("input gradient of the code", call, rows, d, rank, (64, 64), 4),
+        _product("input gradient of the code", call, rows, d, rank, _plain_tile(rows, d), 4),
         _product("light_down gradient", call, rank, d, rows, (128, 128), size),
         Kernel("gate gradient", 4 * rows * (call.groups + rank), 0, scalar=2.0 * rows * call.groups * rank),
         Kernel("sum and round", rows * d * (8 + size), 0),
     ]  # fmt: skip
+
+
+def _plain_tile(rows: int, columns: int) -> tuple[int, int]:
+    from midl.ops.triton.configs import product_tile
+
+    tile = product_tile(rows, columns, torch.float16, "ieee", widest=128)
+    return tile.m, tile.n
 
 
 def _padded(groups: int) -> int:

@@ -39,6 +39,7 @@ def _name(launch: Launch) -> str:
 
 
 def _compile(index: int, dtype: str, tf32: bool, target: str) -> MachineCode:
+    # A launch does not travel between processes; its place in the list does.
     return compile_launch(shipped_launches(getattr(torch, dtype), tf32=tf32)[index], target)
 
 

@@ -60,10 +60,14 @@ def full_path_tile(rows_per_group: float, group_size: int, dtype: torch.dtype, p
     return _tile(m, min(widest, max(16, next_power_of_two(group_size))), dtype, precision)
 
 
-def product_tile(rows: int, columns: int, dtype: torch.dtype, precision: str) -> Tile:
-    """Return the tile of a plain product of ``rows`` by ``columns``."""
-    m = 16 if rows <= 32 else 64
-    return _tile(m, min(64, max(16, next_power_of_two(columns))), dtype, precision)
+def product_tile(rows: int, columns: int, dtype: torch.dtype, precision: str, *, widest: int = 64) -> Tile:
+    """Return the tile of a plain product of ``rows`` by ``columns``; ``widest`` bounds both of its sides.
+
+    >>> product_tile(4096, 4096, torch.float16, "ieee", widest=128)
+    Tile(m=128, n=128, k=32, warps=8, stages=3)
+    """
+    m = 16 if rows <= 32 else 64 if rows < 1024 else widest
+    return _tile(m, min(m if m == widest else 64, max(16, next_power_of_two(columns))), dtype, precision)
 
 
 def interpreted() -> bool:

@@ -50,7 +50,7 @@ def splits_for(programs: int, steps: int) -> int:
 def project(rows: Rows, filters: Tensor, input_precision: str) -> Tensor:
     """Return x @ filters.T in float32, (splits, rows, width): sum the first axis."""
     width = filters.shape[0]
-    tile = product_tile(rows.count, width, rows.x.dtype, input_precision)
+    tile = product_tile(rows.count, width, rows.x.dtype, input_precision, widest=128)
     grid = (cdiv(rows.count, tile.m), cdiv(width, tile.n))
     steps = cdiv(rows.channels, tile.k) * rows.taps
     splits = splits_for(grid[0] * grid[1], steps)
@@ -164,7 +164,7 @@ def forward(
 def _light_path(code: Tensor, light_up: Tensor, bias: Tensor | None, dtype: torch.dtype, precision: str) -> Tensor:
     count, (n, rank) = code.shape[0], light_up.shape
     y = code.new_empty((count, n), dtype=dtype)
-    tile = product_tile(count, n, dtype, precision)
+    tile = product_tile(count, n, dtype, precision, widest=128)
     launch(
         products.light_path_kernel, (cdiv(count, tile.m), cdiv(n, tile.n)), code, light_up, bias, y, count, n, rank,
         HAS_BIAS=bias is not None, PRECISION=precision, BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_R=tile.k,

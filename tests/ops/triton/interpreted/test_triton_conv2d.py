@@ -78,8 +78,7 @@ def test_no_images_at_all() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("channels", [1, 3, 17, 100])
-@pytest.mark.parametrize("gate", ["projection", "light"])
+@pytest.mark.parametrize(("channels", "gate"), [(1, "projection"), (17, "light"), (100, "projection")])
 def test_odd_sizes(dtype: torch.dtype, channels: int, gate: str) -> None:
     check((1, channels, 5, 13), 51, 9, 17, 2, dtype=dtype, gate=gate)
     check((3, channels, 1, 1), 20, 9, 1, 9, dtype=dtype, gate=gate, span=0)
