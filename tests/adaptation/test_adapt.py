@@ -160,6 +160,8 @@ def test_frozen_and_shared_parameters_stay_frozen_and_shared():
         ({"data": 3}, r"data is a int, expected a tensor or an iterable"),
         ({"data": ["a"]}, r"data has a batch of type str"),
         ({"model": nn.Sequential(nn.ReLU())}, r"nothing in the Sequential could be converted: it has no dense layers"),
+        ({"epochs": -1}, r"epochs=-1, expected an int of at least 0"),
+        ({"epochs": 1, "data": iter([torch.randn(64, 32)])}, r"epochs=1 with data that can be gone through once"),
         ({"model": nn.Linear(32, 96)}, r"model is itself a Linear"),
         ({"model": 3}, r"model is a int, expected torch.nn.Module"),
     ],
@@ -184,8 +186,16 @@ def test_the_nearest_budget_that_an_error_names_can_be_met():
 def test_inference_tensors_are_an_error():
     with torch.inference_mode():
         model = mlp()
-    with pytest.raises(MIDLError, match="inference mode"):
+    with pytest.raises(MIDLError, match="tensors made in inference mode"):
         midl.adapt(model, torch.randn(64, 32), group_size=4)
+    with pytest.raises(MIDLError, match="called in inference mode"), torch.inference_mode():
+        midl.adapt(mlp(), torch.randn(64, 32), group_size=4)
+
+
+def test_works_where_gradients_are_off():
+    with torch.no_grad():
+        report = midl.adapt(mlp(), torch.randn(64, 32), 1.3, group_size=4, epochs=1)
+    assert len(report.losses) == 1
 
 
 def test_a_distillation_that_diverges_leaves_the_model_as_it_was():

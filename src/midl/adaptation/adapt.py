@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -76,7 +77,7 @@ def adapt(
         MIDLError: data that does not fit the model, a budget that cannot be met (the message says the nearest that
             can), nothing to convert, or a distillation that diverges.
     """
-    _check(model, budget, group_size, samples)
+    _check(model, data, budget, group_size, samples, epochs)
     batches = collect(data, samples)
     layers, kept = find_layers(model, group_size, filter_fn)
     names = [name for name, module in model.named_modules() if name in layers or name in kept]
@@ -133,7 +134,7 @@ def adapt(
     )  # fmt: skip
 
 
-def _check(model: Any, budget: Any, group_size: Any, samples: Any) -> None:
+def _check(model: Any, data: Any, budget: Any, group_size: Any, samples: Any, epochs: Any) -> None:
     if not isinstance(model, nn.Module):
         raise MIDLError(f"adapt: model is a {type(model).__name__}, expected torch.nn.Module")
     if family_of(model) is not None:
@@ -142,6 +143,14 @@ def _check(model: Any, budget: Any, group_size: Any, samples: Any) -> None:
         raise MIDLError(f"adapt: budget={budget!r}, expected a FLOPs ratio above 1")
     check_positive_int("adapt", "group_size", group_size)
     check_positive_int("adapt", "samples", samples)
+    if epochs != 0:
+        check_positive_int("adapt", "epochs", epochs, "an int of at least 0")
+        if isinstance(data, Iterator):
+            raise MIDLError(
+                f"adapt: epochs={epochs} with data that can be gone through once, expected a list or loader"
+            )
+    if torch.is_inference_mode_enabled():
+        raise MIDLError("adapt: called in inference mode, expected a place where gradients can be had")
     if any(t.is_inference() for t in (*model.parameters(), *model.buffers())):
         raise MIDLError("adapt: model has tensors made in inference mode, expected normal ones (build it outside)")
 

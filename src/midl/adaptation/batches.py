@@ -78,6 +78,8 @@ def run(model: nn.Module, inputs: Any) -> Tensor:
             output = model(**{k: v.to(place) if isinstance(v, Tensor) else v for k, v in inputs.items()})
         else:
             output = model(inputs.to(place))
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         shapes = [tuple(t.shape) for t in _tensors(inputs)]
         raise MIDLError(

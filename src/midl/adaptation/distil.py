@@ -118,7 +118,7 @@ def distil(
     student.train()
     try:
         for epoch in range(first_epoch, epochs):
-            with torch.random.fork_rng(devices=[]):
+            with torch.random.fork_rng(devices=[]), torch.enable_grad():
                 torch.manual_seed(seed * 1_000_003 + epoch)
                 total, steps = 0.0, 0
                 for steps, batch in enumerate(batches, start=1):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -113,6 +114,8 @@ def list_choices(
             simulate(model, {name: layer}, {name: (start, active)}, batches[: len(expected)], expected)
             for active in _ACTIVE
         ]
+        if not all(math.isfinite(error) for error in errors):  # overflow in half precision
+            continue
         choices += [
             choice for choice in _interpolate(start, errors, n, fan_in, rows) if choice.flops < choices[0].flops
         ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import midl
 from midl.adaptation import adapt, distil
 from midl.adaptation.calibrate import weight_of
+from midl.lab.adapt_study.batches import ShuffledBatches
 from midl.lab.adapt_study.low_rank import factorise
 from midl.lab.adapt_study.oracle import select_by_oracle
 from midl.lab.data import Dataset
@@ -66,22 +67,6 @@ class Row:
     layers: list[dict[str, Any]]
 
 
-class _Shuffled:
-    """Batches of the training rows in a new order every epoch, the same for every network."""
-
-    def __init__(self, dataset: Dataset, seed: int, batch_size: int = 128) -> None:
-        self.dataset, self.batch_size = dataset, batch_size
-        self.random = torch.Generator().manual_seed(seed)
-
-    def __len__(self) -> int:
-        return -(-len(self.dataset.train) // self.batch_size)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        order = torch.randperm(len(self.dataset.train), generator=self.random)
-        for rows in order.split(self.batch_size):
-            yield self.dataset.batch(self.dataset.train, rows)
-
-
 def run_study(dataset: Dataset, settings: Settings, on_row: Callable[[Row], None]) -> list[Row]:
     """Return a row per budget and group size; ``on_row`` is called as each is done."""
     architecture = architecture_for(dataset.name, dataset.input_shape, dataset.num_classes)
@@ -96,7 +81,9 @@ def run_study(dataset: Dataset, settings: Settings, on_row: Callable[[Row], None
         low_rank = copy.deepcopy(dense)
         factorise(low_rank, architecture.hidden_names, batches, budget)
         before = measure_accuracy(low_rank, dataset)[0]
-        distil(low_rank, dense, _Shuffled(dataset, settings.seed), epochs=settings.distil_epochs, seed=settings.seed)
+        distil(
+            low_rank, dense, ShuffledBatches(dataset, settings.seed), epochs=settings.distil_epochs, seed=settings.seed
+        )
         factorised = (before, measure_accuracy(low_rank, dataset)[0])
         for group_size in settings.group_sizes:
             rows.append(_row(dense, architecture, dataset, batches, budget, group_size, factorised, settings))
@@ -120,7 +107,7 @@ def _row(
     with select_by_oracle(model):
         oracle = measure_accuracy(model, dataset)[0]
     latency = measure_latency({"dense": dense, "adapted": model}, batches[0])
-    distil(model, dense, _Shuffled(dataset, settings.seed), epochs=settings.distil_epochs, seed=settings.seed)
+    distil(model, dense, ShuffledBatches(dataset, settings.seed), epochs=settings.distil_epochs, seed=settings.seed)
     return Row(
         budget, group_size, report.flops_ratio, measure_accuracy(dense, dataset)[0], *low_rank,
         _plain(dense, architecture, dataset, budget, group_size), adapted, oracle, measure_accuracy(model, dataset)[0],

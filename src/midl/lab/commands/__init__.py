@@ -2,6 +2,7 @@
 
 import typer
 
+from midl.lab.commands.adapt import adapt
 from midl.lab.commands.bench import bench
 from midl.lab.commands.compare import compare
 from midl.lab.commands.info import info
@@ -14,6 +15,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command()(adapt)
 app.command()(bench)
 app.command()(compare)
 app.command()(info)

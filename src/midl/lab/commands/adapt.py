@@ -1,0 +1,41 @@
+"""``midl adapt``: a trained network to a FLOPs budget, with its report, accuracy, latency and a saved model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from midl.lab.commands.errors import readable_errors
+
+__all__ = ["adapt"]
+
+
+def adapt(
+    dataset: Annotated[str, typer.Argument(help="Data set: digits needs no download; see midl info.")] = "digits",
+    budget: Annotated[float, typer.Option(help="FLOPs of the dense network, divided by those of the result.")] = 1.7,
+    group_size: Annotated[int, typer.Option(help="Neurons that are selected together.")] = 16,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Dense network, as midl.save wrote it.  [default: train one]")
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="Training epochs of the dense network.  [default: the data set's]")
+    ] = None,
+    distil_epochs: Annotated[int, typer.Option(help="Epochs of distillation; 0: none.")] = 1,
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for dense.safetensors, adapted.safetensors, report.json.")] = Path(
+        "adapted"
+    ),
+    threads: Annotated[int | None, typer.Option(help="Threads.  [default: torch's]")] = None,
+) -> None:
+    """Adapt a network to a FLOPs budget; print what happened to every layer, accuracy and latency; save the result.
+
+    The network is the data set's MLP of ``midl compare``.
+    """
+    from midl.lab.adapt_study.once import AdaptSettings, adapt_once
+
+    with readable_errors():
+        settings = AdaptSettings(dataset, budget, group_size, epochs, distil_epochs, seed, threads)
+        for line in adapt_once(settings, out, checkpoint):
+            typer.echo(line)
