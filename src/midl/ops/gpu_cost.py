@@ -153,7 +153,7 @@ def midl_kernels(call: Call, device: Device, backward: bool = False) -> list[Ker
 
     if backward:
         return _backward_kernels(call, device)
-    if call.rows <= FEW_ROWS and call.groups <= 1024:
+    if call.rows <= FEW_ROWS:
         return _few_rows_kernels(call)
     rows, k, rank, size = call.rows, call.k, call.rank, call.dtype.itemsize
     return [

@@ -81,6 +81,14 @@ def test_gradients_and_convolution_compile_to_tensor_core_code(target: str) -> N
             check(launch, target, torch.bfloat16, False)
 
 
+@pytest.mark.slow
+def test_the_widest_selection_stays_in_registers() -> None:
+    for rows, groups in ((256, 8192), (8, 1024)):
+        for launch in linear_launches(rows, 64, groups, group_size=1, rank=16, dtype=torch.float16, backward=False):
+            if name(launch) in ("select_groups_kernel", "select_code_kernel", "plan_tiles_kernel"):
+                assert compile_launch(launch, "sm_80").spilled == 0
+
+
 def test_launches_need_nothing_from_the_device() -> None:
     """On the meta device no tensor has values: a launch that asked for one, or a grid that hung on one, would fail."""
     for rows in (1, 8, 9, 700):

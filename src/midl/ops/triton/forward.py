@@ -17,6 +17,8 @@ __all__ = ["SortedRows", "forward", "gate_parameters", "logits_of", "project", "
 # Programs that fill the GPUs we name (40 to 144 multiprocessors), so that a split of the fan-in is worth its sum.
 _ENOUGH_PROGRAMS = 256
 _CHUNK = 64
+# More groups than this are too many for one program to compute the logits of.
+_FUSED_GROUPS = 1024
 
 
 class SortedRows(NamedTuple):
@@ -149,7 +151,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return y (rows, n) and the selected groups (blocks, k); weights are contiguous (n, fan-in) and (r, fan-in)."""
     gate_weight, gate_bias = gate_parameters(bias, light_up, gate_weight, gate_bias, group_size)
-    if rows.count <= FEW_ROWS and rows.span == 1 and rows.taps == 1 and gate_weight.shape[0] <= 1024:
+    if rows.count <= FEW_ROWS and rows.span == 1 and rows.taps == 1:
         return _few_rows(rows, weight, bias, light_down, light_up, gate_weight, gate_bias, noise, k, group_size, hard)
     code = project(rows, light_down, input_precision)
     code = code.sum(0) if code.shape[0] > 1 else code[0]
@@ -194,14 +196,11 @@ def _few_rows(
     """Return y and the selected groups in four launches: code, gate and selection, panels, interpolation."""
     (n, rank), groups = light_up.shape, gate_weight.shape[0]
     code = _panels(rows, light_down, None, rank, rank, 1)
-    gates = code.new_empty((rows.count, groups))
-    selected = code.new_empty((rows.count, k), dtype=torch.int32)
-    width = next_power_of_two(groups)
-    launch(
-        gate.select_code_kernel, (rows.count,), code, gate_weight, gate_bias, noise, gates, selected, rows.count,
-        groups, rank, k, SPLITS=code.shape[0], HAS_NOISE=noise is not None, GROUPS=width,
-        BLOCK_R=min(64, max(8, 8192 // width)), warps=8,
-    )  # fmt: skip
+    if groups <= _FUSED_GROUPS:
+        gates, selected = _select_code(code, gate_weight, gate_bias, noise, k)
+    else:
+        code = code.sum(0, keepdim=True)
+        gates, selected = select(logits_of(code[0], gate_weight, gate_bias), noise, k)
     full = _panels(rows, weight, selected, n, k * group_size, group_size)
     y = rows.x.new_empty((rows.count, n))
     launch(
@@ -210,6 +209,21 @@ def _few_rows(
         HAS_BIAS=bias is not None, BLOCK_N=32, BLOCK_R=64, warps=4,
     )  # fmt: skip
     return y, selected
+
+
+def _select_code(
+    code: Tensor, gate_weight: Tensor, gate_bias: Tensor, noise: Tensor | None, k: int
+) -> tuple[Tensor, Tensor]:
+    """Return gates and selected groups from the code's splits in one launch."""
+    (splits, rows, rank), groups = code.shape, gate_weight.shape[0]
+    gates = code.new_empty((rows, groups))
+    selected = code.new_empty((rows, k), dtype=torch.int32)
+    width = next_power_of_two(groups)
+    launch(
+        gate.select_code_kernel, (rows,), code, gate_weight, gate_bias, noise, gates, selected, rows, groups, rank, k,
+        SPLITS=splits, HAS_NOISE=noise is not None, GROUPS=width, BLOCK_R=min(64, max(8, 8192 // width)), warps=8,
+    )  # fmt: skip
+    return gates, selected
 
 
 def _panels(rows: Rows, weight: Tensor, selected: Tensor | None, width: int, entries: int, group_size: int) -> Tensor:
