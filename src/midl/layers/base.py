@@ -160,7 +160,7 @@ class MIDLayer(nn.Module):
             raise MIDLError(f"{owner}: input is on {x.device}, expected {weight.device} like the weight")
         raise MIDLError(f"{owner}: input of shape {tuple(x.shape)} has {x.shape[axis]} {name}, expected {expected}")
 
-    def _op_tensors(self, x: Tensor) -> tuple[Tensor, ...]:
+    def _op_tensors(self, x: Tensor) -> tuple[Any, ...]:
         """Return x and the parameters in the op's order, in autocast's dtype where autocast is on."""
         tensors: Any = (
             x, self.weight, self.bias, self.light_down, self.light_up, self.gate_weight, self.gate_bias,
