@@ -18,12 +18,12 @@ constexpr int tile_columns(int rows) {
 constexpr std::int64_t kDepthBlock = 1024;
 
 // out[r][c] (+)= sum over i < depth of rows[r][start + i] * w[c][start + i]
-template <int R, int C, class W>
-MIDL_INLINE void dot_tile(const float* const* rows, const W* w, std::int64_t ldw, std::int64_t start,
+template <int R, int C, class A, class W>
+MIDL_INLINE void dot_tile(const A* const* rows, const W* w, std::int64_t ldw, std::int64_t start,
                           std::int64_t depth, float* out, std::int64_t ldo, bool accumulate) {
   constexpr int kSums = (R * C + L - 1) / L;
   Vec acc[R][C] = {};
-  const float* a[R];
+  const A* a[R];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) a[r] = rows[r] + start;
   const W* b[C];
@@ -74,8 +74,8 @@ MIDL_INLINE void dot_tile(const float* const* rows, const W* w, std::int64_t ldw
   }
 }
 
-template <int R, int C, class W>
-MIDL_INLINE void dot_columns(const float* const* rows, const W* w, std::int64_t ldw, int neurons, std::int64_t start,
+template <int R, int C, class A, class W>
+MIDL_INLINE void dot_columns(const A* const* rows, const W* w, std::int64_t ldw, int neurons, std::int64_t start,
                              std::int64_t depth, float* out, std::int64_t ldo, bool accumulate) {
   int c = 0;
   for (; c + C <= neurons; c += C) dot_tile<R, C>(rows, w + c * ldw, ldw, start, depth, out + c, ldo, accumulate);
@@ -85,16 +85,16 @@ MIDL_INLINE void dot_columns(const float* const* rows, const W* w, std::int64_t 
   }
 }
 
-template <int R, class W>
-[[gnu::noinline]] void dot_rows(const float* const* rows, const W* w, std::int64_t ldw, int neurons,
+template <int R, class A, class W>
+[[gnu::noinline]] void dot_rows(const A* const* rows, const W* w, std::int64_t ldw, int neurons,
                                 std::int64_t start, std::int64_t depth, float* out, std::int64_t ldo,
                                 bool accumulate) {
   dot_columns<R, tile_columns(R)>(rows, w, ldw, neurons, start, depth, out, ldo, accumulate);
 }
 
 // out[m][n] (+)= rows . w^T over one range of the depth.
-template <class W>
-void dot_block(const float* const* rows, std::int64_t m, const W* w, std::int64_t ldw, int neurons,
+template <class A, class W>
+void dot_block(const A* const* rows, std::int64_t m, const W* w, std::int64_t ldw, int neurons,
                std::int64_t start, std::int64_t depth, float* out, std::int64_t ldo, bool accumulate) {
   for (; m >= kTileRows; m -= kTileRows, rows += kTileRows, out += kTileRows * ldo)
     dot_rows<kTileRows>(rows, w, ldw, neurons, start, depth, out, ldo, accumulate);

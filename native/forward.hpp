@@ -39,6 +39,9 @@ struct Blocks {
   std::int64_t first_row(std::int64_t block) const {
     return block / per_sequence * positions + block % per_sequence * span;
   }
+  std::int64_t block_of(std::int64_t row) const {
+    return span == 1 ? row : row / positions * per_sequence + row % positions / span;
+  }
 };
 
 // Neurons in blocks of at most kPanelWidth that hold whole groups or a part of one.
@@ -63,19 +66,32 @@ struct NeuronBlocks {
   std::int64_t part_size() const { return divide_up(group_size, parts); }
 };
 
-// Where the panels of a layer lie in one buffer of elements, see Neurons.
+// Narrow groups (fewer neurons than fill a panel) have two forms. Sparse: dot products of the selected neurons, row by
+// row. Dense: all neurons by panels, those not selected ignored; per multiply-add that costs kDotCost times less, but
+// reads every weight, which only many rows repay.
+constexpr double kDotCost = 3.3;
+constexpr std::int64_t kDenseRows = 8;
+
+MIDL_INLINE bool narrow(std::int64_t group_size) { return group_size < kPanelWorthNeurons; }
+MIDL_INLINE bool narrow_and_dense(std::int64_t rows, std::int64_t groups, std::int64_t selected, std::int64_t size) {
+  return narrow(size) && rows >= kDenseRows && double(selected) * kDotCost > double(groups);
+}
+
+// Where the panels of a layer lie, in elements; those of the light path and gate in one buffer, those of the weight in
+// another: one per part of a group, or per block of neurons where groups are narrow.
 struct PackedLayout {
-  std::int64_t depth, rank, part_lanes;  // part_lanes: 0 where groups are too narrow for panels
-  std::int64_t down, up, gate, weight, size;
+  std::int64_t depth, rank, lanes;
+  std::int64_t down, up, gate, light_size, weight_size;
   PackedLayout(std::int64_t depth_, std::int64_t rank_, const NeuronBlocks& blocks) : depth(depth_), rank(rank_) {
-    part_lanes = blocks.group_size < kPanelWorthNeurons ? 0 : round_up(blocks.part_size(), L);
+    const bool by_block = narrow(blocks.group_size);
+    lanes = by_block ? kPanelWidth : round_up(blocks.part_size(), L);
     down = 0;
     up = down + round_up(rank, kPanelWidth) * depth;
     gate = up + blocks.count * kPanelWidth * rank;
-    weight = gate + round_up(blocks.groups, kPanelWidth) * rank;
-    size = weight + blocks.groups * blocks.parts * part_lanes * depth;
+    light_size = gate + round_up(blocks.groups, kPanelWidth) * rank;
+    weight_size = (by_block ? blocks.count : blocks.groups * blocks.parts) * lanes * depth;
   }
-  std::int64_t weight_part(std::int64_t part) const { return weight + part * part_lanes * depth; }
+  std::int64_t weight(std::int64_t panel) const { return panel * lanes * depth; }
 };
 
 // The light gate's group means of light_up keep float32's precision: bfloat16 panels don't hold them.
@@ -89,7 +105,7 @@ struct ForwardPlan {
   Blocks blocks;
   NeuronBlocks neuron_blocks;
   PackedLayout layout;
-  const T* packed;
+  const T *packed_light, *packed_weight;
   int threads;
   bool repeat_gate;
   std::int64_t group_size, code_stride, gate_stride, chunk_blocks, chunk_rows, row_parts;
@@ -101,7 +117,8 @@ struct ForwardPlan {
 
   explicit ForwardPlan(const midl::LinearForward& c)
       : call(c), blocks(c.rows, c.positions, c.span), neuron_blocks(c.groups, c.neurons / c.groups),
-        layout(c.depth, c.rank, neuron_blocks), packed(static_cast<const T*>(c.packed)) {
+        layout(c.depth, c.rank, neuron_blocks), packed_light(static_cast<const T*>(c.packed_light)),
+        packed_weight(static_cast<const T*>(c.packed_weight)) {
     group_size = c.neurons / c.groups;
     code_stride = round_up(c.rank, kPanelWidth);
     gate_stride = round_up(c.groups, kPanelWidth);
@@ -131,7 +148,7 @@ struct ForwardPlan {
     code = memory.take<float>(chunk_rows * code_stride);
     block_code = call.span > 1 ? memory.take<float>(chunk_blocks * code_stride) : code;
     gate = memory.take<float>(chunk_blocks * gate_stride);
-    gate_weight = call.gate_weight || (packed && kGroupMeansPacked<T>) ? nullptr : memory.take<float>(call.groups * call.rank);
+    gate_weight = call.gate_weight || (packed_light && kGroupMeansPacked<T>) ? nullptr : memory.take<float>(call.groups * call.rank);
     gate_bias = memory.take<float>(gate_stride);
     input = sizeof(T) == 4 ? nullptr : memory.take<float>(chunk_rows * call.depth);
   }
@@ -165,9 +182,8 @@ struct ThreadMemory {
 };
 
 template <class W>
-Neurons<W> neurons_at(const W* plain, std::int64_t stride, const W* packed, std::int64_t offset, std::int64_t count,
-                      bool narrow = false) {
-  return {plain, stride, packed && !narrow ? packed + offset : nullptr, int(count), narrow};
+Neurons<W> neurons_at(const W* plain, std::int64_t stride, const W* packed, std::int64_t offset, std::int64_t count) {
+  return {plain, stride, packed ? packed + offset : nullptr, int(count)};
 }
 
 // The light gate is a projection by the group means of light_up, with the group means of the bias.
@@ -224,7 +240,7 @@ void compute_code(const ForwardPlan<T>& plan, ThreadMemory& memory, Range rows, 
   const T* down = static_cast<const T*>(c.light_down);
   for (std::int64_t i = columns.begin; i < columns.end; i += kPanelWidth)
     multiply_neurons(memory.rows, rows.end - rows.begin,
-                     neurons_at(down + i * c.depth, c.depth, plan.packed, plan.layout.down + i * c.depth,
+                     neurons_at(down + i * c.depth, c.depth, plan.packed_light, plan.layout.down + i * c.depth,
                                 lesser(kPanelWidth, columns.end - i)),
                      c.depth, nullptr, memory.slice, plan.code + (rows.begin - chunk_start) * plan.code_stride + i,
                      plan.code_stride);
@@ -317,6 +333,65 @@ void interpolate(const ThreadMemory& memory, std::int64_t count, std::int64_t of
   }
 }
 
+// Groups that fill panels: each against the rows that selected it.
+template <class T>
+void mix_groups(const ForwardPlan<T>& plan, ThreadMemory& memory, std::int64_t index, Range rows,
+                std::int64_t chunk_block, std::int64_t chunk_start) {
+  const auto& c = plan.call;
+  const NeuronBlocks::Block block = plan.neuron_blocks[index];
+  const std::int64_t size = lesser(block.size, plan.group_size), parts = plan.neuron_blocks.parts;
+  for (std::int64_t g = block.first_group; g < block.end_group; ++g) {
+    const std::int64_t offset = (g - block.first_group) * plan.group_size;
+    const std::int64_t count = gather_members(plan, g, rows, chunk_block, chunk_start, memory);
+    if (count == 0) continue;
+    multiply_neurons(memory.rows, count,
+                     neurons_at(static_cast<const T*>(c.weight) + (block.first + offset) * c.depth, c.depth,
+                                plan.packed_weight, plan.layout.weight(g * parts + index % parts), size),
+                     c.depth, nullptr, memory.slice, memory.full, kPanelWidth);
+    interpolate(memory, count, offset, size);
+  }
+}
+
+// Narrow groups, many to a block of neurons: see kDotCost.
+template <class T>
+void mix_narrow_groups(const ForwardPlan<T>& plan, ThreadMemory& memory, std::int64_t index, Range rows,
+                       std::int64_t chunk_block, std::int64_t chunk_start) {
+  const auto& c = plan.call;
+  const NeuronBlocks::Block block = plan.neuron_blocks[index];
+  const T* weight = static_cast<const T*>(c.weight) + block.first * c.depth;
+  const std::int64_t m = rows.end - rows.begin;
+  const bool dense = narrow_and_dense(c.rows, c.groups, c.selected_groups, plan.group_size);
+  if (dense) {
+    for (std::int64_t r = 0; r < m; ++r) memory.rows[r] = input_row(plan, rows.begin + r, chunk_start);
+    multiply_neurons(memory.rows, m,
+                     neurons_at(weight, c.depth, plan.packed_weight, plan.layout.weight(index), block.size), c.depth,
+                     nullptr, memory.slice, memory.full, kPanelWidth);
+  }
+  for (std::int64_t r = 0; r < m; ++r) {
+    const float* gate = memory.gate + (plan.blocks.block_of(rows.begin + r) - chunk_block) * plan.gate_stride;
+    float* light = memory.light + r * kPanelWidth;
+    int picks[kPanelWidth], count = 0;
+    float weights[kPanelWidth], full[kPanelWidth];
+    for (std::int64_t g = block.first_group, j = 0; g < block.end_group; ++g) {
+      const bool selected = is_selected(gate[g]);
+      for (std::int64_t i = 0; i < plan.group_size; ++i, ++j) {
+        picks[count] = int(j);
+        weights[count] = gate[g];
+        count += selected;
+      }
+    }
+    if (dense) {
+      for (int i = 0; i < count; ++i) full[i] = memory.full[r * kPanelWidth + picks[i]];
+    } else {
+      const T* neurons[kPanelWidth];
+      for (int i = 0; i < count; ++i) neurons[i] = weight + picks[i] * c.depth;
+      dot_block(neurons, count, input_row(plan, rows.begin + r, chunk_start), c.depth, 1, 0, c.depth, full, 1, false);
+    }
+    for (int i = 0; i < count; ++i)
+      light[picks[i]] += weights[i] * (full[i] + memory.bias[picks[i]] - light[picks[i]]);
+  }
+}
+
 template <class T>
 void compute_neurons(const ForwardPlan<T>& plan, ThreadMemory& memory, std::int64_t index, Range rows,
                      std::int64_t chunk_block, std::int64_t chunk_start) {
@@ -329,22 +404,14 @@ void compute_neurons(const ForwardPlan<T>& plan, ThreadMemory& memory, std::int6
   for (std::int64_t r = 0; r < m; ++r)
     memory.code_rows[r] = plan.code + (rows.begin + r - chunk_start) * plan.code_stride;
   multiply_neurons(memory.code_rows, m,
-                   neurons_at(static_cast<const T*>(c.light_up) + block.first * c.rank, c.rank, plan.packed,
+                   neurons_at(static_cast<const T*>(c.light_up) + block.first * c.rank, c.rank, plan.packed_light,
                               plan.layout.up + index * kPanelWidth * c.rank, block.size),
                    c.rank, memory.bias, memory.slice, memory.light, kPanelWidth);
 
-  const std::int64_t size = lesser(block.size, plan.group_size);
-  for (std::int64_t g = block.first_group; g < block.end_group; ++g) {
-    const std::int64_t offset = (g - block.first_group) * plan.group_size;
-    const std::int64_t count = gather_members(plan, g, rows, chunk_block, chunk_start, memory);
-    if (count == 0) continue;
-    const std::int64_t part = g * plan.neuron_blocks.parts + index % plan.neuron_blocks.parts;
-    multiply_neurons(memory.rows, count,
-                     neurons_at(static_cast<const T*>(c.weight) + (block.first + offset) * c.depth, c.depth, plan.packed,
-                                plan.layout.weight_part(part), size, plan.layout.part_lanes == 0),
-                     c.depth, nullptr, memory.slice, memory.full, kPanelWidth);
-    interpolate(memory, count, offset, size);
-  }
+  if (narrow(plan.group_size))
+    mix_narrow_groups(plan, memory, index, rows, chunk_block, chunk_start);
+  else
+    mix_groups(plan, memory, index, rows, chunk_block, chunk_start);
 
   T* y = static_cast<T*>(c.y) + rows.begin * c.neurons + block.first;
   for (std::int64_t r = 0; r < m; ++r) {
@@ -409,7 +476,7 @@ void run_forward(const midl::LinearForward& call) {
       if (plan.gate_weight)
         compute_logits(plan, memory, plan.gate_weight, static_cast<const float*>(nullptr), logit_blocks, own_groups);
       else
-        compute_logits(plan, memory, static_cast<const T*>(call.gate_weight), plan.packed, logit_blocks, own_groups);
+        compute_logits(plan, memory, static_cast<const T*>(call.gate_weight), plan.packed_light, logit_blocks, own_groups);
       if (!by_blocks) {
 #pragma omp barrier
       }
@@ -437,18 +504,15 @@ void linear_forward(const midl::LinearForward& call) {
 }
 
 template <class T>
-void run_pack(const midl::LinearPack& call) {
-  const NeuronBlocks blocks(call.groups, call.neurons / call.groups);
-  const PackedLayout layout(call.depth, call.rank, blocks);
-  const std::int64_t rank = call.rank, depth = call.depth, group_size = blocks.group_size;
-  T* packed = static_cast<T*>(call.packed);
+void pack_light(const midl::LinearPack& call, const NeuronBlocks& blocks, const PackedLayout& layout) {
+  const std::int64_t rank = call.rank, depth = call.depth;
+  T* packed = static_cast<T*>(call.packed_light);
   const auto* down = static_cast<const T*>(call.light_down);
   const auto* up = static_cast<const T*>(call.light_up);
-  const auto* weight = static_cast<const T*>(call.weight);
   const auto* gate = static_cast<const T*>(call.gate_weight);
   if (!gate && kGroupMeansPacked<T>) {
     T* mean = reinterpret_cast<T*>(midl::scratch(std::size_t(call.groups * rank) * sizeof(T)));
-    average_light_up(up, rank, group_size, Range{0, call.groups}, mean);
+    average_light_up(up, rank, blocks.group_size, Range{0, call.groups}, mean);
     gate = mean;
   }
 #pragma omp parallel num_threads(call.threads) if (call.threads > 1)
@@ -464,20 +528,42 @@ void run_pack(const midl::LinearPack& call) {
     }
 #pragma omp for schedule(static) nowait
     for (std::int64_t i = 0; i < blocks.count; ++i)
-      pack_panel(up + blocks[i].first * rank, rank, int(blocks[i].size), rank, packed + layout.up + i * kPanelWidth * rank);
-    if (layout.part_lanes) {
-#pragma omp for schedule(static) nowait
-      for (std::int64_t part = 0; part < call.groups * blocks.parts; ++part) {
-        const std::int64_t begin = part % blocks.parts * blocks.part_size();
-        pack_panel(weight + (part / blocks.parts * group_size + begin) * depth, depth,
-                   int(lesser(blocks.part_size(), group_size - begin)), depth, packed + layout.weight_part(part));
-      }
-    }
+      pack_panel(up + blocks[i].first * rank, rank, int(blocks[i].size), rank,
+                 packed + layout.up + i * kPanelWidth * rank);
   }
 }
 
-std::int64_t packed_elements(const midl::LinearPack& call) {
-  return PackedLayout(call.depth, call.rank, NeuronBlocks(call.groups, call.neurons / call.groups)).size;
+template <class T>
+void pack_weight(const midl::LinearPack& call, const NeuronBlocks& blocks, const PackedLayout& layout) {
+  const std::int64_t depth = call.depth;
+  T* packed = static_cast<T*>(call.packed_weight);
+  const auto* weight = static_cast<const T*>(call.weight);
+  const bool by_block = narrow(blocks.group_size);
+  const std::int64_t panels = by_block ? blocks.count : call.groups * blocks.parts;
+#pragma omp parallel for schedule(static) num_threads(call.threads) if (call.threads > 1)
+  for (std::int64_t i = 0; i < panels; ++i) {
+    const std::int64_t begin = i % blocks.parts * blocks.part_size();
+    const std::int64_t first = by_block ? blocks[i].first : i / blocks.parts * blocks.group_size + begin;
+    const std::int64_t size = by_block ? blocks[i].size : lesser(blocks.part_size(), blocks.group_size - begin);
+    pack_panel(weight + first * depth, depth, int(size), depth, packed + layout.weight(i));
+  }
+}
+
+template <class T>
+void run_pack(const midl::LinearPack& call) {
+  const NeuronBlocks blocks(call.groups, call.neurons / call.groups);
+  const PackedLayout layout(call.depth, call.rank, blocks);
+  if (call.packed_light) pack_light<T>(call, blocks, layout);
+  if (call.packed_weight) pack_weight<T>(call, blocks, layout);
+}
+
+midl::PackedSizes packed_sizes(const midl::LinearPack& call) {
+  const PackedLayout layout(call.depth, call.rank, NeuronBlocks(call.groups, call.neurons / call.groups));
+  return {layout.light_size, layout.weight_size};
+}
+
+bool wants_weight_panels(std::int64_t rows, std::int64_t groups, std::int64_t selected, std::int64_t group_size) {
+  return !narrow(group_size) || narrow_and_dense(rows, groups, selected, group_size);
 }
 
 void pack(const midl::LinearPack& call) {

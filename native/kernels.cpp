@@ -6,6 +6,8 @@
 
 namespace midl {
 
-const Kernels MIDL_TABLE = {MIDL_STRING(MIDL_NAME), L, linear_forward, linear_backward, packed_elements, pack, topk};
+const Kernels MIDL_TABLE = {
+    MIDL_STRING(MIDL_NAME), L, linear_forward, linear_backward, packed_sizes, wants_weight_panels, pack, topk,
+};
 
 }  // namespace midl

@@ -22,7 +22,8 @@ struct LinearForward {
   const void* gate_weight;     // (groups, rank), or null for the light gate
   const void* gate_bias;       // (groups), null with gate_weight
   const float* noise;          // (blocks, groups) or null
-  const void* packed;          // what `pack` made of these parameters, or null
+  const void* packed_light;    // what `pack` made of these parameters, or null
+  const void* packed_weight;
   bool hard;                   // interpolation weight 1 instead of sigmoid
   void* y;                     // (rows, neurons)
   std::int32_t* selected;      // (blocks, selected_groups)
@@ -34,8 +35,13 @@ struct LinearPack {
   Storage storage;
   std::int64_t depth, neurons, rank, groups;
   const void *weight, *light_down, *light_up, *gate_weight;
-  void* packed;                // packed_elements() elements of `storage`
+  void* packed_light;          // packed_sizes().light elements of `storage`, or null
+  void* packed_weight;         // packed_sizes().weight elements, or null
   int threads;
+};
+
+struct PackedSizes {
+  std::int64_t light, weight;
 };
 
 // The sparse part of a backward call, float32 throughout. The products with the rank are the caller's.
@@ -69,7 +75,8 @@ struct Kernels {
   int lanes;
   void (*linear_forward)(const LinearForward&);
   void (*linear_backward)(const LinearBackward&);
-  std::int64_t (*packed_elements)(const LinearPack&);
+  PackedSizes (*packed_sizes)(const LinearPack&);
+  bool (*wants_weight_panels)(std::int64_t rows, std::int64_t groups, std::int64_t selected, std::int64_t group_size);
   void (*pack)(const LinearPack&);
   void (*topk)(const TopK&);
 };

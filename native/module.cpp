@@ -1,6 +1,7 @@
 // The Python module midl._native: tensors arrive as addresses and sizes, so that one build serves every torch version.
 // src/midl/ops/native.py checks dtypes, shapes and devices; nothing here does.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -22,8 +23,8 @@ T* pointer(std::uintptr_t address) {
 void linear_forward(bool bfloat16, std::uintptr_t x, int64_t x_stride, int64_t rows, int64_t depth, int64_t neurons,
                     int64_t rank, int64_t groups, int64_t selected_groups, int64_t positions, int64_t span,
                     std::uintptr_t weight, std::uintptr_t bias, std::uintptr_t light_down, std::uintptr_t light_up,
-                    std::uintptr_t gate_weight, std::uintptr_t gate_bias, std::uintptr_t noise, std::uintptr_t packed,
-                    bool hard, std::uintptr_t y, std::uintptr_t selected, int threads) {
+                    std::uintptr_t gate_weight, std::uintptr_t gate_bias, std::uintptr_t noise, std::uintptr_t packed_light,
+                    std::uintptr_t packed_weight, bool hard, std::uintptr_t y, std::uintptr_t selected, int threads) {
   midl::current().linear_forward({
       .storage = bfloat16 ? midl::Storage::bfloat16 : midl::Storage::float32,
       .x = pointer<const void>(x), .x_stride = x_stride, .rows = rows, .depth = depth, .neurons = neurons,
@@ -31,7 +32,8 @@ void linear_forward(bool bfloat16, std::uintptr_t x, int64_t x_stride, int64_t r
       .weight = pointer<const void>(weight), .bias = pointer<const void>(bias),
       .light_down = pointer<const void>(light_down), .light_up = pointer<const void>(light_up),
       .gate_weight = pointer<const void>(gate_weight), .gate_bias = pointer<const void>(gate_bias),
-      .noise = pointer<const float>(noise), .packed = pointer<const void>(packed), .hard = hard, .y = pointer<void>(y),
+      .noise = pointer<const float>(noise), 
+      .packed_light = pointer<const void>(packed_light), .packed_weight = pointer<const void>(packed_weight), .hard = hard, .y = pointer<void>(y),
       .selected = pointer<std::int32_t>(selected), .threads = threads,
   });
 }
@@ -52,18 +54,25 @@ void linear_backward(std::uintptr_t grad_y, std::uintptr_t x, int64_t x_stride, 
   });
 }
 
-int64_t packed_elements(int64_t depth, int64_t neurons, int64_t rank, int64_t groups) {
-  return midl::current().packed_elements({.depth = depth, .neurons = neurons, .rank = rank, .groups = groups});
+std::pair<int64_t, int64_t> packed_sizes(int64_t depth, int64_t neurons, int64_t rank, int64_t groups) {
+  const midl::PackedSizes sizes =
+      midl::current().packed_sizes({.depth = depth, .neurons = neurons, .rank = rank, .groups = groups});
+  return {sizes.light, sizes.weight};
+}
+
+bool wants_weight_panels(int64_t rows, int64_t groups, int64_t selected_groups, int64_t group_size) {
+  return midl::current().wants_weight_panels(rows, groups, selected_groups, group_size);
 }
 
 void pack(bool bfloat16, int64_t depth, int64_t neurons, int64_t rank, int64_t groups, std::uintptr_t weight,
-          std::uintptr_t light_down, std::uintptr_t light_up, std::uintptr_t gate_weight, std::uintptr_t packed,
-          int threads) {
+          std::uintptr_t light_down, std::uintptr_t light_up, std::uintptr_t gate_weight, std::uintptr_t packed_light,
+          std::uintptr_t packed_weight, int threads) {
   midl::current().pack({
       .storage = bfloat16 ? midl::Storage::bfloat16 : midl::Storage::float32,
       .depth = depth, .neurons = neurons, .rank = rank, .groups = groups, .weight = pointer<const void>(weight),
       .light_down = pointer<const void>(light_down), .light_up = pointer<const void>(light_up),
-      .gate_weight = pointer<const void>(gate_weight), .packed = pointer<void>(packed), .threads = threads,
+      .gate_weight = pointer<const void>(gate_weight), .packed_light = pointer<void>(packed_light),
+      .packed_weight = pointer<void>(packed_weight), .threads = threads,
   });
 }
 
@@ -98,15 +107,17 @@ NB_MODULE(_native, m) {
   const auto released = nb::call_guard<nb::gil_scoped_release>();
   m.def("linear_forward", &linear_forward, released, "bfloat16"_a, "x"_a, "x_stride"_a, "rows"_a, "depth"_a,
         "neurons"_a, "rank"_a, "groups"_a, "selected_groups"_a, "positions"_a, "span"_a, "weight"_a, "bias"_a,
-        "light_down"_a, "light_up"_a, "gate_weight"_a, "gate_bias"_a, "noise"_a, "packed"_a, "hard"_a, "y"_a, "selected"_a,
+        "light_down"_a, "light_up"_a, "gate_weight"_a, "gate_bias"_a, "noise"_a, "packed_light"_a,
+        "packed_weight"_a, "hard"_a, "y"_a, "selected"_a,
         "threads"_a);
   m.def("linear_backward", &linear_backward, released, "grad_y"_a, "x"_a, "x_stride"_a, "rows"_a, "depth"_a,
         "neurons"_a, "rank"_a, "groups"_a, "selected_groups"_a, "positions"_a, "span"_a, "weight"_a, "code"_a,
         "light_up"_a, "selected"_a, "gate"_a, "hard"_a, "grad_light"_a, "grad_x"_a, "grad_logits"_a, "grad_weight"_a,
         "threads"_a);
-  m.def("packed_elements", &packed_elements, "depth"_a, "neurons"_a, "rank"_a, "groups"_a);
+  m.def("packed_sizes", &packed_sizes, "depth"_a, "neurons"_a, "rank"_a, "groups"_a);
+  m.def("wants_weight_panels", &wants_weight_panels, "rows"_a, "groups"_a, "selected_groups"_a, "group_size"_a);
   m.def("pack", &pack, released, "bfloat16"_a, "depth"_a, "neurons"_a, "rank"_a, "groups"_a, "weight"_a,
-        "light_down"_a, "light_up"_a, "gate_weight"_a, "packed"_a, "threads"_a);
+        "light_down"_a, "light_up"_a, "gate_weight"_a, "packed_light"_a, "packed_weight"_a, "threads"_a);
   m.def("topk", &topk, released, "scores"_a, "rows"_a, "groups"_a, "k"_a, "selected"_a, "threads"_a);
   m.def("sample", &sample, "data"_a, "bytes"_a);
   m.def("use_instruction_set", &midl::use_variant, "name"_a);

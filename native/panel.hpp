@@ -11,7 +11,7 @@ namespace {
 constexpr int kPanelWidth = 32;
 // Rows of a register tile against a sub-panel of V vectors.
 constexpr int panel_rows(int vectors) { return L >= 16 ? (vectors == 2 ? 10 : 12) : (vectors == 2 ? 6 : 8); }
-// Groups narrower than this would waste most lanes of a panel: they take the dot form.
+// Groups narrower than this would waste most lanes of a panel of their own.
 constexpr std::int64_t kPanelWorthNeurons = L / 2 + 1;
 
 MIDL_INLINE std::int64_t lesser(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
@@ -25,7 +25,6 @@ struct Neurons {
   std::int64_t stride;
   const W* panel;         // or null
   int count;              // at most kPanelWidth
-  bool narrow = false;    // take the dot form, which needs no panel
 };
 
 // Write neurons [first, first + lanes) over depth [start, start + depth) as (depth, lanes); zeros past `count`.
@@ -132,18 +131,12 @@ void multiply_neurons(const float* const* rows, std::int64_t m, const Neurons<W>
   const std::int64_t step = round_up(divide_up(depth, divide_up(depth, kDepthBlock)), L);
   for (std::int64_t start = 0; start < depth; start += step) {
     const std::int64_t length = lesser(step, depth - start);
-    if (neurons.narrow) {
-      dot_block(rows, m, neurons.plain, neurons.stride, neurons.count, start, length, out, ldo, start > 0);
-    } else if (neurons.panel) {
+    if (neurons.panel) {
       panel_slice(rows, m, neurons.panel, depth, start, neurons.count, start, length, bias, out, ldo, start > 0);
     } else {
       pack_panel(neurons.plain + start, neurons.stride, neurons.count, length, slice);
       panel_slice(rows, m, slice, length, 0, neurons.count, start, length, bias, out, ldo, start > 0);
     }
-  }
-  if (neurons.narrow && bias) {
-    for (std::int64_t r = 0; r < m; ++r)
-      for (int j = 0; j < neurons.count; ++j) out[r * ldo + j] += bias[j];
   }
 }
 

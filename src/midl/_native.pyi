@@ -3,17 +3,19 @@
 def linear_forward(
     bfloat16: bool, x: int, x_stride: int, rows: int, depth: int, neurons: int, rank: int, groups: int,
     selected_groups: int, positions: int, span: int, weight: int, bias: int, light_down: int, light_up: int,
-    gate_weight: int, gate_bias: int, noise: int, packed: int, hard: bool, y: int, selected: int, threads: int,
+    gate_weight: int, gate_bias: int, noise: int, packed_light: int, packed_weight: int, hard: bool, y: int,
+    selected: int, threads: int,
 ) -> None: ...  # fmt: skip
 def linear_backward(
     grad_y: int, x: int, x_stride: int, rows: int, depth: int, neurons: int, rank: int, groups: int,
     selected_groups: int, positions: int, span: int, weight: int, code: int, light_up: int, selected: int, gate: int,
     hard: bool, grad_light: int, grad_x: int, grad_logits: int, grad_weight: int, threads: int,
 ) -> None: ...  # fmt: skip
-def packed_elements(depth: int, neurons: int, rank: int, groups: int) -> int: ...
+def packed_sizes(depth: int, neurons: int, rank: int, groups: int) -> tuple[int, int]: ...
+def wants_weight_panels(rows: int, groups: int, selected_groups: int, group_size: int) -> bool: ...
 def pack(
     bfloat16: bool, depth: int, neurons: int, rank: int, groups: int, weight: int, light_down: int, light_up: int,
-    gate_weight: int, packed: int, threads: int,
+    gate_weight: int, packed_light: int, packed_weight: int, threads: int,
 ) -> None: ...  # fmt: skip
 def topk(scores: int, rows: int, groups: int, k: int, selected: int, threads: int) -> None: ...
 def sample(data: int, bytes: int) -> int: ...

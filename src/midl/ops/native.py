@@ -112,12 +112,12 @@ def _linear(
     if noise is not None:
         noise = noise.to(torch.float32).contiguous()
     rows = y.numel() // n
-    panels = packed_panels(_native, weight, light_down, light_up, gate_weight, group_size, rows)
+    light, wide = packed_panels(_native, weight, light_down, light_up, gate_weight, group_size, k, rows)
     _native.linear_forward(
         x.dtype == torch.bfloat16, x.data_ptr(), stride, rows, depth, n, light_down.shape[0],
         n // group_size, k, positions, span, weight.data_ptr(), _address(bias), light_down.data_ptr(),
         light_up.data_ptr(), _address(gate_weight), _address(gate_bias), _address(noise),
-        _address(panels), interpolation == "hard",
+        _address(light), _address(wide), interpolation == "hard",
         y.data_ptr(), selected.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return y, selected

@@ -22,14 +22,14 @@ _ROWS_THAT_PACK_THEMSELVES = 2048
 
 
 class _Entry:
-    """The state of the parameters at the last call, weak references to them, and their panels if made."""
+    """The state of the parameters at the last call, weak references to them, and the panels made so far."""
 
-    __slots__ = ("panels", "references", "stamp")
+    __slots__ = ("light", "references", "stamp", "weight")
 
     def __init__(self, stamp: tuple[Any, ...], references: list[weakref.ref[Tensor]]) -> None:
-        self.stamp, self.references, self.panels = stamp, references, None
-
-    panels: Tensor | None
+        self.stamp, self.references = stamp, references
+        self.light: Tensor | None = None
+        self.weight: Tensor | None = None
 
     def matches(self, stamp: tuple[Any, ...], tensors: tuple[Tensor, ...]) -> bool:
         """Return whether these very tensors, unchanged, were there at the last call; an id alone may be reused."""
@@ -51,20 +51,24 @@ def clear_packed() -> None:
 
 def packed_bytes() -> int:
     """Return how much memory panels hold at present, in bytes."""
-    return sum(e.panels.nbytes for e in list(_entries.values()) if e.panels is not None)
+    panels = [t for e in list(_entries.values()) for t in (e.light, e.weight)]
+    return sum(t.nbytes for t in panels if t is not None)
 
 
 def packed_panels(
     kernels: Any, weight: Tensor, light_down: Tensor, light_up: Tensor, gate_weight: Tensor | None, group_size: int,
-    rows: int,
-) -> Tensor | None:  # fmt: skip
-    """Return the panels of these parameters (all contiguous), or None where the kernel had better do without."""
+    k: int, rows: int,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """Return the panels of light path and gate, and of the weight; None where the kernel had better do without.
+
+    All tensors are contiguous. Calls that would not read the weight's panels don't make them.
+    """
     if gate_weight is None:
         tensors: tuple[Tensor, ...] = (weight, light_down, light_up)
     else:
         tensors = (weight, light_down, light_up, gate_weight)
     if any(t.is_inference() for t in tensors):
-        return None  # no version counter: a change could not be seen
+        return None, None  # no version counter: a change could not be seen
     stamp = (
         kernels.instruction_set(), group_size, *[(t._version, t.data_ptr()) for t in tensors],
         *[kernels.sample(t.data_ptr(), t.nbytes) for t in tensors],
@@ -74,15 +78,24 @@ def packed_panels(
     if entry is None or not entry.matches(stamp, tensors):
         references = [weakref.ref(weight, lambda _: _entries.pop(key, None)), *map(weakref.ref, tensors[1:])]
         _entries[key] = _Entry(stamp, references)
-        return None
-    if entry.panels is None and rows < _ROWS_THAT_PACK_THEMSELVES:
+        return None, None
+    if rows < _ROWS_THAT_PACK_THEMSELVES:
         n, depth = weight.shape
-        rank = light_down.shape[0]
-        panels = weight.new_empty(kernels.packed_elements(depth, n, rank, n // group_size))
-        kernels.pack(
-            weight.dtype == torch.bfloat16, depth, n, rank, n // group_size, weight.data_ptr(), light_down.data_ptr(),
-            light_up.data_ptr(), 0 if gate_weight is None else gate_weight.data_ptr(), panels.data_ptr(),
-            torch.get_num_threads(),
-        )  # fmt: skip
-        entry.panels = panels
-    return entry.panels
+        sizes = (depth, n, light_down.shape[0], n // group_size)
+        light_size, weight_size = kernels.packed_sizes(*sizes)
+        light = weight.new_empty(light_size) if entry.light is None else None
+        wide = (
+            weight.new_empty(weight_size)
+            if entry.weight is None and kernels.wants_weight_panels(rows, n // group_size, k, group_size)
+            else None
+        )
+        if light is not None or wide is not None:
+            kernels.pack(
+                weight.dtype == torch.bfloat16, *sizes, weight.data_ptr(), light_down.data_ptr(), light_up.data_ptr(),
+                0 if gate_weight is None else gate_weight.data_ptr(), 0 if light is None else light.data_ptr(),
+                0 if wide is None else wide.data_ptr(), torch.get_num_threads(),
+            )  # fmt: skip
+            # Only now: another thread may be using the entry.
+            entry.light = entry.light if light is None else light
+            entry.weight = entry.weight if wide is None else wide
+    return entry.light, entry.weight
