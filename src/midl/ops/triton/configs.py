@@ -42,7 +42,7 @@ def _tile(m: int, n: int, dtype: torch.dtype, precision: str) -> Tile:
     if dtype == torch.float32 and precision == "ieee":
         # No Tensor Cores: every accumulator and operand is a register, so tiles are smaller and threads more.
         m, n = min(m, 64), min(n, 64)
-        return Tile(m, n, k=16, warps=8 if m * n >= 1024 else 4, stages=2)
+        return Tile(m, n, k=16, warps=8 if m * n >= 4096 else 4, stages=3)
     k = 64 if dtype.itemsize == 2 else 32
     if m * n == 128 * 128:
         k //= 2  # The operands of a longer step would spill on sm_80.
