@@ -119,6 +119,8 @@ def test_inductor_compiles_forward_and_backward(name):
     torch._dynamo.reset()
     output(torch.compile(model, fullgraph=True), given).square().sum().backward()
     got = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    # A compiled graph gives zeros where the loss does not reach (BERT's pooler), eager torch gives None.
+    assert not any(got.pop(n).any() for n in got.keys() - expected.keys())
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
 
 
