@@ -370,25 +370,29 @@ void mix_narrow_groups(const ForwardPlan<T>& plan, ThreadMemory& memory, std::in
   for (std::int64_t r = 0; r < m; ++r) {
     const float* gate = memory.gate + (plan.blocks.block_of(rows.begin + r) - chunk_block) * plan.gate_stride;
     float* light = memory.light + r * kPanelWidth;
-    int picks[kPanelWidth], count = 0;
-    float weights[kPanelWidth], full[kPanelWidth];
-    for (std::int64_t g = block.first_group, j = 0; g < block.end_group; ++g) {
-      const bool selected = is_selected(gate[g]);
-      for (std::int64_t i = 0; i < plan.group_size; ++i, ++j) {
-        picks[count] = int(j);
-        weights[count] = gate[g];
-        count += selected;
-      }
-    }
+    float weights[kPanelWidth];
+    for (std::int64_t j = 0; j < kPanelWidth; ++j)
+      weights[j] = j < block.size ? gate[block.first_group + j / plan.group_size] : kUnselected;
     if (dense) {
-      for (int i = 0; i < count; ++i) full[i] = memory.full[r * kPanelWidth + picks[i]];
-    } else {
-      const T* neurons[kPanelWidth];
-      for (int i = 0; i < count; ++i) neurons[i] = weight + picks[i] * c.depth;
-      dot_block(neurons, count, input_row(plan, rows.begin + r, chunk_start), c.depth, 1, 0, c.depth, full, 1, false);
+      const float* full = memory.full + r * kPanelWidth;
+      for (int j = 0; j < kPanelWidth; j += L) {
+        const Vec weight = load(weights + j), l = load(light + j);
+        const Vec mixed = l + weight * (load(full + j) + load(memory.bias + j) - l);
+        store(light + j, weight < 0.0f ? l : mixed);
+      }
+      continue;
     }
+    const T* neurons[kPanelWidth];
+    int picks[kPanelWidth], count = 0;
+    for (int j = 0; j < kPanelWidth; ++j) {
+      picks[count] = j;
+      count += is_selected(weights[j]);
+    }
+    float full[kPanelWidth];
+    for (int i = 0; i < count; ++i) neurons[i] = weight + picks[i] * c.depth;
+    dot_block(neurons, count, input_row(plan, rows.begin + r, chunk_start), c.depth, 1, 0, c.depth, full, 1, false);
     for (int i = 0; i < count; ++i)
-      light[picks[i]] += weights[i] * (full[i] + memory.bias[picks[i]] - light[picks[i]]);
+      light[picks[i]] += weights[picks[i]] * (full[i] + memory.bias[picks[i]] - light[picks[i]]);
   }
 }
 
