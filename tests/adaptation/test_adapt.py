@@ -134,6 +134,21 @@ def test_layers_never_reached_stay_dense_and_say_so():
     assert {layer.name: layer.detail for layer in report.kept}["spare"] == "not reached by the data"
 
 
+def test_layers_that_the_output_does_not_show_stay_dense_and_say_so():
+    """As the pooler of a BERT whose last hidden state is read: what it is worth cannot be judged."""
+
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.pooler = mlp(), nn.Linear(32, 32)
+
+        def forward(self, x):
+            return {"hidden": self.body(x), "pooled": self.pooler(x)}
+
+    report = midl.adapt(Pooled(), torch.randn(256, 32), 1.5, group_size=4)
+    assert {layer.name: layer.detail for layer in report.kept}["pooler"].endswith("the model's output does not show it")
+
+
 def test_frozen_and_shared_parameters_stay_frozen_and_shared():
     model = mlp()
     model[2].requires_grad_(False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -125,7 +125,7 @@ def adapt(
             module.training = modes[name]
     inputs = size_of(batches[0])
     described = {
-        name: _describe(name, plan[name], choices[name][0], inputs, name in regrouped, moments[name].dropped)
+        name: _describe(name, plan[name], choices[name], inputs, name in regrouped, moments[name].dropped)
         for name in plan
     }
     return AdaptReport(
@@ -201,13 +201,15 @@ def _restore(model: nn.Module, layers: Mapping[str, nn.Module], before: list[tup
         tensor.data.copy_(value)
 
 
-def _describe(name: str, choice: Choice, dense: Choice, inputs: int, regrouped: bool, dropped: int) -> AdaptedLayer:
+def _describe(
+    name: str, choice: Choice, choices: Sequence[Choice], inputs: int, regrouped: bool, dropped: int
+) -> AdaptedLayer:
+    dense = choices[0].flops / inputs
     if choice.start is None:
-        return AdaptedLayer(
-            name, False, "dense is worth its FLOPs", flops_before=dense.flops / inputs, flops_after=dense.flops / inputs
-        )
+        reason = "dense is worth its FLOPs" if len(choices) > 1 else "too small, or the model's output does not show it"
+        return AdaptedLayer(name, False, reason, flops_before=dense, flops_after=dense)
     captured, oracle = choice.start.captured(choice.active)
     return AdaptedLayer(
-        name, True, "", choice.active, choice.start.rank, choice.start.gate, dense.flops / inputs,
-        choice.flops / inputs, captured, oracle, regrouped, dropped,
+        name, True, "", choice.active, choice.start.rank, choice.start.gate, dense, choice.flops / inputs, captured,
+        oracle, regrouped, dropped,
     )  # fmt: skip

@@ -172,7 +172,7 @@ def group_neurons(
         weight = weight_of(chain.layer)
         path = fit_light_path(weight, *moments[name].principal_outputs(), middle_rank(weight))
         rows = sample_outputs(model, name, chain.layer, path, batches, seed=seed)
-        if len(rows.full) == 0:
+        if not rows.weight.any():
             continue
         light = rows.full @ (path.up @ path.reader).T.to(rows.full.dtype)
         order = order_neurons(rows.energy(light, 1), group_size)

@@ -103,7 +103,7 @@ def list_choices(
     middle = fit_light_path(weight, *principal, middle_rank(weight))
     sampled = sample_outputs(model, name, layer, middle, batches, seed=seed)
     choices = [Choice(2 * rows * n * fan_in, 0.0)]
-    if len(sampled.full) < 8:
+    if len(sampled.full) < 8 or not sampled.weight.any():  # what cannot be judged stays dense
         return choices
     for share in _LIGHT_SHARES:
         light_macs = int(share * n * fan_in)

@@ -49,6 +49,8 @@ def sample_outputs(
     normalisation, a residual sum, and needs no labels. A random half of the neurons is on the light path meanwhile:
     an activation's slope counts at both ends of the step from light to full, not only where the dense model is.
 
+    A layer that the output does not depend on gets weights of zero.
+
     Args:
         model: left as it was.
         name: of the layer, for messages.
@@ -60,7 +62,7 @@ def sample_outputs(
         seed: of the random choices.
 
     Raises:
-        MIDLError: the output does not depend on the layer, or gradients cannot be had.
+        MIDLError: gradients cannot be had.
     """
     device = next(layer.parameters()).device
     random = torch.Generator(device).manual_seed(seed)
@@ -84,10 +86,7 @@ def sample_outputs(
             squares = [torch.zeros_like(leaf) for leaf in leaves]
             for _ in range(draws):
                 v = torch.randn(output.shape, generator=random, device=device).to(output.dtype)
-                try:
-                    grads = torch.autograd.grad((output * v).sum(), leaves, retain_graph=True)
-                except RuntimeError as error:
-                    raise MIDLError(f"adapt: no gradient of the model's output reaches {name}: {error}") from error
+                grads = _gradients(output, v, leaves, name)
                 squares = [total + grad.square() / draws for total, grad in zip(squares, grads, strict=True)]
             found += [
                 _some(full, to_rows(layer, square), random)
@@ -106,3 +105,16 @@ def _some(full: Tensor, weight: Tensor, random: torch.Generator) -> tuple[Tensor
         return full, weight
     rows = torch.randperm(len(full), generator=random, device=full.device)[:_PER_BATCH]
     return full[rows], weight[rows]
+
+
+def _gradients(output: Tensor, v: Tensor, leaves: list[Tensor], name: str) -> list[Tensor]:
+    """Return the gradients of v . output, zero where the output does not depend on a leaf."""
+    if not output.requires_grad:
+        return [torch.zeros_like(leaf) for leaf in leaves]
+    try:
+        grads = torch.autograd.grad((output * v).sum(), leaves, retain_graph=True, allow_unused=True)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise MIDLError(f"adapt: no gradients can be had of what follows {name}: {error}") from error
+    return [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(grads, leaves, strict=True)]
