@@ -154,7 +154,7 @@ def is_plain_inference(x: Tensor, weight: Tensor) -> bool:
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
         and not torch.autograd.profiler._is_profiler_enabled
-        and not torch.jit.is_tracing()
+        and torch._C._get_tracing_state() is None
     )
 
 
