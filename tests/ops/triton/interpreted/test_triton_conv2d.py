@@ -18,7 +18,7 @@ LIMITS = {torch.float32: 2e-6, torch.float16: 2 * 2**-12, torch.bfloat16: 2 * 2*
 
 
 def check(
-    image: tuple[int, ...] = (2, 5, 6, 7), n: int = 48, rank: int = 6, group_size: int = 16, k: int = 2, *,
+    image: tuple[int, ...] = (2, 5, 5, 4), n: int = 48, rank: int = 6, group_size: int = 16, k: int = 2, *,
     kernel: tuple[int, int] = (3, 3), stride: tuple[int, int] = (1, 1), padding: tuple[int, int] = (1, 1),
     dilation: tuple[int, int] = (1, 1), span: int = 1, dtype: torch.dtype = torch.float32, **choices: Any,
 ) -> None:  # fmt: skip
@@ -39,7 +39,9 @@ def check(
         assert error <= limit, f"{name}: {error:.2e} > {limit:.2e}"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow), torch.bfloat16], ids=str
+)
 def test_output_and_gradients_match_the_reference(dtype: torch.dtype) -> None:
     check(dtype=dtype)
 
