@@ -33,14 +33,17 @@ def name(launch: Launch) -> str:
 def check(launch: Launch, target: str, dtype: torch.dtype, tf32: bool) -> MachineCode:
     code = compile_launch(launch, target)
     assert code.spilled == 0, f"{launch}: {code}"
-    # The A100 and H100 have more, but one list of tiles serves all.
-    assert code.shared <= min(SHARED_MEMORY_LIMITS[target], SMALLEST_SHARED_MEMORY), f"{launch}: {code}"
+    # The A100 has more than other cards of its instruction set, but one list of tiles serves all.
+    limit = SMALLEST_SHARED_MEMORY if target == "sm_80" else SHARED_MEMORY_LIMITS[target]
+    assert code.shared <= limit, f"{launch}: {code}"
     if name(launch) in TENSOR_CORE_KERNELS and (dtype != torch.float32 or tf32):
         assert code.matrix == matrix_instruction(launch, target), f"{launch}: {code}"
     if target.startswith("sm") and name(launch) in ("full_path_kernel", "project_kernel"):
         c = launch.constants
-        step = (c["BLOCK_M"] + c["BLOCK_N"]) * c["BLOCK_K"] * dtype.itemsize
-        # Each stage of the pipeline loads x and the weight's panel, 16 bytes by every thread at a time.
+        # Each stage of the pipeline loads x and the weight's panel, 16 bytes by every thread at a time; the small x
+        # tiles of exact float32 have less than that for each.
+        exact = dtype == torch.float32 and not tf32
+        step = (c["BLOCK_N"] + (0 if exact else c["BLOCK_M"])) * c["BLOCK_K"] * dtype.itemsize
         assert code.wide_loads >= launch.stages * step // (16 * 32 * launch.warps), f"{launch}: {code}"
     if name(launch) == "panels_kernel" and target.startswith("sm"):
         assert code.wide_loads >= 1
