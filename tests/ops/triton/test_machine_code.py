@@ -41,10 +41,10 @@ def check(launch: Launch, target: str, dtype: torch.dtype, tf32: bool) -> Machin
     if target.startswith("sm") and name(launch) in ("full_path_kernel", "project_kernel"):
         c = launch.constants
         # Each stage of the pipeline loads x and the weight's panel, 16 bytes by every thread at a time; the small x
-        # tiles of exact float32 have less than that for each.
+        # tiles of exact float32, and its 16 x 16 panels, have less than that for each.
         exact = dtype == torch.float32 and not tf32
         step = (c["BLOCK_N"] + (0 if exact else c["BLOCK_M"])) * c["BLOCK_K"] * dtype.itemsize
-        assert code.wide_loads >= launch.stages * step // (16 * 32 * launch.warps), f"{launch}: {code}"
+        assert code.wide_loads >= launch.stages * (step // (16 * 32 * launch.warps)), f"{launch}: {code}"
     if name(launch) == "panels_kernel" and target.startswith("sm"):
         assert code.wide_loads >= 1
     return code
