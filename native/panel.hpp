@@ -105,6 +105,36 @@ MIDL_INLINE void panel_rows_tile(std::int64_t m, const float* const* rows, std::
   panel_remainder<R - 1, V>(m, rows, start, panel, depth, bias, out, ldo, accumulate);
 }
 
+// Two sub-panels at once for few rows: twice the accumulators in flight and two streams from memory.
+template <int R, class P>
+[[gnu::noinline]] void panel_pair(const float* const* rows, std::int64_t start, const P* left, const P* right,
+                                  std::int64_t depth, const float* bias, float* out, std::int64_t ldo,
+                                  bool accumulate) {
+  Vec acc[R][4];
+  const float* a[R];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+    a[r] = rows[r] + start;
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) acc[r][v] = accumulate ? load(out + r * ldo + v * L) : bias ? load(bias + v * L) : Vec{};
+  }
+  for (std::int64_t i = 0; i < depth; ++i) {
+    const Vec column[4] = {load(left + i * 2 * L), load(left + i * 2 * L + L), load(right + i * 2 * L),
+                           load(right + i * 2 * L + L)};
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const Vec row = splat(a[r][i]);
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; ++v) acc[r][v] += row * column[v];
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) store(out + r * ldo + v * L, acc[r][v]);
+  }
+}
+
 // out (m x round_up(count, L)) (+)= rows[start ..) . panel over one slice of the depth. The sub-panels are `panel_depth`
 // deep and the slice begins at depth `offset` in them.
 template <class P>
@@ -113,10 +143,24 @@ void panel_slice(const float* const* rows, std::int64_t m, const P* panel, std::
                  std::int64_t ldo, bool accumulate) {
   const int whole = count / (2 * L) * (2 * L), wide = count - whole > L ? whole + 2 * L : whole;
   constexpr int R2 = panel_rows(2), R1 = panel_rows(1);
-  for (std::int64_t r = 0; r < m; r += R2)
-    for (int c = 0; c < wide; c += 2 * L)
-      panel_rows_tile<2>(lesser(m - r, R2), rows + r, start, panel + c * panel_depth + offset * (2 * L), depth,
-                         bias ? bias + c : nullptr, out + r * ldo + c, ldo, accumulate);
+  for (std::int64_t r = 0; r < m; r += R2) {
+    const std::int64_t tile = lesser(m - r, R2);
+    for (int c = 0; c < wide; c += 2 * L) {
+      const P* sub = panel + c * panel_depth + offset * (2 * L);
+      const float* from = bias ? bias + c : nullptr;
+      float* to = out + r * ldo + c;
+      if (tile <= 2 && c + 4 * L <= wide) {
+        const P* next = sub + 2 * L * panel_depth;
+        if (tile == 1)
+          panel_pair<1>(rows + r, start, sub, next, depth, from, to, ldo, accumulate);
+        else
+          panel_pair<2>(rows + r, start, sub, next, depth, from, to, ldo, accumulate);
+        c += 2 * L;
+      } else {
+        panel_rows_tile<2>(tile, rows + r, start, sub, depth, from, to, ldo, accumulate);
+      }
+    }
+  }
   if (wide >= count) return;
   for (std::int64_t r = 0; r < m; r += R1)
     panel_rows_tile<1>(lesser(m - r, R1), rows + r, start, panel + wide * panel_depth + offset * L, depth,
