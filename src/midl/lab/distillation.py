@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from midl.adaptation import soft_cross_entropy
 from midl.lab.training import Loss
 
 __all__ = ["distillation_loss"]
@@ -20,14 +20,13 @@ def distillation_loss(teacher: nn.Module, temperature: float = 2.0) -> Loss:
     >>> x = torch.randn(5, 4)
     >>> round(abs(distillation_loss(teacher)(x, teacher(x), torch.zeros(5)).item()), 5)
     0.0
-
-    Source: G. Hinton, O. Vinyals, J. Dean, "Distilling the Knowledge in a Neural Network", arXiv 1503.02531.
     """
+
+    divergence = soft_cross_entropy(temperature)
 
     def loss(inputs: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
         with torch.no_grad():
-            target = F.log_softmax(teacher(inputs) / temperature, dim=-1)
-        student = F.log_softmax(logits / temperature, dim=-1)
-        return F.kl_div(student, target, reduction="batchmean", log_target=True) * temperature**2
+            target = teacher(inputs)
+        return divergence(logits, target)
 
     return loss
