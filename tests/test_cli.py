@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from midl import cli
 
@@ -47,6 +48,14 @@ def test_compare_prints_the_table_and_writes_the_run_folder(tmp_path: Path) -> N
         (["compare", "--group-size", "48"], 1, "group_size=48 does not divide out_features=512"),
         (["compare", "--seeds", "0,x"], 2, "'0,x', expected integers separated by commas"),
         (["compare", "--epochs", "0"], 1, "epochs=0, expected a positive int"),
+        (["info", "--device", "b42"], 1, "device='b42', expected one of ['a100', 'h100', 'l4', 'rtx4090']"),
+        (["bench", "--device", "tpu"], 1, "bench: device='tpu', expected 'cpu' or 'cuda'"),
+        pytest.param(
+            ["bench", "--device", "cuda"],
+            1,
+            "but torch finds no CUDA device here",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to time"),
+        ),
     ],
 )
 def test_errors_are_one_line_and_no_traceback(
@@ -107,3 +116,12 @@ def test_without_the_extra_one_line_says_what_to_install(
     assert capsys.readouterr().err == (
         "midl: typer is not installed, expected the extra lab: pip install 'midl[lab]'\n"
     )
+
+
+def test_info_prints_what_the_model_predicts_for_a_gpu_and_says_that_it_is_a_model() -> None:
+    result = runner.invoke(app, ["info", "--device", "h100"])
+    assert result.exit_code == 0, result.output
+    assert "a model from data sheets, nothing here was measured" in " ".join(result.output.split())
+    rows = json.loads(runner.invoke(app, ["info", "--device", "h100", "--json"]).output)
+    assert rows["model"]
+    assert {row["batch"] for row in rows["rows"]} > {1}

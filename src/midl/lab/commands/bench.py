@@ -28,6 +28,7 @@ def bench(
     render: Annotated[
         Path | None, typer.Option(help="Make the page and plots from the JSON files of this folder and stop.")
     ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     page: Annotated[Path, typer.Option(help="With --render: the page.")] = Path("docs/benchmarks.md"),
 ) -> None:
     """Time the layers against nn.Linear, nn.Conv2d, torch.topk and the best dense kernel, interleaved.
@@ -36,9 +37,17 @@ def bench(
     """
     from rich.console import Console
 
+    from midl.errors import MIDLError
     from midl.lab.bench.runner import list_benchmarks, run_bench
 
     with readable_errors("stopped; the JSON file holds the cases that were finished"):
+        if device not in ("cpu", "cuda"):
+            raise MIDLError(f"bench: device={device!r}, expected 'cpu' or 'cuda'")
+        if device == "cuda":
+            from midl.lab.bench_cuda import render_cuda, run_cuda_bench
+
+            typer.echo(render_cuda(run_cuda_bench(out=out, quick=quick)))
+            return
         if list_cases:
             print("\n".join(list_benchmarks(only, quick=quick)))
             return

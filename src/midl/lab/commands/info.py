@@ -12,10 +12,16 @@ __all__ = ["info"]
 
 def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts and bug reports.")] = False,
+    device: Annotated[
+        str | None, typer.Option(help="Print instead what the cost model predicts for a GPU: h100, a100, l4, rtx4090.")
+    ] = None,
 ) -> None:
     """Say what is installed, which kernels are available and why others are not, and where data comes from."""
     from midl.lab import environment
 
+    if device is not None:
+        _print_predictions(device, as_json)
+        return
     facts: dict[str, Any] = {
         "versions": environment.describe_versions(),
         "commit": environment.describe_commit(),
@@ -28,6 +34,31 @@ def info(
         typer.echo(json.dumps(facts, indent=2))
         return
     _print_table(facts)
+
+
+def _print_predictions(name: str, as_json: bool) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from midl.analysis.gpu_model import device_named, win_rows
+    from midl.lab.commands.errors import readable_errors
+
+    with readable_errors("stopped"):
+        device = device_named(name)
+        rows = win_rows(device)
+        if as_json:
+            typer.echo(json.dumps({"model": True, "device": device.name, "rows": rows}, indent=2))
+            return
+        table = Table(title=f"{device.name}: a model from data sheets, nothing here was measured (docs/gpu.md)")
+        for column in ("layer", "batch", "group", "MID-L µs", "dense µs", "faster", "even at", "training"):
+            table.add_column(column, justify="left" if column == "layer" else "right", no_wrap=True)
+        for row in rows:
+            times = [f"{row[key]:.1f}" for key in ("microseconds", "dense_microseconds")]
+            ratios = [f"{row[key]:.2f}" for key in ("speedup", "break_even", "training_speedup")]
+            layer = f"{row['in_features']}x{row['out_features']}"
+            table.add_row(layer, str(row["batch"]), str(row["group_size"]), *times, *ratios)
+        Console().print(table)
+        typer.echo("faster: dense time over MID-L time; even at: the active fraction where both take as long.")
 
 
 def _print_table(facts: dict[str, Any]) -> None:
