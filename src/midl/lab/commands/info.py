@@ -50,7 +50,7 @@ def _print_predictions(name: str, as_json: bool) -> None:
             typer.echo(json.dumps({"model": True, "device": device.name, "rows": rows}, indent=2))
             return
         table = Table(title=f"{device.name}: a model from data sheets, nothing here was measured (docs/gpu.md)")
-        for column in ("layer", "batch", "group", "MID-L µs", "dense µs", "faster", "even at", "training"):
+        for column in ("layer", "batch", "group", "MID-L µs", "dense µs", "ratio", "even", "train"):
             table.add_column(column, justify="left" if column == "layer" else "right", no_wrap=True)
         for row in rows:
             times = [f"{row[key]:.1f}" for key in ("microseconds", "dense_microseconds")]
@@ -58,7 +58,7 @@ def _print_predictions(name: str, as_json: bool) -> None:
             layer = f"{row['in_features']}x{row['out_features']}"
             table.add_row(layer, str(row["batch"]), str(row["group_size"]), *times, *ratios)
         Console().print(table)
-        typer.echo("faster: dense time over MID-L time; even at: the active fraction where both take as long.")
+        typer.echo("ratio: dense time over MID-L time, train: with the backward pass; even: the active fraction where both take as long.")
 
 
 def _print_table(facts: dict[str, Any]) -> None:
