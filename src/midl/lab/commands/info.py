@@ -58,7 +58,7 @@ def _print_predictions(name: str, as_json: bool) -> None:
             layer = f"{row['in_features']}x{row['out_features']}"
             table.add_row(layer, str(row["batch"]), str(row["group_size"]), *times, *ratios)
         Console().print(table)
-        typer.echo("ratio: dense time over MID-L time; train: with the backward pass; even: active where both are equal.")
+        typer.echo("ratio: dense time over MID-L time; train: with backward; even: active where both are equal.")
 
 
 def _print_table(facts: dict[str, Any]) -> None:
