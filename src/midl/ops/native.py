@@ -105,7 +105,7 @@ def _linear(
     *batch, positions, _ = x.shape
     y = x.new_empty((*batch, positions, n))
     blocks = positions if span == 1 else -(-positions // span)
-    selected = torch.empty((*batch, blocks, k), dtype=torch.int32)
+    selected = x.new_empty((*batch, blocks, k), dtype=torch.int32)
     # Kept alive by name until the call returns: where a copy had to be made, only its address goes to the kernel.
     weight, light_down, light_up = weight.contiguous(), light_down.contiguous(), light_up.contiguous()
     bias, gate_weight, gate_bias = _dense(bias), _dense(gate_weight), _dense(gate_bias)
