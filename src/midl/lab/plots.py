@@ -32,7 +32,7 @@ def plot_accuracy(comparison: Comparison, path: Path) -> None:
     axes.set_ylabel(f"{rows} accuracy (%)")
     axes.set_title(f"{settings.dataset}: {len(settings.seeds)} seeds, {settings.active:.0%} active")
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=4)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
     write_bytes(path, buffer.getvalue())
