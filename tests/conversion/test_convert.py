@@ -9,6 +9,7 @@ from torch import nn
 
 import midl
 from midl.errors import MIDLError
+from midl.layers.lowrank import truncated_svd
 
 CONFIG = midl.MIDConfig(active=0.45, group_size=8, rank=2)
 
@@ -295,3 +296,13 @@ def test_reverting_a_parametrized_layer_is_an_error_that_says_what_to_do():
         nn.utils.parametrize.remove_parametrizations(layer, "weight")
     midl.revert_(net)
     assert type(net[0]) is nn.Linear
+
+
+@pytest.mark.parametrize("decay", [0.0, 1.0])
+def test_the_light_path_of_a_large_weight_is_within_a_hundredth_of_the_best_fit(decay):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(1100, 1100, generator=generator)
+    weight += decay * torch.randn(1100, 32, generator=generator) @ torch.randn(32, 1100, generator=generator)
+    down, up = truncated_svd(weight, 24)
+    best = torch.linalg.svdvals(weight)[24:].square().sum().sqrt()
+    assert best * 0.999 <= (weight - up @ down).norm() <= best * 1.01

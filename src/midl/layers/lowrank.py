@@ -7,7 +7,8 @@ from torch import Tensor
 
 __all__ = ["truncated_svd"]
 
-# Above this size an exact SVD takes seconds to minutes; the randomised one is within 1 % of its error there.
+# The cost of an exact SVD grows with the cube of the size; above this the randomised one is used, whose test says how
+# close to the best fit it comes.
 _EXACT_LIMIT = 1024
 
 

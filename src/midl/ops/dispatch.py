@@ -26,7 +26,6 @@ __all__ = [
 ]
 
 NAMES = ("reference", "native", "triton", "dense")
-OPS = ("linear", "linear_backward", "conv2d", "conv2d_backward")
 
 
 class Implementation:
