@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from midl.adaptation.batches import Data, batches_of, inputs_of, run
 from midl.adaptation.outputs import hooked
-from midl.budget import set_active
+from midl.budget import spread_active
 from midl.config import check_active, check_positive_int
 from midl.errors import MIDLError
 from midl.layers import MIDLayer
@@ -88,8 +88,9 @@ def distil(
         loss: between the two outputs.
         match: names of submodules, the same in both models, whose outputs should agree too; the mean of their squared
             errors is added to the loss.
-        elastic: (low, high): every step all layers draw one ``active`` from this range, so that the weights serve all
-            budgets in it (:func:`midl.set_active`). Each layer's own is restored afterwards.
+        elastic: (low, high): every step draws the mean ``active`` of the layers from this range, so that the weights
+            serve all budgets in it (:func:`midl.set_active`). Layers with unequal ``active`` keep the proportions of
+            their odds; each layer's own is restored afterwards.
         autocast: dtype of mixed precision, such as torch.bfloat16.
         seed: of the elastic draws and the layers' noise; torch's random state is left as it was.
         on_epoch: called after every epoch with the epochs done and its mean loss.
@@ -128,7 +129,9 @@ def distil(
                             group["lr"] = _LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * progress))
                     if elastic is not None:
                         low, high = elastic
-                        set_active(student, low + (high - low) * float(torch.rand(())))
+                        for layer, active in zip(layers, budgets, strict=True):
+                            layer.active = active
+                        spread_active(layers, low + (high - low) * float(torch.rand(())))
                     value = _loss(student, teacher, inputs_of(batch), loss, match, autocast)
                     optimizer.zero_grad(set_to_none=True)
                     value.backward()
