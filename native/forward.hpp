@@ -1,7 +1,8 @@
-// Forward pass of the linear layer: code; gate and selection; then, per block of neurons, light and full path.
+// Forward pass of a layer: code; gate and selection; then, per block of neurons, light and full path.
 //
 // Rows are taken in chunks whose code and gate stay in cache. No mask and no copy of the input is made: the gate matrix
-// (blocks x groups) tells each block of neurons which rows chose it, and those rows are addressed by pointer.
+// (blocks x groups) tells each block of neurons which rows chose it, and those rows are addressed by pointer. Where a row
+// lies in memory is the business of a source: PlainRows here, the pixels of images in convolution.hpp.
 #pragma once
 
 #include <omp.h>
@@ -18,7 +19,6 @@ constexpr std::int64_t kChunkRows = 512;
 constexpr double kThreadWorth = 300e3;
 // Below this many, every thread computes the gate for itself rather than wait for the others' share.
 constexpr double kRepeatWorth = 100e3;
-
 
 struct Range {
   std::int64_t begin, end;
@@ -98,10 +98,60 @@ struct PackedLayout {
 template <class T>
 constexpr bool kGroupMeansPacked = sizeof(T) == 4;
 
-// Everything the phases of a call share.
+// The rows of a matrix, float32 as they are, half precision widened once per chunk, not once per neuron. A source also
+// says how its rows are multiplied, since their elements need not lie side by side.
 template <class T>
+class PlainRows {
+ public:
+  using Element = T;
+  static constexpr bool kPrepares = sizeof(T) != 4;  // whether prepare() and a barrier must precede row()
+
+  explicit PlainRows(const midl::LinearForward& call)
+      : x_(static_cast<const T*>(call.x)), stride_(call.x_stride), depth_(call.depth) {}
+
+  void make_room(Range chunk) {
+    if (chunk.end - chunk.begin > room_) room_ = chunk.end - chunk.begin;
+  }
+  void carve(Carver& memory) {
+    if (kPrepares) wide_ = memory.take<float>(room_ * depth_);
+  }
+  void prepare(Range chunk, std::int64_t thread, std::int64_t threads) {
+    const Range own = part_of(chunk.end - chunk.begin, thread, threads, 1);
+    for (std::int64_t r = own.begin; r < own.end; ++r) {
+      const T* from = x_ + (chunk.begin + r) * stride_;
+      float* to = wide_ + r * depth_;
+      std::int64_t i = 0;
+      for (; i + L <= depth_; i += L) store(to + i, load(from + i));
+      for (; i < depth_; ++i) to[i] = to_float(from[i]);
+    }
+  }
+  const float* row(std::int64_t row, std::int64_t chunk_start) const {
+    if constexpr (kPrepares)
+      return wide_ + (row - chunk_start) * depth_;
+    else
+      return x_ + row * stride_;
+  }
+  void multiply(const float* const* rows, std::int64_t m, const Neurons<T>& neurons, float* slice, float* out,
+                std::int64_t ldo) const {
+    multiply_neurons(rows, m, neurons, depth_, nullptr, slice, out, ldo);
+  }
+  // out[i] = neurons[i] . row
+  void dot(const T* const* neurons, int count, const float* row, float* out) const {
+    dot_block(neurons, count, row, depth_, 1, 0, depth_, out, 1, false);
+  }
+
+ private:
+  const T* x_;
+  std::int64_t stride_, depth_, room_ = 0;
+  float* wide_ = nullptr;
+};
+
+// Everything the phases of a call share.
+template <class Source>
 struct ForwardPlan {
+  using T = typename Source::Element;
   const midl::LinearForward& call;
+  Source source;
   Blocks blocks;
   NeuronBlocks neuron_blocks;
   PackedLayout layout;
@@ -111,12 +161,12 @@ struct ForwardPlan {
   std::int64_t group_size, code_stride, gate_stride, chunk_blocks, chunk_rows, row_parts;
 
   // Shared by the threads, for the chunk at hand.
-  float *code, *block_code, *gate, *gate_weight, *gate_bias, *input;
+  float *code, *block_code, *gate, *gate_weight, *gate_bias;
   char* private_memory;
   std::size_t private_bytes;
 
-  explicit ForwardPlan(const midl::LinearForward& c)
-      : call(c), blocks(c.rows, c.positions, c.span), neuron_blocks(c.groups, c.neurons / c.groups),
+  ForwardPlan(const midl::LinearForward& c, const Source& rows)
+      : call(c), source(rows), blocks(c.rows, c.positions, c.span), neuron_blocks(c.groups, c.neurons / c.groups),
         layout(c.depth, c.rank, neuron_blocks), packed_light(static_cast<const T*>(c.packed_light)),
         packed_weight(static_cast<const T*>(c.packed_weight)) {
     group_size = c.neurons / c.groups;
@@ -130,8 +180,9 @@ struct ForwardPlan {
     chunk_blocks = divide_up(blocks.count, chunks);
     chunk_rows = 0;
     for (std::int64_t b = 0; b < blocks.count; b += chunk_blocks) {
-      const std::int64_t rows = last_row(b) - blocks.first_row(b);
-      if (rows > chunk_rows) chunk_rows = rows;
+      const Range chunk{blocks.first_row(b), last_row(b)};
+      source.make_room(chunk);
+      if (chunk.end - chunk.begin > chunk_rows) chunk_rows = chunk.end - chunk.begin;
     }
     // Enough items to even out what the rows chose, but never a few rows each.
     row_parts = divide_up(4 * threads, neuron_blocks.count);
@@ -150,7 +201,7 @@ struct ForwardPlan {
     gate = memory.take<float>(chunk_blocks * gate_stride);
     gate_weight = call.gate_weight || (packed_light && kGroupMeansPacked<T>) ? nullptr : memory.take<float>(call.groups * call.rank);
     gate_bias = memory.take<float>(gate_stride);
-    input = sizeof(T) == 4 ? nullptr : memory.take<float>(chunk_rows * call.depth);
+    source.carve(memory);
   }
 };
 
@@ -163,8 +214,8 @@ struct ThreadMemory {
   std::int32_t *keys, *picks;
   float* gate;  // of the chunk: the plan's, or this thread's own where the gate is computed by every thread
 
-  template <class T>
-  ThreadMemory(Carver& memory, const ForwardPlan<T>& plan) {
+  template <class S>
+  ThreadMemory(Carver& memory, const ForwardPlan<S>& plan) {
     const auto& c = plan.call;
     rows = memory.take<const float*>(plan.chunk_rows);
     code_rows = memory.take<const float*>(plan.chunk_rows);
@@ -198,8 +249,9 @@ void average_light_up(const T* up, std::int64_t rank, std::int64_t group_size, R
   }
 }
 
-template <class T>
-void read_gate_bias(const ForwardPlan<T>& plan) {
+template <class S>
+void read_gate_bias(const ForwardPlan<S>& plan) {
+  using T = typename S::Element;
   const auto& c = plan.call;
   const T* from = static_cast<const T*>(c.gate_weight ? c.gate_bias : c.bias);
   const std::int64_t size = c.gate_weight ? 1 : plan.group_size;
@@ -211,43 +263,24 @@ void read_gate_bias(const ForwardPlan<T>& plan) {
   }
 }
 
-template <class T>
-const float* input_row(const ForwardPlan<T>& plan, std::int64_t row, std::int64_t chunk_start) {
-  if constexpr (sizeof(T) == 4) return static_cast<const float*>(plan.call.x) + row * plan.call.x_stride;
-  return plan.input + (row - chunk_start) * plan.call.depth;
-}
-
-// Half-precision rows are widened once per chunk, not once per neuron.
-template <class T>
-void widen_rows(const ForwardPlan<T>& plan, Range rows, std::int64_t chunk_start) {
-  const T* x = static_cast<const T*>(plan.call.x);
-  const std::int64_t depth = plan.call.depth;
-  for (std::int64_t r = rows.begin; r < rows.end; ++r) {
-    const T* from = x + r * plan.call.x_stride;
-    float* to = plan.input + (r - chunk_start) * depth;
-    std::int64_t i = 0;
-    for (; i + L <= depth; i += L) store(to + i, load(from + i));
-    for (; i < depth; ++i) to[i] = to_float(from[i]);
-  }
-}
-
-template <class T>
-void compute_code(const ForwardPlan<T>& plan, ThreadMemory& memory, Range rows, Range columns,
+template <class S>
+void compute_code(const ForwardPlan<S>& plan, ThreadMemory& memory, Range rows, Range columns,
                   std::int64_t chunk_start) {
+  using T = typename S::Element;
   const auto& c = plan.call;
   if (rows.begin == rows.end) return;
-  for (std::int64_t r = rows.begin; r < rows.end; ++r) memory.rows[r - rows.begin] = input_row(plan, r, chunk_start);
+  for (std::int64_t r = rows.begin; r < rows.end; ++r) memory.rows[r - rows.begin] = plan.source.row(r, chunk_start);
   const T* down = static_cast<const T*>(c.light_down);
   for (std::int64_t i = columns.begin; i < columns.end; i += kPanelWidth)
-    multiply_neurons(memory.rows, rows.end - rows.begin,
-                     neurons_at(down + i * c.depth, c.depth, plan.packed_light, plan.layout.down + i * c.depth,
-                                lesser(kPanelWidth, columns.end - i)),
-                     c.depth, nullptr, memory.slice, plan.code + (rows.begin - chunk_start) * plan.code_stride + i,
-                     plan.code_stride);
+    plan.source.multiply(memory.rows, rows.end - rows.begin,
+                         neurons_at(down + i * c.depth, c.depth, plan.packed_light, plan.layout.down + i * c.depth,
+                                    lesser(kPanelWidth, columns.end - i)),
+                         memory.slice, plan.code + (rows.begin - chunk_start) * plan.code_stride + i,
+                         plan.code_stride);
 }
 
-template <class T>
-void average_code(const ForwardPlan<T>& plan, Range blocks, std::int64_t chunk_block, std::int64_t chunk_start) {
+template <class S>
+void average_code(const ForwardPlan<S>& plan, Range blocks, std::int64_t chunk_block, std::int64_t chunk_start) {
   const auto& c = plan.call;
   for (std::int64_t b = blocks.begin; b < blocks.end; ++b) {
     const std::int64_t first = plan.blocks.first_row(b);
@@ -261,8 +294,8 @@ void average_code(const ForwardPlan<T>& plan, Range blocks, std::int64_t chunk_b
   }
 }
 
-template <class T, class G>
-void compute_logits(const ForwardPlan<T>& plan, ThreadMemory& memory, const G* gate_weight, const G* packed,
+template <class S, class G>
+void compute_logits(const ForwardPlan<S>& plan, ThreadMemory& memory, const G* gate_weight, const G* packed,
                     Range blocks, Range groups) {
   const auto& c = plan.call;
   for (std::int64_t b = blocks.begin; b < blocks.end; ++b)
@@ -275,8 +308,8 @@ void compute_logits(const ForwardPlan<T>& plan, ThreadMemory& memory, const G* g
                      plan.gate_stride);
 }
 
-template <class T>
-void select_groups(const ForwardPlan<T>& plan, ThreadMemory& memory, Range blocks, std::int64_t chunk_block) {
+template <class S>
+void select_groups(const ForwardPlan<S>& plan, ThreadMemory& memory, Range blocks, std::int64_t chunk_block) {
   // Threads that repeat the gate write the same selection.
   const auto& c = plan.call;
   for (std::int64_t b = blocks.begin; b < blocks.end; ++b) {
@@ -288,8 +321,8 @@ void select_groups(const ForwardPlan<T>& plan, ThreadMemory& memory, Range block
 }
 
 // The rows of a range that selected a group, with their interpolation weights.
-template <class T>
-std::int64_t gather_members(const ForwardPlan<T>& plan, std::int64_t group, Range rows, std::int64_t chunk_block,
+template <class S>
+std::int64_t gather_members(const ForwardPlan<S>& plan, std::int64_t group, Range rows, std::int64_t chunk_block,
                             std::int64_t chunk_start, ThreadMemory& memory) {
   const float* gate = memory.gate + group;
   std::int64_t count = 0;
@@ -313,7 +346,7 @@ std::int64_t gather_members(const ForwardPlan<T>& plan, std::int64_t group, Rang
     }
   }
   for (std::int64_t i = 0; i < count; ++i)
-    memory.rows[i] = input_row(plan, rows.begin + memory.members[i], chunk_start);
+    memory.rows[i] = plan.source.row(rows.begin + memory.members[i], chunk_start);
   return count;
 }
 
@@ -334,9 +367,10 @@ void interpolate(const ThreadMemory& memory, std::int64_t count, std::int64_t of
 }
 
 // Groups that fill panels: each against the rows that selected it.
-template <class T>
-void mix_groups(const ForwardPlan<T>& plan, ThreadMemory& memory, std::int64_t index, Range rows,
+template <class S>
+void mix_groups(const ForwardPlan<S>& plan, ThreadMemory& memory, std::int64_t index, Range rows,
                 std::int64_t chunk_block, std::int64_t chunk_start) {
+  using T = typename S::Element;
   const auto& c = plan.call;
   const NeuronBlocks::Block block = plan.neuron_blocks[index];
   const std::int64_t size = lesser(block.size, plan.group_size), parts = plan.neuron_blocks.parts;
@@ -344,28 +378,29 @@ void mix_groups(const ForwardPlan<T>& plan, ThreadMemory& memory, std::int64_t i
     const std::int64_t offset = (g - block.first_group) * plan.group_size;
     const std::int64_t count = gather_members(plan, g, rows, chunk_block, chunk_start, memory);
     if (count == 0) continue;
-    multiply_neurons(memory.rows, count,
-                     neurons_at(static_cast<const T*>(c.weight) + (block.first + offset) * c.depth, c.depth,
-                                plan.packed_weight, plan.layout.weight(g * parts + index % parts), size),
-                     c.depth, nullptr, memory.slice, memory.full, kPanelWidth);
+    plan.source.multiply(memory.rows, count,
+                         neurons_at(static_cast<const T*>(c.weight) + (block.first + offset) * c.depth, c.depth,
+                                    plan.packed_weight, plan.layout.weight(g * parts + index % parts), size),
+                         memory.slice, memory.full, kPanelWidth);
     interpolate(memory, count, offset, size);
   }
 }
 
 // Narrow groups, many to a block of neurons: see kDotCost.
-template <class T>
-void mix_narrow_groups(const ForwardPlan<T>& plan, ThreadMemory& memory, std::int64_t index, Range rows,
+template <class S>
+void mix_narrow_groups(const ForwardPlan<S>& plan, ThreadMemory& memory, std::int64_t index, Range rows,
                        std::int64_t chunk_block, std::int64_t chunk_start) {
+  using T = typename S::Element;
   const auto& c = plan.call;
   const NeuronBlocks::Block block = plan.neuron_blocks[index];
   const T* weight = static_cast<const T*>(c.weight) + block.first * c.depth;
   const std::int64_t m = rows.end - rows.begin;
   const bool dense = narrow_and_dense(c.rows, c.groups, c.selected_groups, plan.group_size);
   if (dense) {
-    for (std::int64_t r = 0; r < m; ++r) memory.rows[r] = input_row(plan, rows.begin + r, chunk_start);
-    multiply_neurons(memory.rows, m,
-                     neurons_at(weight, c.depth, plan.packed_weight, plan.layout.weight(index), block.size), c.depth,
-                     nullptr, memory.slice, memory.full, kPanelWidth);
+    for (std::int64_t r = 0; r < m; ++r) memory.rows[r] = plan.source.row(rows.begin + r, chunk_start);
+    plan.source.multiply(memory.rows, m,
+                         neurons_at(weight, c.depth, plan.packed_weight, plan.layout.weight(index), block.size),
+                         memory.slice, memory.full, kPanelWidth);
   }
   for (std::int64_t r = 0; r < m; ++r) {
     const float* gate = memory.gate + (plan.blocks.block_of(rows.begin + r) - chunk_block) * plan.gate_stride;
@@ -390,15 +425,16 @@ void mix_narrow_groups(const ForwardPlan<T>& plan, ThreadMemory& memory, std::in
     }
     float full[kPanelWidth];
     for (int i = 0; i < count; ++i) neurons[i] = weight + picks[i] * c.depth;
-    dot_block(neurons, count, input_row(plan, rows.begin + r, chunk_start), c.depth, 1, 0, c.depth, full, 1, false);
+    plan.source.dot(neurons, count, plan.source.row(rows.begin + r, chunk_start), full);
     for (int i = 0; i < count; ++i)
       light[picks[i]] += weights[picks[i]] * (full[i] + memory.bias[picks[i]] - light[picks[i]]);
   }
 }
 
-template <class T>
-void compute_neurons(const ForwardPlan<T>& plan, ThreadMemory& memory, std::int64_t index, Range rows,
+template <class S>
+void compute_neurons(const ForwardPlan<S>& plan, ThreadMemory& memory, std::int64_t index, Range rows,
                      std::int64_t chunk_block, std::int64_t chunk_start) {
+  using T = typename S::Element;
   const auto& c = plan.call;
   const NeuronBlocks::Block block = plan.neuron_blocks[index];
   const std::int64_t m = rows.end - rows.begin;
@@ -427,10 +463,11 @@ void compute_neurons(const ForwardPlan<T>& plan, ThreadMemory& memory, std::int6
   }
 }
 
-template <class T>
-void run_forward(const midl::LinearForward& call) {
+template <class Source>
+void run_forward(const midl::LinearForward& call, const Source& source) {
+  using T = typename Source::Element;
   if (call.rows == 0) return;
-  ForwardPlan<T> plan(call);
+  ForwardPlan<Source> plan(call, source);
   {
     Carver shared(nullptr), own(nullptr);
     plan.carve(shared);
@@ -459,8 +496,8 @@ void run_forward(const midl::LinearForward& call) {
       const std::int64_t rows = end - start, count = plan.end_block(first) - first;
       const auto shift = [](Range r, std::int64_t by) { return Range{r.begin + by, r.end + by}; };
 
-      if constexpr (sizeof(T) != 4) {
-        widen_rows(plan, shift(part_of(rows, thread, threads, 1), start), start);
+      if constexpr (Source::kPrepares) {
+        plan.source.prepare({start, end}, thread, threads);
 #pragma omp barrier
       }
       // Many rows are dealt out by rows, few rows by columns of the code.
@@ -502,9 +539,9 @@ void run_forward(const midl::LinearForward& call) {
 
 void linear_forward(const midl::LinearForward& call) {
   if (call.storage == midl::Storage::bfloat16)
-    run_forward<bf16>(call);
+    run_forward(call, PlainRows<bf16>(call));
   else
-    run_forward<float>(call);
+    run_forward(call, PlainRows<float>(call));
 }
 
 template <class T>
