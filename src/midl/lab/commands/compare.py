@@ -41,8 +41,8 @@ def compare(
 
     from midl.lab.compare import Settings
     from midl.lab.compare import compare as run
+    from midl.lab.compare_report import to_table, write_report
     from midl.lab.progress import ProgressBars
-    from midl.lab.report import to_table, write_report
 
     with readable_errors("stopped; the same command goes on from the last finished epoch"):
         settings = Settings(
