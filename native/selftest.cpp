@@ -1,0 +1,354 @@
+// The kernels of every instruction set against plain loops in double precision, without Python or torch: for emulators,
+// cross-compiled builds and sanitizers, where those are slow or not to be had. The tests in tests/ops go further.
+//
+//     selftest [instruction set ...]      all that this processor runs, if none is named
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "cpu.hpp"
+
+using midl::Kernels;
+using midl::Storage;
+using std::int64_t;
+using std::vector;
+
+namespace {
+
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+constexpr std::uint16_t kPoison = 0x7fc1;  // NaN as bfloat16, and both halves of a NaN as float
+constexpr double kForwardLimit[] = {2e-6, 3e-3}, kBackwardLimit = 1e-5;  // by storage, relative root-mean-square
+
+int failures = 0, checks = 0;
+
+std::uint64_t state = 1;
+float draw() {  // roughly normal
+  float total = 0;
+  for (int i = 0; i < 4; ++i) {
+    state = state * 6364136223846793005u + 1442695040888963407u;
+    total += float(state >> 40) * 0x1p-24f;
+  }
+  return (total - 2) * 1.7f;
+}
+
+// A tensor as the kernels get it, in either storage, behind it a strip that nobody may touch; and its values.
+struct Tensor {
+  Storage storage;
+  int64_t count;
+  vector<std::uint16_t> halves;
+
+  Tensor(Storage s, int64_t n) : storage(s), count(n), halves(std::size_t(n * width() + kStrip), kPoison) {}
+  static Tensor random(Storage s, int64_t n, float scale = 1) {
+    Tensor t(s, n);
+    for (int64_t i = 0; i < n; ++i) t.set(i, draw() * scale);
+    return t;
+  }
+  static Tensor random(int64_t n) { return random(Storage::float32, n); }
+
+  int width() const { return storage == Storage::float32 ? 2 : 1; }
+  void* data() { return halves.data(); }
+  template <class T>
+  T* as() { return reinterpret_cast<T*>(halves.data()); }
+  float operator[](int64_t i) const {
+    std::uint32_t bits = 0;
+    if (storage == Storage::float32)
+      std::memcpy(&bits, halves.data() + 2 * i, 4);
+    else
+      bits = std::uint32_t(halves[std::size_t(i)]) << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+  }
+  void set(int64_t i, float value) {
+    std::uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    if (storage == Storage::float32)
+      std::memcpy(halves.data() + 2 * i, &bits, 4);
+    else
+      halves[std::size_t(i)] = std::uint16_t((bits + 0x8000u) >> 16);
+  }
+  bool strip_is_whole() const {
+    return std::all_of(halves.end() - kStrip, halves.end(), [](std::uint16_t h) { return h == kPoison; });
+  }
+  static constexpr int kStrip = 64;
+};
+
+bool report(bool good, const char* name, const char* what, const std::string& where) {
+  ++checks;
+  if (!good) {
+    ++failures;
+    std::printf("FAILED %s: %s, %s\n", name, what, where.c_str());
+  }
+  return good;
+}
+
+double error_ratio(const Tensor& actual, const vector<double>& expected) {
+  double error = 0, size = 0;
+  for (std::size_t i = 0; i < expected.size(); ++i) {
+    const double d = actual[int64_t(i)] - expected[i];
+    error += d * d, size += expected[i] * expected[i];
+  }
+  return size == 0 ? std::sqrt(error) : std::sqrt(error / size);
+}
+
+void compare(const Kernels& kernels, const Tensor& actual, const vector<double>& expected, double limit, const char* what,
+             const std::string& where) {
+  const double ratio = error_ratio(actual, expected);
+  char text[200];
+  std::snprintf(text, sizeof text, "%s: error %.3g, limit %.3g", what, ratio, limit);
+  report(ratio < limit, kernels.name, text, where);
+  report(actual.strip_is_whole(), kernels.name, "wrote past the end", where + what);
+}
+
+// The k largest, ties to the lowest index, NaN as the least.
+vector<std::int32_t> top(const vector<double>& scores, int64_t k) {
+  vector<std::int32_t> order(scores.size());
+  for (std::size_t i = 0; i < order.size(); ++i) order[i] = std::int32_t(i);
+  const auto value = [&](std::int32_t i) {
+    const double s = scores[std::size_t(i)];
+    return std::isnan(s) ? -std::numeric_limits<double>::infinity() : s;
+  };
+  std::stable_sort(order.begin(), order.end(), [&](std::int32_t a, std::int32_t b) { return value(a) > value(b); });
+  order.resize(std::size_t(k));
+  std::sort(order.begin(), order.end());
+  return order;
+}
+
+void test_topk(const Kernels& kernels) {
+  for (const int64_t groups : {1, 2, 15, 16, 17, 33, 100, 1000})
+    for (const int kind : {0, 1, 2}) {
+      const int64_t rows = 3, k = std::max<int64_t>(1, groups * 45 / 100);
+      Tensor scores = Tensor::random(rows * groups);
+      for (int64_t i = 0; i < rows * groups; ++i) {
+        if (kind == 1) scores.set(i, std::round(scores[i]));
+        if (kind == 2 && i % 3) scores.set(i, i % 3 == 1 ? kNaN : -std::numeric_limits<float>::infinity());
+      }
+      vector<std::int32_t> selected(std::size_t(rows * k), -1);
+      kernels.topk({scores.as<float>(), rows, groups, k, selected.data(), 1});
+      for (int64_t r = 0; r < rows; ++r) {
+        vector<double> row;
+        for (int64_t g = 0; g < groups; ++g) row.push_back(scores[r * groups + g]);
+        const auto expected = top(row, k);
+        report(std::equal(expected.begin(), expected.end(), selected.begin() + r * k), kernels.name, "Top-k",
+               std::to_string(groups) + " groups, kind " + std::to_string(kind));
+      }
+    }
+}
+
+struct Shape {
+  int64_t rows, depth, groups, group_size, rank, k, span;
+  int64_t neurons() const { return groups * group_size; }
+  int64_t blocks() const { return (rows + span - 1) / span; }  // one sequence
+};
+
+struct Case {
+  Shape shape;
+  Storage storage;
+  bool light_gate, hard;
+  std::string describe() const {
+    char text[200];
+    std::snprintf(text, sizeof text, "rows %d depth %d groups %d x %d rank %d k %d span %d %s%s%s", int(shape.rows),
+                  int(shape.depth), int(shape.groups), int(shape.group_size), int(shape.rank), int(shape.k),
+                  int(shape.span), storage == Storage::float32 ? "float32" : "bfloat16", light_gate ? " light gate" : "",
+                  hard ? " hard" : "");
+    return text;
+  }
+};
+
+// What the layer computes, in double precision from the stored values.
+struct Layer {
+  Shape s;
+  Tensor x, weight, bias, light_down, light_up, gate_weight, gate_bias;
+  bool light_gate, hard;
+  vector<double> code, light, full, logits, y;
+  vector<std::int32_t> selected;
+
+  explicit Layer(const Case& c)
+      : s(c.shape), x(Tensor::random(c.storage, s.rows * s.depth)),
+        weight(Tensor::random(c.storage, s.neurons() * s.depth, scale(s.depth))), bias(Tensor::random(c.storage, s.neurons())),
+        light_down(Tensor::random(c.storage, s.rank * s.depth, scale(s.depth))),
+        light_up(Tensor::random(c.storage, s.neurons() * s.rank, scale(s.rank))),
+        gate_weight(Tensor::random(c.storage, s.groups * s.rank, scale(s.rank))),
+        gate_bias(Tensor::random(c.storage, s.groups)), light_gate(c.light_gate), hard(c.hard) {
+    code = product(x, light_down, s.rows, s.rank, s.depth);
+    full = product(x, weight, s.rows, s.neurons(), s.depth);
+    light.assign(std::size_t(s.rows * s.neurons()), 0);
+    for (int64_t r = 0; r < s.rows; ++r)
+      for (int64_t j = 0; j < s.neurons(); ++j)
+        for (int64_t i = 0; i < s.rank; ++i)
+          light[std::size_t(r * s.neurons() + j)] += code[std::size_t(r * s.rank + i)] * light_up[j * s.rank + i];
+    select();
+    y.resize(light.size());
+    for (int64_t r = 0; r < s.rows; ++r)
+      for (int64_t j = 0; j < s.neurons(); ++j) {
+        const std::size_t at = std::size_t(r * s.neurons() + j);
+        y[at] = light[at] + weight_of(r, j / s.group_size) * (full[at] - light[at]) + bias[j];
+      }
+  }
+
+  static float scale(int64_t terms) { return 1 / std::sqrt(float(terms)); }
+  static vector<double> product(const Tensor& a, const Tensor& b, int64_t m, int64_t n, int64_t depth) {
+    vector<double> c(std::size_t(m * n), 0.0);
+    for (int64_t r = 0; r < m; ++r)
+      for (int64_t j = 0; j < n; ++j)
+        for (int64_t i = 0; i < depth; ++i) c[std::size_t(r * n + j)] += double(a[r * depth + i]) * b[j * depth + i];
+    return c;
+  }
+
+  void select() {
+    for (int64_t b = 0; b < s.blocks(); ++b) {
+      const int64_t begin = b * s.span, end = std::min(s.rows, begin + s.span);
+      vector<double> row;
+      for (int64_t g = 0; g < s.groups; ++g) {
+        double logit = 0;
+        for (int64_t r = begin; r < end; ++r) {
+          if (light_gate)
+            for (int64_t j = g * s.group_size; j < (g + 1) * s.group_size; ++j)
+              logit += (light[std::size_t(r * s.neurons() + j)] + bias[j]) / double(s.group_size);
+          else
+            for (int64_t i = 0; i < s.rank; ++i)
+              logit += code[std::size_t(r * s.rank + i)] * gate_weight[g * s.rank + i];
+        }
+        logit /= double(end - begin);
+        row.push_back(light_gate ? logit : logit + gate_bias[g]);
+      }
+      logits.insert(logits.end(), row.begin(), row.end());
+      const auto chosen = top(row, s.k);
+      selected.insert(selected.end(), chosen.begin(), chosen.end());
+    }
+  }
+
+  double gate(int64_t block, int64_t group) const { return 1 / (1 + std::exp(-logits[std::size_t(block * s.groups + group)])); }
+  bool chosen(int64_t block, int64_t group) const {
+    const auto begin = selected.begin() + block * s.k;
+    return std::find(begin, begin + s.k, std::int32_t(group)) != begin + s.k;
+  }
+  double weight_of(int64_t row, int64_t group) const {
+    const int64_t block = row / s.span;
+    return !chosen(block, group) ? 0 : hard ? 1 : gate(block, group);
+  }
+};
+
+void test_forward(const Kernels& kernels, const Case& c) {
+  Layer layer(c);
+  const Shape& s = c.shape;
+  const midl::LinearPack parameters{
+      .storage = c.storage, .depth = s.depth, .neurons = s.neurons(), .rank = s.rank, .groups = s.groups,
+      .weight = layer.weight.data(), .light_down = layer.light_down.data(), .light_up = layer.light_up.data(),
+      .gate_weight = c.light_gate ? nullptr : layer.gate_weight.data(), .packed_light = nullptr,
+      .packed_weight = nullptr, .threads = 1};
+  const midl::PackedSizes sizes = kernels.packed_sizes(parameters);
+  Tensor packed_light(c.storage, sizes.light), packed_weight(c.storage, sizes.weight);
+  vector<std::uint16_t> first;
+  for (const bool packed : {false, true}) {
+    if (packed) {
+      midl::LinearPack call = parameters;
+      call.packed_light = packed_light.data();
+      if (kernels.wants_weight_panels(s.rows, s.groups, s.k, s.group_size)) call.packed_weight = packed_weight.data();
+      kernels.pack(call);
+    }
+    Tensor y(c.storage, s.rows * s.neurons());
+    vector<std::int32_t> selected(std::size_t(s.blocks() * s.k), -1);
+    const bool weight_panels = packed && kernels.wants_weight_panels(s.rows, s.groups, s.k, s.group_size);
+    kernels.linear_forward({
+        .storage = c.storage, .x = layer.x.data(), .x_stride = s.depth, .rows = s.rows, .depth = s.depth,
+        .neurons = s.neurons(), .rank = s.rank, .groups = s.groups, .selected_groups = s.k, .positions = s.rows,
+        .span = s.span, .weight = layer.weight.data(), .bias = layer.bias.data(),
+        .light_down = layer.light_down.data(), .light_up = layer.light_up.data(),
+        .gate_weight = parameters.gate_weight, .gate_bias = c.light_gate ? nullptr : layer.gate_bias.data(),
+        .noise = nullptr, .packed_light = packed ? packed_light.data() : nullptr,
+        .packed_weight = weight_panels ? packed_weight.data() : nullptr, .hard = c.hard, .y = y.data(),
+        .selected = selected.data(), .threads = 1});
+    const std::string where = c.describe() + (packed ? ", packed" : "");
+    if (report(selected == layer.selected, kernels.name, "selection", where))
+      compare(kernels, y, layer.y, kForwardLimit[int(c.storage)], "output", where);
+    if (packed) report(y.halves == first, kernels.name, "not the same bits with panels", where);
+    first = y.halves;
+  }
+  report(packed_light.strip_is_whole() && packed_weight.strip_is_whole(), kernels.name, "packed past the end", c.describe());
+}
+
+void test_backward(const Kernels& kernels, const Case& c) {
+  Layer layer(c);
+  const Shape& s = c.shape;
+  const int64_t n = s.neurons();
+  Tensor grad_y = Tensor::random(s.rows * n), code(Storage::float32, s.rows * s.rank);
+  Tensor gate(Storage::float32, s.blocks() * s.k);
+  for (int64_t i = 0; i < s.rows * s.rank; ++i) code.set(i, float(layer.code[std::size_t(i)]));
+  for (int64_t i = 0; i < s.blocks() * s.k; ++i)
+    gate.set(i, float(layer.gate(i / s.k, layer.selected[std::size_t(i)])));
+  Tensor grad_light(Storage::float32, s.rows * n), grad_x(Storage::float32, s.rows * s.depth);
+  Tensor grad_logits(Storage::float32, s.blocks() * s.k), grad_weight(Storage::float32, n * s.depth);
+  kernels.linear_backward({
+      .grad_y = grad_y.as<float>(), .x = layer.x.as<float>(), .x_stride = s.depth, .rows = s.rows, .depth = s.depth,
+      .neurons = n, .rank = s.rank, .groups = s.groups, .selected_groups = s.k, .positions = s.rows, .span = s.span,
+      .weight = layer.weight.as<float>(), .code = code.as<float>(), .light_up = layer.light_up.as<float>(),
+      .selected = layer.selected.data(), .gate = gate.as<float>(), .hard = c.hard,
+      .grad_light = grad_light.as<float>(), .grad_x = grad_x.as<float>(), .grad_logits = grad_logits.as<float>(),
+      .grad_weight = grad_weight.as<float>(), .threads = 1});
+
+  vector<double> light(std::size_t(s.rows * n)), x(std::size_t(s.rows * s.depth)), weight(std::size_t(n * s.depth));
+  vector<double> logits(std::size_t(s.blocks() * s.k));
+  for (int64_t r = 0; r < s.rows; ++r)
+    for (int64_t j = 0; j < n; ++j) {
+      const std::size_t at = std::size_t(r * n + j);
+      const int64_t group = j / s.group_size, block = r / s.span;
+      const double a = layer.weight_of(r, group), g = grad_y[int64_t(at)];
+      light[at] = g * (1 - a);
+      for (int64_t i = 0; i < s.depth; ++i) {
+        x[std::size_t(r * s.depth + i)] += g * a * layer.weight[j * s.depth + i];
+        weight[std::size_t(j * s.depth + i)] += g * a * layer.x[r * s.depth + i];
+      }
+      if (!layer.chosen(block, group)) continue;
+      const auto begin = layer.selected.begin() + block * s.k;
+      const double slope = layer.gate(block, group) * (1 - layer.gate(block, group));
+      logits[std::size_t(block * s.k + (std::find(begin, begin + s.k, std::int32_t(group)) - begin))] +=
+          g * (layer.full[at] - layer.light[at]) * slope;
+    }
+  compare(kernels, grad_light, light, kBackwardLimit, "gradient of the light path", c.describe());
+  compare(kernels, grad_x, x, kBackwardLimit, "gradient of x", c.describe());
+  compare(kernels, grad_logits, logits, kBackwardLimit, "gradient of the logits", c.describe());
+  compare(kernels, grad_weight, weight, kBackwardLimit, "gradient of weight", c.describe());
+}
+
+void test(const Kernels& kernels) {
+  const Shape shapes[] = {
+      // rows depth groups x size rank k span
+      {1, 1, 1, 1, 1, 1, 1},       {1, 1, 3, 32, 1, 2, 1},     {3, 17, 17, 1, 5, 8, 1},     {1, 100, 40, 1, 7, 18, 1},
+      {13, 40, 6, 2, 7, 3, 1},     {13, 41, 60, 5, 7, 27, 1},  {9, 63, 7, 9, 6, 3, 1},      {17, 100, 6, 16, 31, 3, 1},
+      {1, 1030, 5, 16, 9, 2, 1},   {2, 1027, 3, 32, 8, 2, 1},  {37, 130, 5, 32, 33, 2, 1},  {8, 65, 3, 48, 4, 2, 1},
+      {5, 33, 2, 100, 6, 1, 1},    {11, 20, 6, 8, 4, 2, 3},    {40, 24, 3, 40, 4, 3, 7},    {61, 19, 33, 3, 3, 1, 1},
+      {7, 2050, 2, 64, 3, 1, 1},
+  };
+  test_topk(kernels);
+  int turn = 0;
+  for (const Shape& shape : shapes)
+    for (const Storage storage : {Storage::float32, Storage::bfloat16})
+      for (const bool light_gate : {false, true}) {
+        const Case c{shape, storage, light_gate, ++turn % 3 == 0};
+        test_forward(kernels, c);
+        if (storage == Storage::float32) test_backward(kernels, c);
+      }
+}
+
+}  // namespace
+
+int main(int count, char** names) {
+  for (const midl::Variant& variant : midl::variants()) {
+    const bool named = std::any_of(names + 1, names + count, [&](const char* n) { return n == std::string(variant.kernels->name); });
+    if (count > 1 && !named) continue;
+    if (!variant.supported) {
+      std::printf("%s: not on this processor\n", variant.kernels->name);
+      failures += named;
+      continue;
+    }
+    const int before = failures, checked = checks;
+    test(*variant.kernels);
+    std::printf("%s: %d checks, %d failed\n", variant.kernels->name, checks - checked, failures - before);
+  }
+  std::printf("in use: %s\n", midl::current().name);
+  return failures ? 1 : 0;
+}
