@@ -246,3 +246,24 @@ def test_an_adapted_model_survives_save_and_load(tmp_path):
     midl.save(model, tmp_path / "m.safetensors")
     fresh = midl.load_(mlp(), tmp_path / "m.safetensors")
     assert torch.equal(fresh(x), model(x))
+
+
+def test_uniform_allocation_gives_every_layer_one_density_and_meets_the_budget():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(96, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10))
+    x = torch.randn(256, 96)
+    head_stays = {"filter_fn": lambda module, name: name != "4"}
+    uniform, layerwise = copy.deepcopy(model), copy.deepcopy(model)
+    reports = [
+        midl.adapt(uniform, x, 1.6, group_size=1, allocation="uniform", **head_stays),
+        midl.adapt(layerwise, x, 1.6, group_size=1, **head_stays),
+    ]
+    densities = [layer.active for layer in reports[0].changed]
+    assert len(densities) == 2
+    assert max(densities) - min(densities) <= 1 / 128
+    assert all(report.flops_ratio >= 1.6 for report in reports)
+
+
+def test_an_unknown_allocation_is_an_error():
+    with pytest.raises(MIDLError, match=r"allocation='even', expected 'layerwise' or 'uniform'"):
+        midl.adapt(mlp(), torch.randn(64, 32), allocation="even")

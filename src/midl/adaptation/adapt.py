@@ -36,6 +36,7 @@ def adapt(
     *,
     group_size: int = 16,
     group: bool = True,
+    allocation: str = "layerwise",
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     samples: int = 2048,
     epochs: int = 0,
@@ -65,6 +66,8 @@ def adapt(
         group_size: neurons selected together; a layer whose width it does not divide stays dense.
         group: let neurons of a layer change places where nothing else can see it (in a plain nn.Sequential), so that
             those that matter together share a group. The weights then differ from the dense model's by that order.
+        allocation: ``"layerwise"``: each layer its own density and rank, by what it loses; ``"uniform"``: the same
+            density and the same share of light path for all, for comparison.
         filter_fn: called with (module, qualified name); False keeps a layer dense.
         samples: inputs to calibrate and measure on, from the start of ``data``.
         epochs: of distillation on all of ``data``; 0: none.
@@ -77,7 +80,7 @@ def adapt(
         MIDLError: data that does not fit the model, a budget that cannot be met (the message says the nearest that
             can), nothing to convert, or a distillation that diverges.
     """
-    _check(model, data, budget, group_size, samples, epochs)
+    _check(model, data, budget, group_size, allocation, samples, epochs)
     batches = collect(data, samples)
     layers, kept = find_layers(model, group_size, filter_fn)
     names = [name for name, module in model.named_modules() if name in layers or name in kept]
@@ -105,7 +108,7 @@ def adapt(
             )
             for name, layer in layers.items()
         }
-        plan = choose(choices, dense_flops, budget)
+        plan = choose(choices, dense_flops, budget, uniform=allocation == "uniform")
         teacher = copy.deepcopy(model) if epochs else None
         _convert(model, layers, plan)
         error = error_initialised = output_error(model, measured, expected)
@@ -134,7 +137,9 @@ def adapt(
     )  # fmt: skip
 
 
-def _check(model: Any, data: Any, budget: Any, group_size: Any, samples: Any, epochs: Any) -> None:
+def _check(
+    model: Any, data: Any, budget: Any, group_size: Any, allocation: Any, samples: Any, epochs: Any
+) -> None:  # fmt: skip
     if not isinstance(model, nn.Module):
         raise MIDLError(f"adapt: model is a {type(model).__name__}, expected torch.nn.Module")
     if family_of(model) is not None:
@@ -142,6 +147,8 @@ def _check(model: Any, data: Any, budget: Any, group_size: Any, samples: Any, ep
     if not isinstance(budget, (int, float)) or isinstance(budget, bool) or not budget > 1:
         raise MIDLError(f"adapt: budget={budget!r}, expected a FLOPs ratio above 1")
     check_positive_int("adapt", "group_size", group_size)
+    if allocation not in ("layerwise", "uniform"):
+        raise MIDLError(f"adapt: allocation={allocation!r}, expected 'layerwise' or 'uniform'")
     check_positive_int("adapt", "samples", samples)
     if epochs != 0:
         check_positive_int("adapt", "epochs", epochs, "an int of at least 0")

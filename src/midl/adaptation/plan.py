@@ -38,12 +38,14 @@ class Choice:
         error: relative output error of the model with this layer alone made so.
         start: None: dense.
         active: fraction of groups on the full path.
+        light_share: multiply-adds that code, light path and gate were allowed, as a share of the dense layer's.
     """
 
     flops: int
     error: float
     start: Start | None = None
     active: float = 1.0
+    light_share: float = 0.0
 
 
 def find_layers(
@@ -117,7 +119,9 @@ def list_choices(
         if not all(math.isfinite(error) for error in errors):  # overflow in half precision
             continue
         choices += [
-            choice for choice in _interpolate(start, errors, n, fan_in, rows) if choice.flops < choices[0].flops
+            dataclasses.replace(choice, light_share=share)
+            for choice in _interpolate(start, errors, n, fan_in, rows)
+            if choice.flops < choices[0].flops
         ]
     return choices
 
@@ -139,19 +143,55 @@ def _interpolate(start: Start, errors: Sequence[float], n: int, fan_in: int, row
     return list(choices.values())
 
 
-def choose(choices: Mapping[str, Sequence[Choice]], dense_flops: int, budget: float) -> dict[str, Choice]:
+def choose(
+    choices: Mapping[str, Sequence[Choice]], dense_flops: int, budget: float, *, uniform: bool = False
+) -> dict[str, Choice]:
     """Return the choice for each layer that together lose least with ``dense_flops / budget`` for the whole model.
+
+    Args:
+        choices: of each layer, dense first.
+        dense_flops: of the whole model.
+        budget: FLOPs ratio of the whole model.
+        uniform: let all layers have the same density and share of light path, as far as their groups allow.
 
     Raises:
         MIDLError: the budget cannot be met; the message says the nearest that can.
     """
     elsewhere = dense_flops - sum(found[0].flops for found in choices.values())
-    least = elsewhere + sum(min(choice.flops for choice in found) for found in choices.values())
-    if least > dense_flops / budget:
+    left = int(dense_flops / budget) - elsewhere
+    plans = _list_uniform(choices) if uniform else [[min(found, key=lambda c: c.flops) for found in choices.values()]]
+    least = min(sum(choice.flops for choice in plan) for plan in plans)
+    if least > dense_flops / budget - elsewhere:
         raise MIDLError(
-            f"adapt: budget={budget:g} cannot be met, expected at most {int(1000 * dense_flops / least) / 1000:g}: "
+            f"adapt: budget={budget:g} cannot be met, expected at most "
+            f"{int(1000 * dense_flops / (elsewhere + least)) / 1000:g}: "
             f"{elsewhere / dense_flops:.1%} of the FLOPs are outside the layers that can be converted"
         )
+    if uniform:
+        within = [plan for plan in plans if sum(choice.flops for choice in plan) <= dense_flops / budget - elsewhere]
+        best = min(within, key=lambda plan: sum(choice.error for choice in plan))
+        return dict(zip(choices, best, strict=True))
     options = [[Option(choice.flops, choice.error) for choice in found] for found in choices.values()]
-    indices = allocate(options, int(dense_flops / budget) - elsewhere)
-    return {name: found[i] for (name, found), i in zip(choices.items(), indices, strict=True)}
+    return {name: found[i] for (name, found), i in zip(choices.items(), allocate(options, left), strict=True)}
+
+
+def _list_uniform(choices: Mapping[str, Sequence[Choice]]) -> list[list[Choice]]:
+    """Return the plans in which every layer has the same light share and, up to rounding down, the same density.
+
+    A layer without a choice that fits stays dense.
+    """
+    plans = []
+    for share in _LIGHT_SHARES:
+        for step in range(round(_ACTIVE[0] / _STEP), round(1 / _STEP)):
+            at_most = step * _STEP + 1e-9
+            plans.append(
+                [
+                    max(
+                        (c for c in found[1:] if c.light_share == share and c.active <= at_most),
+                        key=lambda c: c.active,
+                        default=found[0],
+                    )
+                    for found in choices.values()
+                ]
+            )
+    return plans
