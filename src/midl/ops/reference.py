@@ -18,7 +18,7 @@ from torch import Tensor
 from midl.ops.dispatch import Implementation, register
 from midl.selection import selection_mask, topk_groups
 
-__all__ = ["conv2d", "conv2d_backward", "linear", "linear_backward"]
+__all__ = ["conv2d", "conv2d_backward", "gate_logits", "linear", "linear_backward"]
 
 Grads = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -201,7 +201,7 @@ def _to_neurons(groups: Tensor, positions: int, group_size: int, span: int) -> T
     return neurons if span == 1 else neurons.repeat_interleave(span, dim=-2)[..., :positions, :]
 
 
-def _gate_logits(
+def gate_logits(
     code: Tensor,
     bias: Tensor | None,
     light_up: Tensor,
@@ -236,7 +236,7 @@ def interpolate(
     """Return ``(y, selected)`` from code (..., T, r) and full path (..., T, n): light path, gate, selection, mix."""
     positions, num_groups = full.shape[-2], full.shape[-1] // group_size
     light = code @ light_up.to(code.dtype).T
-    logits = _gate_logits(code, bias, light_up, gate_weight, gate_bias, group_size, span)
+    logits = gate_logits(code, bias, light_up, gate_weight, gate_bias, group_size, span)
     selected = topk_groups(logits if noise is None else logits + noise.to(logits.dtype), k)
     mask = selection_mask(selected, num_groups)
     mask = _to_neurons(mask, positions, group_size, span)
@@ -294,7 +294,7 @@ def _interpolate_backward(
     positions, n = full.shape[-2], full.shape[-1]
     grad_y, up = grad_y.to(code.dtype), light_up.to(code.dtype)
     light = code @ up.T
-    gate = _gate_logits(code, bias, light_up, gate_weight, gate_bias, group_size, span).sigmoid()
+    gate = gate_logits(code, bias, light_up, gate_weight, gate_bias, group_size, span).sigmoid()
     mask = selection_mask(selected, n // group_size)
     neuron_mask = _to_neurons(mask, positions, group_size, span)
     weight = _to_neurons(gate if interpolation == "sigmoid" else torch.ones_like(gate), positions, group_size, span)

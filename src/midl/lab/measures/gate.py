@@ -1,0 +1,82 @@
+"""Histograms of the gates: logits and gate values, of all groups and of the selected ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from midl.lab.data import Dataset
+from midl.lab.measures.watching import evaluating, mid_layers, sample_test_rows, watch_layers
+from midl.layers import MIDConv2d, MIDLayer
+from midl.ops.reference import gate_logits
+from midl.selection import selection_mask
+
+__all__ = ["layer_logits", "measure_gates"]
+
+
+def layer_logits(layer: MIDLayer, x: Tensor) -> Tensor:
+    """Return the gate logits of a layer on its input, (rows, choices, groups).
+
+    >>> from midl import MIDLinear
+    >>> layer_logits(MIDLinear(16, 32, rank=2, group_size=4), torch.randn(5, 16)).shape
+    torch.Size([5, 1, 8])
+    """
+    span = layer.config.span
+    if isinstance(layer, MIDConv2d):
+        down = layer.to_conv2d()  # knows how to pad
+        down.weight, down.bias = layer.light_down, None
+        code = down(x).movedim(1, -1)
+        if layer.config.select == "image":
+            code = code.flatten(1, 2)
+            span = code.shape[1]
+    else:
+        code = x @ layer.light_down.T
+    if code.dim() == 2:
+        code = code.unsqueeze(1)
+    logits = gate_logits(
+        code, layer.bias, layer.light_up, layer.gate_weight, layer.gate_bias, layer.config.group_size, span
+    )
+    return logits.reshape(len(x), -1, layer.num_groups)
+
+
+def measure_gates(model: nn.Module, dataset: Dataset, rows: int = 300, bins: int = 30) -> dict[str, Any]:
+    """Return, per MID-L layer, histograms of the gate's logits s and of its values a = sigmoid(s).
+
+    Each histogram: ``edges`` (bins + 1), ``all`` and ``selected`` (counts over rows, choices and groups). The logits'
+    range leaves out half a per cent at either side, which is counted in the outer bins. Where the layers interpolate
+    hard, a is not part of the output; ``"interpolation"`` tells.
+    """
+    layers = mid_layers(model)
+    logits: dict[str, list[Tensor]] = {name: [] for name in layers}
+    masks: dict[str, list[Tensor]] = {name: [] for name in layers}
+
+    def see(name: str, inputs: Tensor, outputs: Tensor, selected: Tensor) -> None:
+        logits[name].append(layer_logits(layers[name], inputs).flatten())
+        masks[name].append(selection_mask(selected, layers[name].num_groups).flatten())
+
+    with evaluating(model), watch_layers(layers, see):
+        for x, _ in sample_test_rows(dataset, rows):
+            model(x)
+    out = {}
+    for name, layer in layers.items():
+        s, mask = torch.cat(logits[name]).double().numpy(), torch.cat(masks[name]).numpy()
+        low, high = np.quantile(s, [0.005, 0.995])
+        out[name] = {
+            "interpolation": layer.config.interpolation,
+            "logits": _histogram(s, mask, float(low), float(max(high, low + 1e-6)), bins),
+            "values": _histogram(1 / (1 + np.exp(-s)), mask, 0.0, 1.0, bins),
+        }
+    return {"rows": min(rows, len(dataset.test)), "layers": out}
+
+
+def _histogram(values: np.ndarray, mask: np.ndarray, low: float, high: float, bins: int) -> dict[str, Any]:
+    clipped = np.clip(values, low, high)
+    edges = np.linspace(low, high, bins + 1)
+    return {
+        "edges": [round(float(edge), 4) for edge in edges],
+        "all": np.histogram(clipped, edges)[0].tolist(),
+        "selected": np.histogram(clipped[mask], edges)[0].tolist(),
+    }
