@@ -18,7 +18,7 @@ from midl.lab.measures.activity import measure_activity
 from midl.lab.measures.corruptions import corruptions_for
 from midl.lab.measures.gate import layer_logits, measure_gates
 from midl.lab.measures.robustness import measure_robustness
-from midl.lab.measures.smi import SETS, measure_smi
+from midl.lab.measures.smi import SETS, _Pool, measure_smi
 from midl.lab.measures.watching import mid_layers, sample_test_rows, watch_layers
 from midl.layers.base import observers
 from midl.selection import topk_groups
@@ -173,6 +173,27 @@ def test_smi_by_hand_on_the_masked_outputs() -> None:
     assert report["layers"]["0"]["inputs"]["selected"]["mean"] == pytest.approx(expected, abs=2e-3)
 
 
+def test_smi_knows_which_choice_each_position_follows(case: tuple[nn.Module, Dataset]) -> None:
+    model, dataset = case
+    (layer,) = mid_layers(model).values()
+    with torch.no_grad(), midl.kernels("reference"):
+        layer.config = layer.config.replace(interpolation="hard")
+        x = dataset.batch(dataset.test, slice(0, 5))[0]
+        outputs = []
+        with watch_layers({"": layer}, lambda name, x, y, selected: outputs.append(y)):
+            model(x)
+            active, layer.active = layer.active, 1.0
+            model(x)
+            layer.active = active
+        # Groups whose output is not the one of the full path are those that were left.
+        selected = torch.isclose(*outputs, rtol=0, atol=1e-7)
+        selected = (selected.movedim(1, -1) if selected.dim() == 4 else selected).reshape(5, -1, 6, 4).all(-1)
+        pool = _Pool(layer)
+        with watch_layers({"": layer}, lambda name, x, y, chosen: pool.add(y, chosen)):
+            model(x)
+    assert torch.allclose(pool.share["selected"][0], selected.float().mean(1))
+
+
 def test_smi_of_every_case_is_bounded_by_the_entropy_of_the_labels(case: tuple[nn.Module, Dataset]) -> None:
     (layer,) = measure_smi(*case, slices=8)["layers"].values()
     for view in layer.values():
@@ -187,7 +208,7 @@ def test_models_without_mid_layers_have_robustness_alone() -> None:
     assert measures["robustness"]["curves"]
 
 
-def test_robustness_starts_at_the_clean_accuracy_and_the_area_is_the_mean_of_a_straight_line() -> None:
+def test_robustness_starts_at_the_clean_accuracy_and_the_area_is_that_of_trapezoids() -> None:
     dataset = make_dataset((8,), rows=300)
     model = nn.Linear(8, 3)
     curves = measure_robustness(model, dataset)["curves"]
@@ -195,10 +216,10 @@ def test_robustness_starts_at_the_clean_accuracy_and_the_area_is_the_mean_of_a_s
     clean = 100 * (model(x).argmax(-1) == y).float().mean().item()
     assert set(curves) == {"gaussian", "feature_dropout"}
     assert all(curve["accuracy"][0] == pytest.approx(clean, abs=1e-3) for curve in curves.values())
-    straight = curves["feature_dropout"]["accuracy"]
-    assert curves["feature_dropout"]["area"] == pytest.approx(
-        (sum(straight) - (straight[0] + straight[-1]) / 2) / 5, abs=2e-3
-    )
+    accuracy = curves["feature_dropout"]["accuracy"]
+    strengths = np.diff([0.0, 0.1, 0.2, 0.35, 0.5])
+    middles = np.convolve(accuracy, [0.5, 0.5], "valid")
+    assert curves["feature_dropout"]["area"] == pytest.approx((strengths * middles).sum() / 0.5, abs=2e-3)
 
 
 @pytest.mark.parametrize("shape", [(8,), (2, 9, 9)])

@@ -73,16 +73,16 @@ def drop_words(x: Tensor, strength: float, generator: torch.Generator) -> Tensor
     return x.masked_fill(dropped, UNKNOWN)
 
 
-_FRACTIONS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
-_GAUSSIAN = Corruption(add_gaussian_noise, (0.0, 0.25, 0.5, 0.75, 1.0, 1.5), "standard deviations of the inputs")
+_FRACTIONS = (0.0, 0.1, 0.2, 0.35, 0.5)
+_GAUSSIAN = Corruption(add_gaussian_noise, (0.0, 0.25, 0.5, 1.0, 1.5), "standard deviations of the inputs")
 _IMAGES = {
     "gaussian": _GAUSSIAN,
-    "salt_and_pepper": Corruption(add_salt_and_pepper, (0.0, 0.05, 0.1, 0.2, 0.3, 0.4), "fraction of the pixels"),
-    "blur": Corruption(blur, (0.0, 0.5, 1.0, 1.5, 2.0, 3.0), "standard deviation in pixels"),
-    "contrast": Corruption(lower_contrast, (0.0, 0.2, 0.4, 0.6, 0.8, 0.9), "fraction of the contrast lost"),
+    "salt_and_pepper": Corruption(add_salt_and_pepper, (0.0, 0.05, 0.1, 0.2, 0.4), "fraction of the pixels"),
+    "blur": Corruption(blur, (0.0, 0.5, 1.0, 2.0, 3.0), "standard deviation in pixels"),
+    "contrast": Corruption(lower_contrast, (0.0, 0.25, 0.5, 0.75, 0.9), "fraction of the contrast lost"),
 }
 _TABLES = {"gaussian": _GAUSSIAN, "feature_dropout": Corruption(drop_features, _FRACTIONS, "fraction of the columns")}
-_TEXTS = {"word_dropout": Corruption(drop_words, (0.0, 0.1, 0.2, 0.4, 0.6, 0.8), "fraction of the words")}
+_TEXTS = {"word_dropout": Corruption(drop_words, (0.0, 0.1, 0.2, 0.4, 0.7), "fraction of the words")}
 
 
 def corruptions_for(dataset: Dataset) -> dict[str, Corruption]:

@@ -5,7 +5,7 @@ neurons via Sliced Mutual Information"; no code tells which neurons count as sel
 
 The layer's outputs are what the next layer sees, y (rows, n) before the activation function; each neuron's mean over
 the rows is subtracted, so that a neuron left out (zero) is one of which only the mean is known. With several positions
-per row (images, sequences) the masked outputs are averaged over the positions. Two views, each with three sets of
+per row (images, sequences) the masked outputs are averaged over 64 of the positions. Two views, each with three sets of
 the same number of groups (fewer in ``unselected`` where not enough are left):
 
 - ``"neurons"``: fixed sets over all inputs. ``selected``: the k groups that the rows select most often, ``unselected``:
@@ -39,6 +39,8 @@ from midl.selection import selection_mask
 __all__ = ["SETS", "measure_smi", "sliced_mutual_information"]
 
 SETS = ("selected", "unselected", "random")
+
+_POSITIONS = 64
 
 
 def sliced_mutual_information(values: np.ndarray, labels: np.ndarray, slices: int = 64, seed: int = 0) -> np.ndarray:
@@ -112,37 +114,29 @@ class _Pool:
         """Take in a batch: outputs as the layer gave them, selected (rows, choices, k)."""
         k = selected.shape[-1]
         y = outputs.movedim(1, -1) if isinstance(self.layer, MIDConv2d) else outputs
-        self.outputs.append(y.reshape(len(y), -1, y.shape[-1]).mean(1))
+        line = 1 if y.dim() == 2 else y.shape[-2]
         y = y.reshape(len(y), -1, self.groups, self.size)
-        scores = torch.rand((*selected.shape[:-1], self.groups), generator=self.generator)
-        chosen = selection_mask(selected, self.groups)
+        positions = torch.randperm(y.shape[1], generator=torch.Generator().manual_seed(0))[:_POSITIONS]
+        y = y[:, positions]
+        chosen = selection_mask(selected[:, self._choices(positions, line)], self.groups)
+        scores = torch.rand(chosen.shape, generator=self.generator)
         left = min(k, self.groups - k)
-        others = scores.masked_fill(chosen, -1.0).topk(left, dim=-1).indices
         masks = {
             "selected": chosen,
-            "unselected": selection_mask(others, self.groups),
-            "random": selection_mask(scores.topk(k, dim=-1).indices, self.groups),
+            "unselected": selection_mask(scores.masked_fill(chosen, -1.0).topk(left).indices, self.groups),
+            "random": selection_mask(scores.topk(k).indices, self.groups),
         }
+        self.outputs.append(y.mean(1).flatten(1))
         for name, mask in masks.items():
-            by_position = self._to_positions(mask.float(), outputs)
-            self.masked[name].append(torch.einsum("bpgs,bpg->bgs", y, by_position) / y.shape[1])
-            self.share[name].append(by_position.mean(1))
+            self.masked[name].append((y * mask.unsqueeze(-1)).mean(1))
+            self.share[name].append(mask.float().mean(1))
 
-    def _to_positions(self, mask: Tensor, outputs: Tensor) -> Tensor:
-        """(rows, choices, groups) -> (rows, positions, groups): positions of a block share its choice."""
+    def _choices(self, positions: Tensor, line: int) -> Tensor:
+        """Return which of a row's choices each position follows; ``span`` neighbours on a line share one."""
         config = self.layer.config
-        if isinstance(self.layer, MIDConv2d):
-            height, width = outputs.shape[2:]
-            if config.select == "image":
-                return mask.expand(-1, height * width, -1)
-            lines = mask.view(len(mask), height, -1, self.groups).repeat_interleave(config.span, dim=2)
-            return lines[:, :, :width].flatten(1, 2)
-        positions = outputs[0].numel() // outputs.shape[-1]
-        if config.span == 1:
-            return mask
-        line = outputs.shape[-2]
-        blocks = mask.view(len(mask), positions // line, -1, self.groups).repeat_interleave(config.span, dim=2)
-        return blocks[:, :, :line].flatten(1, 2)
+        if config.select == "image":
+            return torch.zeros_like(positions)
+        return positions // line * -(-line // config.span) + positions % line // config.span
 
     def whole(self) -> np.ndarray:
         """Return all neurons' outputs, centred, float64 (rows, n)."""
