@@ -46,20 +46,23 @@ def estimate_mutual_information(
     x = x / np.where(scale > 0, scale, 1.0)
     noise = np.random.default_rng(seed).standard_normal(x.shape)
     x = x + 1e-10 * np.maximum(1, np.abs(x).mean(0)) * noise
-    everything = np.sort(x, axis=0)
     rows, columns = x.shape
-    total = np.zeros(columns)
+    ordered, radii, constant = [], [], float(digamma(rows))
     for label in classes[counts > 1]:
         own = np.sort(x[y == label], axis=0)
         k = min(neighbours, len(own) - 1)
-        # The k-th neighbour itself is not counted: stay inside its distance by more than the sums below round.
-        radius = _distance_of_neighbour(own, k)
-        radius = radius - 4 * np.spacing(np.abs(own) + radius)
-        for column in range(columns):
-            inside = np.searchsorted(everything[:, column], own[:, column] + radius[:, column], side="right")
-            inside -= np.searchsorted(everything[:, column], own[:, column] - radius[:, column], side="left")
-            total[column] += (digamma(k) - digamma(len(own)) - digamma(inside)).sum()
-    return digamma(rows) + total / rows
+        ordered.append(own)
+        radii.append(_distance_of_neighbour(own, k))
+        constant += len(own) / rows * float(digamma(k) - digamma(len(own)))
+    centre, radius = np.concatenate(ordered), np.concatenate(radii)
+    # The k-th neighbour itself is not counted: stay inside its distance by more than the sums below round.
+    radius -= 4 * np.spacing(np.abs(centre) + radius)
+    everything = np.sort(x, axis=0)
+    inside = np.empty(x.shape, dtype=np.int64)
+    for i in range(columns):
+        after = np.searchsorted(everything[:, i], centre[:, i] + radius[:, i], side="right")
+        inside[:, i] = after - np.searchsorted(everything[:, i], centre[:, i] - radius[:, i], side="left")
+    return constant - digamma(inside).mean(0)
 
 
 def _distance_of_neighbour(ordered: np.ndarray, k: int) -> np.ndarray:
