@@ -103,12 +103,14 @@ constexpr bool kGroupMeansPacked = sizeof(T) == 4;
 template <class T>
 class PlainRows {
  public:
-  using Element = T;
+  using Element = T;  // of the parameters
+  using Output = T;
   static constexpr bool kPrepares = sizeof(T) != 4;  // whether prepare() and a barrier must precede row()
 
   explicit PlainRows(const midl::LinearForward& call)
       : x_(static_cast<const T*>(call.x)), stride_(call.x_stride), depth_(call.depth) {}
 
+  std::int64_t chunk_rows() const { return kChunkRows; }
   void make_room(Range chunk) {
     if (chunk.end - chunk.begin > room_) room_ = chunk.end - chunk.begin;
   }
@@ -176,7 +178,7 @@ struct ForwardPlan {
                                           double(c.selected_groups) * double(group_size) * double(c.depth));
     threads = work < kThreadWorth ? 1 : c.threads;
     repeat_gate = threads > 1 && double(blocks.count) * double(c.groups) * double(c.rank) < kRepeatWorth;
-    const std::int64_t chunks = divide_up(c.rows, kChunkRows);
+    const std::int64_t chunks = divide_up(c.rows, source.chunk_rows());
     chunk_blocks = divide_up(blocks.count, chunks);
     chunk_rows = 0;
     for (std::int64_t b = 0; b < blocks.count; b += chunk_blocks) {
@@ -337,9 +339,9 @@ std::int64_t gather_members(const ForwardPlan<S>& plan, std::int64_t group, Rang
     for (std::int64_t b = chunk_block; b < plan.end_block(chunk_block); ++b) {
       const float weight = gate[(b - chunk_block) * plan.gate_stride];
       if (!is_selected(weight)) continue;
-      const std::int64_t end = b + 1 == plan.blocks.count ? plan.call.rows : plan.blocks.first_row(b + 1);
-      for (std::int64_t r = plan.blocks.first_row(b); r < end; ++r) {
-        if (r < rows.begin || r >= rows.end) continue;
+      const std::int64_t first = plan.blocks.first_row(b);
+      const std::int64_t end = lesser(rows.end, b + 1 == plan.blocks.count ? plan.call.rows : plan.blocks.first_row(b + 1));
+      for (std::int64_t r = first < rows.begin ? rows.begin : first; r < end; ++r) {
         memory.members[count] = std::int32_t(r - rows.begin);
         memory.weights[count++] = weight;
       }
@@ -453,10 +455,11 @@ void compute_neurons(const ForwardPlan<S>& plan, ThreadMemory& memory, std::int6
   else
     mix_groups(plan, memory, index, rows, chunk_block, chunk_start);
 
-  T* y = static_cast<T*>(c.y) + rows.begin * c.neurons + block.first;
+  using Output = typename S::Output;
+  Output* y = static_cast<Output*>(c.y) + rows.begin * c.neurons + block.first;
   for (std::int64_t r = 0; r < m; ++r) {
     const float* from = memory.light + r * kPanelWidth;
-    T* to = y + r * c.neurons;
+    Output* to = y + r * c.neurons;
     std::int64_t j = 0;
     for (; j + L <= block.size; j += L) store_as(to + j, load(from + j));
     for (; j < block.size; ++j) store_as(to + j, from[j]);

@@ -30,6 +30,23 @@ struct LinearForward {
   int threads;
 };
 
+// Images and the window of a convolution that runs over them; strides in elements.
+struct Images {
+  std::int64_t channels, height, width;
+  std::int64_t batch_stride, channel_stride, row_stride, column_stride;
+  std::int64_t kernel_height, kernel_width, stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x;
+  std::int64_t out_height, out_width;
+};
+
+// The layer whose rows are the output pixels of images: `rows.x` is the first image, `rows.depth` the size of the
+// receptive field, in the order kernel row, kernel column, channel. Parameters are float32; those of the light path come
+// packed, and those of the full path too where wants_weight_panels says so.
+struct ConvolutionForward {
+  Storage storage;             // of the images, in and out
+  Images images;
+  LinearForward rows;
+};
+
 // Parameters of a layer to be laid out as panels; the fields are those of LinearForward.
 struct LinearPack {
   Storage storage;
@@ -75,6 +92,7 @@ struct Kernels {
   int lanes;
   void (*linear_forward)(const LinearForward&);
   void (*linear_backward)(const LinearBackward&);
+  void (*convolution_forward)(const ConvolutionForward&);
   PackedSizes (*packed_sizes)(const LinearPack&);
   bool (*wants_weight_panels)(std::int64_t rows, std::int64_t groups, std::int64_t selected, std::int64_t group_size);
   void (*pack)(const LinearPack&);

@@ -1,10 +1,12 @@
 // The Python module midl._native: tensors arrive as addresses and sizes, so that one build serves every torch version.
 // src/midl/ops/native.py checks dtypes, shapes and devices; nothing here does.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/array.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <array>
 #include <cstring>
 
 #include "cpu.hpp"
@@ -51,6 +53,36 @@ void linear_backward(std::uintptr_t grad_y, std::uintptr_t x, int64_t x_stride, 
       .selected = pointer<const std::int32_t>(selected), .gate = pointer<const float>(gate), .hard = hard,
       .grad_light = pointer<float>(grad_light), .grad_x = pointer<float>(grad_x),
       .grad_logits = pointer<float>(grad_logits), .grad_weight = pointer<float>(grad_weight), .threads = threads,
+  });
+}
+
+// The fields of Images, in their order.
+using Geometry = std::array<int64_t, 17>;
+
+midl::Images images_of(const Geometry& g) {
+  return {g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7], g[8], g[9], g[10], g[11], g[12], g[13], g[14], g[15], g[16]};
+}
+
+void convolution_forward(bool bfloat16, std::uintptr_t x, const Geometry& images, int64_t rows, int64_t neurons,
+                         int64_t rank, int64_t groups, int64_t selected_groups, int64_t positions, int64_t span,
+                         std::uintptr_t weight, std::uintptr_t bias, bool projection, std::uintptr_t gate_bias,
+                         std::uintptr_t noise, std::uintptr_t packed_light, std::uintptr_t packed_weight, bool hard,
+                         std::uintptr_t y, std::uintptr_t selected, int threads) {
+  midl::current().convolution_forward({
+      .storage = bfloat16 ? midl::Storage::bfloat16 : midl::Storage::float32,
+      .images = images_of(images),
+      .rows = {
+          .storage = midl::Storage::float32, .x = pointer<const void>(x), .x_stride = 0, .rows = rows,
+          .depth = images[0] * images[7] * images[8], .neurons = neurons, .rank = rank, .groups = groups,
+          .selected_groups = selected_groups, .positions = positions, .span = span,
+          .weight = pointer<const void>(weight), .bias = pointer<const void>(bias),
+          // Never read: panels take their place.
+          .light_down = pointer<const void>(packed_light), .light_up = pointer<const void>(packed_light),
+          .gate_weight = projection ? pointer<const void>(packed_light) : nullptr,
+          .gate_bias = pointer<const void>(gate_bias), .noise = pointer<const float>(noise),
+          .packed_light = pointer<const void>(packed_light), .packed_weight = pointer<const void>(packed_weight),
+          .hard = hard, .y = pointer<void>(y), .selected = pointer<std::int32_t>(selected), .threads = threads,
+      },
   });
 }
 
@@ -114,6 +146,9 @@ NB_MODULE(_native, m) {
         "neurons"_a, "rank"_a, "groups"_a, "selected_groups"_a, "positions"_a, "span"_a, "weight"_a, "code"_a,
         "light_up"_a, "selected"_a, "gate"_a, "hard"_a, "grad_light"_a, "grad_x"_a, "grad_logits"_a, "grad_weight"_a,
         "threads"_a);
+  m.def("convolution_forward", &convolution_forward, released, "bfloat16"_a, "x"_a, "images"_a, "rows"_a, "neurons"_a,
+        "rank"_a, "groups"_a, "selected_groups"_a, "positions"_a, "span"_a, "weight"_a, "bias"_a, "projection"_a,
+        "gate_bias"_a, "noise"_a, "packed_light"_a, "packed_weight"_a, "hard"_a, "y"_a, "selected"_a, "threads"_a);
   m.def("packed_sizes", &packed_sizes, "depth"_a, "neurons"_a, "rank"_a, "groups"_a);
   m.def("wants_weight_panels", &wants_weight_panels, "rows"_a, "groups"_a, "selected_groups"_a, "group_size"_a);
   m.def("pack", &pack, released, "bfloat16"_a, "depth"_a, "neurons"_a, "rank"_a, "groups"_a, "weight"_a,

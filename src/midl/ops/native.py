@@ -15,12 +15,15 @@ from midl.errors import KernelError
 from midl.ops import reference
 from midl.ops.dispatch import Implementation, register
 from midl.ops.native_backward import linear_backward
+from midl.ops.native_conv2d import conv2d
 from midl.ops.native_packing import packed_panels
 
 __all__ = ["instruction_set", "supported_instruction_sets", "topk_groups", "use_instruction_set"]
 
 # Groups of fewer neurons take the dense backward.
 _BACKWARD_GROUP = 8
+# Rows of a call from which packing inside the kernel costs next to nothing.
+_ROWS_THAT_PACK_THEMSELVES = 2048
 
 try:
     # torch first: the kernels then share its OpenMP runtime.
@@ -112,7 +115,11 @@ def _linear(
     if noise is not None:
         noise = noise.to(torch.float32).contiguous()
     rows = y.numel() // n
-    light, wide = packed_panels(_native, weight, light_down, light_up, gate_weight, group_size, k, rows)
+    keeps = rows < _ROWS_THAT_PACK_THEMSELVES
+    light, wide = packed_panels(
+        _native, weight, light_down, light_up, gate_weight, group_size, light=keeps,
+        wide=keeps and _native.wants_weight_panels(rows, n // group_size, k, group_size),
+    )  # fmt: skip
     _native.linear_forward(
         x.dtype == torch.bfloat16, x.data_ptr(), stride, rows, depth, n, light_down.shape[0],
         n // group_size, k, positions, span, weight.data_ptr(), _address(bias), light_down.data_ptr(),
@@ -137,6 +144,17 @@ def _linear_backward(
     return linear_backward(
         _native, grad_y, selected, x, weight, bias, light_down, light_up, gate_weight, gate_bias, group_size, span,
         interpolation, needs,
+    )  # fmt: skip
+
+
+def _conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, light_down: Tensor, light_up: Tensor, gate_weight: Tensor | None,
+    gate_bias: Tensor | None, noise: Tensor | None, stride: list[int], padding: list[int], dilation: list[int],
+    k: int, group_size: int, span: int, interpolation: str, ste: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return conv2d(
+        _native, x, weight, bias, light_down, light_up, gate_weight, gate_bias, noise, stride, padding, dilation, k,
+        group_size, span, interpolation,
     )  # fmt: skip
 
 
@@ -165,7 +183,7 @@ def _unsupported(op: str, x: Tensor, *, weight: Tensor, **_: Any) -> str | None:
 register(
     Implementation(
         "native",
-        {"linear": _linear, "linear_backward": _linear_backward},
+        {"linear": _linear, "linear_backward": _linear_backward, "conv2d": _conv2d},
         unavailable=_unavailable,
         unsupported=_unsupported,
     )

@@ -10,15 +10,13 @@ no counter (an edit of a few elements through ``.data`` can slip through; ``clea
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["clear_packed", "packed_bytes", "packed_panels"]
-
-# Rows of a call from which packing inside the kernel costs next to nothing.
-_ROWS_THAT_PACK_THEMSELVES = 2048
+__all__ = ["clear_packed", "pack", "packed_bytes", "packed_panels"]
 
 
 class _Entry:
@@ -57,11 +55,17 @@ def packed_bytes() -> int:
 
 def packed_panels(
     kernels: Any, weight: Tensor, light_down: Tensor, light_up: Tensor, gate_weight: Tensor | None, group_size: int,
-    k: int, rows: int,
+    *, light: bool, wide: bool, matrix: Callable[[Tensor], Tensor] = lambda t: t,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    """Return the panels of light path and gate, and of the weight; None where the kernel had better do without.
+    """Return the panels kept of light path and gate, and of the weight; None where there are none (yet).
 
-    All tensors are contiguous. Calls that would not read the weight's panels don't make them.
+    Args:
+        kernels: the extension.
+        weight, light_down, light_up, gate_weight: the parameters, without gaps in memory.
+        group_size: neurons of a group.
+        light: make the panels of light path and gate if they are missing and the parameters have not changed.
+        wide: the same for those of the weight.
+        matrix: brings a parameter into the form that is packed, (rows, depth), contiguous.
     """
     if gate_weight is None:
         tensors: tuple[Tensor, ...] = (weight, light_down, light_up)
@@ -79,23 +83,28 @@ def packed_panels(
         references = [weakref.ref(weight, lambda _: _entries.pop(key, None)), *map(weakref.ref, tensors[1:])]
         _entries[key] = _Entry(stamp, references)
         return None, None
-    if rows < _ROWS_THAT_PACK_THEMSELVES:
-        n, depth = weight.shape
-        sizes = (depth, n, light_down.shape[0], n // group_size)
-        light_size, weight_size = kernels.packed_sizes(*sizes)
-        light = weight.new_empty(light_size) if entry.light is None else None
-        wide = (
-            weight.new_empty(weight_size)
-            if entry.weight is None and kernels.wants_weight_panels(rows, n // group_size, k, group_size)
-            else None
-        )
-        if light is not None or wide is not None:
-            kernels.pack(
-                weight.dtype == torch.bfloat16, *sizes, weight.data_ptr(), light_down.data_ptr(), light_up.data_ptr(),
-                0 if gate_weight is None else gate_weight.data_ptr(), 0 if light is None else light.data_ptr(),
-                0 if wide is None else wide.data_ptr(), torch.get_num_threads(),
-            )  # fmt: skip
-            # Only now: another thread may be using the entry.
-            entry.light = entry.light if light is None else light
-            entry.weight = entry.weight if wide is None else wide
+    light, wide = light and entry.light is None, wide and entry.weight is None
+    if light or wide:
+        new_light, new_weight = pack(kernels, *map(matrix, tensors), group_size=group_size, light=light, wide=wide)
+        # Only now: another thread may be using the entry.
+        entry.light = entry.light if new_light is None else new_light
+        entry.weight = entry.weight if new_weight is None else new_weight
     return entry.light, entry.weight
+
+
+def pack(
+    kernels: Any, weight: Tensor, light_down: Tensor, light_up: Tensor, gate_weight: Tensor | None = None, *,
+    group_size: int, light: bool, wide: bool,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """Return new panels of light path and gate, and of the weight, as asked for; all matrices are contiguous."""
+    n, depth = weight.shape
+    sizes = (depth, n, light_down.shape[0], n // group_size)
+    light_size, weight_size = kernels.packed_sizes(*sizes)
+    light_panels = weight.new_empty(light_size) if light else None
+    weight_panels = weight.new_empty(weight_size) if wide else None
+    kernels.pack(
+        weight.dtype == torch.bfloat16, *sizes, weight.data_ptr(), light_down.data_ptr(), light_up.data_ptr(),
+        0 if gate_weight is None else gate_weight.data_ptr(), 0 if light_panels is None else light_panels.data_ptr(),
+        0 if weight_panels is None else weight_panels.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return light_panels, weight_panels
