@@ -14,4 +14,4 @@ export LD_PRELOAD="$(c++ -print-file-name=libasan.so):$(c++ -print-file-name=lib
 export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
 export PYTHONPATH="$root/native${PYTHONPATH:+:$PYTHONPATH}"
 cd "$root"
-exec "$python" -m pytest -p load_build -q "$@" tests/ops/test_native.py tests/ops/test_native_backward.py
+exec "$python" -m pytest -p load_build -q "$@" tests/ops/test_native*.py
