@@ -174,8 +174,8 @@ struct ForwardPlan {
     group_size = c.neurons / c.groups;
     code_stride = round_up(c.rank, kPanelWidth);
     gate_stride = round_up(c.groups, kPanelWidth);
-    const double work = double(c.rows) * (double(c.rank) * double(c.depth + c.neurons) +
-                                          double(c.selected_groups) * double(group_size) * double(c.depth));
+    const double full = c.full ? double(c.neurons) : double(c.selected_groups) * double(group_size) * double(c.depth);
+    const double work = double(c.rows) * (double(c.rank) * double(c.depth + c.neurons) + full);
     threads = work < kThreadWorth ? 1 : c.threads;
     repeat_gate = threads > 1 && double(blocks.count) * double(c.groups) * double(c.rank) < kRepeatWorth;
     const std::int64_t chunks = divide_up(c.rows, source.chunk_rows());
@@ -318,7 +318,7 @@ void select_groups(const ForwardPlan<S>& plan, ThreadMemory& memory, Range block
     const std::int64_t block = chunk_block + b;
     float* gate = memory.gate + b * plan.gate_stride;
     select_row(gate, c.noise ? c.noise + block * c.groups : nullptr, c.groups, c.selected_groups, c.hard, memory.keys,
-               memory.picks, c.selected + block * c.selected_groups, gate);
+               memory.picks, c.selected ? c.selected + block * c.selected_groups : nullptr, gate);
   }
 }
 
@@ -433,6 +433,32 @@ void mix_narrow_groups(const ForwardPlan<S>& plan, ThreadMemory& memory, std::in
   }
 }
 
+// The caller has computed the full path: each row takes what it selected.
+template <class S>
+void mix_computed(const ForwardPlan<S>& plan, ThreadMemory& memory, std::int64_t index, Range rows,
+                  std::int64_t chunk_block) {
+  using T = typename S::Element;
+  const auto& c = plan.call;
+  const NeuronBlocks::Block block = plan.neuron_blocks[index];
+  const std::int64_t size = lesser(block.size, plan.group_size);
+  for (std::int64_t r = rows.begin; r < rows.end; ++r) {
+    const float* gate = memory.gate + (plan.blocks.block_of(r) - chunk_block) * plan.gate_stride;
+    const T* full = static_cast<const T*>(c.full) + r * c.neurons + block.first;
+    float* light = memory.light + (r - rows.begin) * kPanelWidth;
+    float weights[kPanelWidth];
+    for (std::int64_t g = block.first_group, j = 0; g < block.end_group; ++g)
+      for (const std::int64_t end = j + size; j < end; ++j) weights[j] = gate[g];
+    std::int64_t j = 0;
+    for (; j + L <= block.size; j += L) {
+      const Vec weight = load(weights + j), l = load(light + j);
+      const Vec mixed = l + weight * (load(full + j) + load(memory.bias + j) - l);
+      store(light + j, weight < 0.0f ? l : mixed);
+    }
+    for (; j < block.size; ++j)
+      if (is_selected(weights[j])) light[j] += weights[j] * (to_float(full[j]) + memory.bias[j] - light[j]);
+  }
+}
+
 template <class S>
 void compute_neurons(const ForwardPlan<S>& plan, ThreadMemory& memory, std::int64_t index, Range rows,
                      std::int64_t chunk_block, std::int64_t chunk_start) {
@@ -450,7 +476,9 @@ void compute_neurons(const ForwardPlan<S>& plan, ThreadMemory& memory, std::int6
                               plan.layout.up + index * kPanelWidth * c.rank, block.size),
                    c.rank, memory.bias, memory.slice, memory.light, kPanelWidth);
 
-  if (narrow(plan.group_size))
+  if (c.full)
+    mix_computed(plan, memory, index, rows, chunk_block);
+  else if (narrow(plan.group_size))
     mix_narrow_groups(plan, memory, index, rows, chunk_block, chunk_start);
   else
     mix_groups(plan, memory, index, rows, chunk_block, chunk_start);

@@ -24,9 +24,10 @@ struct LinearForward {
   const float* noise;          // (blocks, groups) or null
   const void* packed_light;    // what `pack` made of these parameters, or null
   const void* packed_weight;
+  const void* full = nullptr;  // (rows, neurons), the full path of every neuron where the caller has computed it, or null
   bool hard;                   // interpolation weight 1 instead of sigmoid
   void* y;                     // (rows, neurons)
-  std::int32_t* selected;      // (blocks, selected_groups)
+  std::int32_t* selected;      // (blocks, selected_groups), or null where nobody wants it
   int threads;
 };
 

@@ -7,9 +7,9 @@
 #include <nanobind/stl/vector.h>
 
 #include <array>
-#include <cstring>
 
 #include "cpu.hpp"
+#include "prepared.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -26,7 +26,8 @@ void linear_forward(bool bfloat16, std::uintptr_t x, int64_t x_stride, int64_t r
                     int64_t rank, int64_t groups, int64_t selected_groups, int64_t positions, int64_t span,
                     std::uintptr_t weight, std::uintptr_t bias, std::uintptr_t light_down, std::uintptr_t light_up,
                     std::uintptr_t gate_weight, std::uintptr_t gate_bias, std::uintptr_t noise, std::uintptr_t packed_light,
-                    std::uintptr_t packed_weight, bool hard, std::uintptr_t y, std::uintptr_t selected, int threads) {
+                    std::uintptr_t packed_weight, std::uintptr_t full, bool hard, std::uintptr_t y,
+                    std::uintptr_t selected, int threads) {
   midl::current().linear_forward({
       .storage = bfloat16 ? midl::Storage::bfloat16 : midl::Storage::float32,
       .x = pointer<const void>(x), .x_stride = x_stride, .rows = rows, .depth = depth, .neurons = neurons,
@@ -35,7 +36,8 @@ void linear_forward(bool bfloat16, std::uintptr_t x, int64_t x_stride, int64_t r
       .light_down = pointer<const void>(light_down), .light_up = pointer<const void>(light_up),
       .gate_weight = pointer<const void>(gate_weight), .gate_bias = pointer<const void>(gate_bias),
       .noise = pointer<const float>(noise), 
-      .packed_light = pointer<const void>(packed_light), .packed_weight = pointer<const void>(packed_weight), .hard = hard, .y = pointer<void>(y),
+      .packed_light = pointer<const void>(packed_light), .packed_weight = pointer<const void>(packed_weight),
+      .full = pointer<const void>(full), .hard = hard, .y = pointer<void>(y),
       .selected = pointer<std::int32_t>(selected), .threads = threads,
   });
 }
@@ -112,19 +114,6 @@ void topk(std::uintptr_t scores, int64_t rows, int64_t groups, int64_t k, std::u
   midl::current().topk({pointer<const float>(scores), rows, groups, k, pointer<std::int32_t>(selected), threads});
 }
 
-// A hash of values spread evenly over a tensor.
-std::uint64_t sample(std::uintptr_t data, int64_t bytes) {
-  constexpr int64_t kSamples = 61;
-  const int64_t step = bytes / kSamples / 4 * 4 < 4 ? 4 : bytes / kSamples / 4 * 4;
-  std::uint64_t hash = 14695981039346656037u;
-  for (int64_t i = 0; i + 4 <= bytes; i += step) {
-    std::uint32_t word;
-    std::memcpy(&word, pointer<const char>(data) + i, 4);
-    hash = (hash ^ word) * 1099511628211u;
-  }
-  return hash;
-}
-
 std::vector<std::string> names(bool supported_only) {
   std::vector<std::string> list;
   for (const midl::Variant& variant : midl::variants())
@@ -140,8 +129,7 @@ NB_MODULE(_native, m) {
   m.def("linear_forward", &linear_forward, released, "bfloat16"_a, "x"_a, "x_stride"_a, "rows"_a, "depth"_a,
         "neurons"_a, "rank"_a, "groups"_a, "selected_groups"_a, "positions"_a, "span"_a, "weight"_a, "bias"_a,
         "light_down"_a, "light_up"_a, "gate_weight"_a, "gate_bias"_a, "noise"_a, "packed_light"_a,
-        "packed_weight"_a, "hard"_a, "y"_a, "selected"_a,
-        "threads"_a);
+        "packed_weight"_a, "full"_a, "hard"_a, "y"_a, "selected"_a, "threads"_a);
   m.def("linear_backward", &linear_backward, released, "grad_y"_a, "x"_a, "x_stride"_a, "rows"_a, "depth"_a,
         "neurons"_a, "rank"_a, "groups"_a, "selected_groups"_a, "positions"_a, "span"_a, "weight"_a, "code"_a,
         "light_up"_a, "selected"_a, "gate"_a, "hard"_a, "grad_light"_a, "grad_x"_a, "grad_logits"_a, "grad_weight"_a,
@@ -154,7 +142,8 @@ NB_MODULE(_native, m) {
   m.def("pack", &pack, released, "bfloat16"_a, "depth"_a, "neurons"_a, "rank"_a, "groups"_a, "weight"_a,
         "light_down"_a, "light_up"_a, "gate_weight"_a, "packed_light"_a, "packed_weight"_a, "threads"_a);
   m.def("topk", &topk, released, "scores"_a, "rows"_a, "groups"_a, "k"_a, "selected"_a, "threads"_a);
-  m.def("sample", &sample, "data"_a, "bytes"_a);
+  m.def("sample", &midl::sample, "data"_a, "bytes"_a);
+  midl::bind_prepared(m);
   m.def("use_instruction_set", &midl::use_variant, "name"_a);
   m.def("instruction_set", [] { return std::string(midl::current().name); });
   m.def("supported_instruction_sets", [] { return names(true); });

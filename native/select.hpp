@@ -124,7 +124,7 @@ constexpr float kUnselected = -1.0f;
 
 MIDL_INLINE bool is_selected(float weight) { return !(weight < 0.0f); }
 
-// Select k of n groups of one row: indices into `selected`, ascending; logits are replaced by the interpolation weights
+// Select k of n groups of one row: indices into `selected` (unless null), ascending; logits are replaced by the interpolation weights
 // (sigmoid, or 1 if `hard`; kUnselected elsewhere) unless `weights` is null. `keys` and `picks` hold padded + 1 entries;
 // logits and weights are padded to a multiple of L.
 inline void select_row(const float* logits, const float* noise, std::int64_t n, std::int64_t k, bool hard,
@@ -150,7 +150,7 @@ inline void select_row(const float* logits, const float* noise, std::int64_t n, 
     picks[picked] = std::int32_t(i);
     picked += keys[i] >= threshold.key;
   }
-  __builtin_memcpy(selected, picks, sizeof(std::int32_t) * std::size_t(k));
+  if (selected) __builtin_memcpy(selected, picks, sizeof(std::int32_t) * std::size_t(k));
   if (!weights) return;
   const IVec t = splat(threshold.key);
   for (std::int64_t i = 0; i < padded; i += L) {

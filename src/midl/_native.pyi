@@ -1,9 +1,15 @@
 # The compiled kernels, native/module.cpp; absent where midl was installed without a compiler.
 
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
 def linear_forward(
     bfloat16: bool, x: int, x_stride: int, rows: int, depth: int, neurons: int, rank: int, groups: int,
     selected_groups: int, positions: int, span: int, weight: int, bias: int, light_down: int, light_up: int,
-    gate_weight: int, gate_bias: int, noise: int, packed_light: int, packed_weight: int, hard: bool, y: int,
+    gate_weight: int, gate_bias: int, noise: int, packed_light: int, packed_weight: int, full: int, hard: bool, y: int,
     selected: int, threads: int,
 ) -> None: ...  # fmt: skip
 def linear_backward(
@@ -19,6 +25,15 @@ def pack(
 ) -> None: ...  # fmt: skip
 def topk(scores: int, rows: int, groups: int, k: int, selected: int, threads: int) -> None: ...
 def sample(data: int, bytes: int) -> int: ...
+
+class PreparedLinear:
+    def __init__(
+        self, parameters: dict[str, Any], states: dict[str, tuple[int, int, int]], dtype: torch.dtype, bfloat16: bool,
+        depth: int, neurons: int, rank: int, groups: int, selected_groups: int, hard: bool, packed_light: Tensor,
+        packed_weight: Tensor | None, dense_product: Callable[..., Tensor] | None,
+    ) -> None: ...  # fmt: skip
+    def run(self, x: Tensor, parameters: dict[str, Any], threads: int) -> Tensor | None: ...
+
 def use_instruction_set(name: str) -> None: ...
 def instruction_set() -> str: ...
 def supported_instruction_sets() -> list[str]: ...

@@ -11,6 +11,7 @@ from midl.config import MIDConfig, check_positive_int
 from midl.errors import MIDLError
 from midl.layers.base import MIDLayer, observers
 from midl.ops.linear import linear
+from midl.ops.native_call import call_prepared
 
 __all__ = ["MIDLinear"]
 
@@ -123,6 +124,10 @@ class MIDLinear(MIDLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output, (..., out_features)."""
+        if not torch.compiler.is_compiling() and not observers and not (self.training and self.config.noise > 0):
+            prepared = call_prepared(x, self._parameters, self.config)
+            if prepared is not None:
+                return prepared
         if isinstance(x, Tensor) and x.dim() == 0:
             raise MIDLError(f"MIDLinear: input is 0-dimensional, expected (..., {self.in_features})")
         self._check_input(x, -1, self.in_features, "features")

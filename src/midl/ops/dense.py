@@ -1,7 +1,7 @@
 """The ``dense`` implementation: every neuron by torch's own dense kernels in the input's precision, then masked.
 
-The choice where a dense kernel wins and where no sparse kernel exists. Code, logits and selection are those of the
-reference, so both select the same groups.
+The choice where a dense kernel wins and where no sparse kernel exists. Where the native kernels are there, one pass of
+theirs makes the layer's output from the dense product; elsewhere code, logits and selection are the reference's.
 """
 
 from __future__ import annotations
@@ -10,17 +10,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from midl.ops import reference
+from midl.ops import native, reference
 from midl.ops.dispatch import Implementation, register
 from midl.ops.reference import accumulate_dtype
 
-__all__: list[str] = []
+__all__ = ["linear"]
 
 
-def _linear(
+def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, light_down: Tensor, light_up: Tensor, gate_weight: Tensor | None,
     gate_bias: Tensor | None, noise: Tensor | None, k: int, group_size: int, span: int, interpolation: str, ste: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return ``(y, selected)`` of the linear op; see :mod:`midl.ops` for the arguments."""
+    if native.takes(x, weight):
+        return native.linear(
+            x, weight, bias, light_down, light_up, gate_weight, gate_bias, noise, k, group_size, span, interpolation,
+            ste, F.linear(x, weight),
+        )  # fmt: skip
     up = accumulate_dtype(x)
     y, selected = reference.interpolate(
         F.linear(x.to(up), light_down.to(up)), F.linear(x, weight).to(up), bias, light_up, gate_weight, gate_bias,
@@ -53,7 +59,7 @@ register(
     Implementation(
         "dense",
         {
-            "linear": _linear,
+            "linear": linear,
             "linear_backward": reference.linear_backward,
             "conv2d": _conv2d,
             "conv2d_backward": reference.conv2d_backward,

@@ -139,17 +139,22 @@ def resolve(op: str, x: Tensor, **call: Any) -> Callable[..., Any]:
     raise KernelError(f"midl::{op}: no implementation takes dtype={x.dtype} on device={x.device}")
 
 
-def is_plain_inference(x: Tensor, weight: Tensor) -> bool:
+_PLAIN = (Parameter, Tensor)
+
+
+def is_plain_inference(x: Tensor, weight: Tensor | None) -> bool:
     """Return whether nobody between the caller and the implementation wants to see the op.
 
     That is: no autograd, no compilation or tracing, no dispatch mode (FLOP counters, fake tensors), no transform, no
-    profiler, no tensor subclass. torch's dispatcher then only costs time, more than a small layer takes to compute.
+    profiler, no tensor subclass, no lazy negation. torch's dispatcher then only costs time, more than a small layer
+    takes to compute.
     """
     return (
         not torch.compiler.is_compiling()
         and not torch.is_grad_enabled()
         and type(x) is Tensor
-        and type(weight) in (Parameter, Tensor)
+        and type(weight) in _PLAIN
+        and not x.is_neg()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
         and not torch.autograd.profiler._is_profiler_enabled

@@ -9,16 +9,27 @@ import os
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from midl.config import MIDConfig
 from midl.errors import KernelError
 from midl.ops import reference
 from midl.ops.dispatch import Implementation, register
 from midl.ops.native_backward import linear_backward
 from midl.ops.native_conv2d import conv2d
-from midl.ops.native_packing import packed_panels
+from midl.ops.native_packing import Packed, packed_panels, tensor_states
 
-__all__ = ["instruction_set", "supported_instruction_sets", "topk_groups", "use_instruction_set"]
+__all__ = [
+    "instruction_set",
+    "linear",
+    "prepare_linear",
+    "supported_instruction_sets",
+    "takes",
+    "topk_groups",
+    "use_instruction_set",
+    "wants_weight_panels",
+]
 
 # Groups of fewer neurons take the dense backward.
 _BACKWARD_GROUP = 8
@@ -99,10 +110,15 @@ def _rows(t: Tensor) -> tuple[Tensor, int]:
     return t.contiguous(), t.shape[-1]
 
 
-def _linear(
+def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, light_down: Tensor, light_up: Tensor, gate_weight: Tensor | None,
     gate_bias: Tensor | None, noise: Tensor | None, k: int, group_size: int, span: int, interpolation: str, ste: str,
+    full: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return ``(y, selected)`` of the linear op; see :mod:`midl.ops` for the arguments.
+
+    ``full`` is the full path of every neuron, (..., n) and contiguous, where the caller has computed it.
+    """
     x, stride = _rows(x)
     n, depth = weight.shape
     *batch, positions, _ = x.shape
@@ -118,16 +134,53 @@ def _linear(
     keeps = rows < _ROWS_THAT_PACK_THEMSELVES
     light, wide = packed_panels(
         _native, weight, light_down, light_up, gate_weight, group_size, light=keeps,
-        wide=keeps and _native.wants_weight_panels(rows, n // group_size, k, group_size),
+        wide=keeps and full is None and _native.wants_weight_panels(rows, n // group_size, k, group_size),
     )  # fmt: skip
     _native.linear_forward(
         x.dtype == torch.bfloat16, x.data_ptr(), stride, rows, depth, n, light_down.shape[0],
         n // group_size, k, positions, span, weight.data_ptr(), _address(bias), light_down.data_ptr(),
         light_up.data_ptr(), _address(gate_weight), _address(gate_bias), _address(noise),
-        _address(light), _address(wide), interpolation == "hard",
+        _address(light), _address(wide), _address(full), interpolation == "hard",
         y.data_ptr(), selected.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return y, selected
+
+
+def wants_weight_panels(rows: int, groups: int, k: int, group_size: int) -> bool:
+    """Return whether a forward call of these sizes reads the weight's panels."""
+    return _native.wants_weight_panels(rows, groups, k, group_size)
+
+
+def prepare_linear(
+    packed: Packed, parameters: dict[str, Any], k: int, config: MIDConfig, *, wide: bool, dense: bool
+) -> _native.PreparedLinear | None:
+    """Return an object whose ``run(x, parameters, threads)`` is the layer's inference call; see native/prepared.cpp.
+
+    None where the panels are not those of the parameters as they are. ``run`` returns None for inputs it cannot take
+    and when the parameters are no longer what they were.
+
+    Args:
+        packed: the panels.
+        parameters: of the layer, by name.
+        k: groups to select.
+        config: of the layer.
+        wide: use the weight's panels.
+        dense: compute every neuron by torch.
+    """
+    names = [name for name in ("weight", "light_down", "light_up", "gate_weight") if parameters[name] is not None]
+    tensors = tuple(parameters[name] for name in names)
+    form = _native.instruction_set(), config.group_size
+    without_gaps = all(t.is_contiguous() for t in tensors)
+    if not without_gaps or not packed.matches(form, tensor_states(_native, tensors), tensors):
+        return None
+    weight, rank = parameters["weight"], parameters["light_down"].shape[0]
+    n, depth = weight.shape
+    assert packed.light is not None
+    return _native.PreparedLinear(
+        parameters, dict(zip(names, packed.states, strict=True)), weight.dtype, weight.dtype == torch.bfloat16, depth,
+        n, rank, n // config.group_size, k, config.interpolation == "hard", packed.light,
+        packed.weight if wide else None, F.linear if dense else None,
+    )  # fmt: skip
 
 
 def _linear_backward(
@@ -166,6 +219,11 @@ def _address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
+def takes(x: Tensor, weight: Tensor) -> bool:
+    """Return whether the kernels are there and compute in the dtype and on the device of these tensors."""
+    return _missing is None and _unsupported("linear", x, weight=weight) is None
+
+
 def _unavailable() -> str | None:
     return _missing
 
@@ -183,7 +241,7 @@ def _unsupported(op: str, x: Tensor, *, weight: Tensor, **_: Any) -> str | None:
 register(
     Implementation(
         "native",
-        {"linear": _linear, "linear_backward": _linear_backward, "conv2d": _conv2d},
+        {"linear": linear, "linear_backward": _linear_backward, "conv2d": _conv2d},
         unavailable=_unavailable,
         unsupported=_unsupported,
     )

@@ -16,25 +16,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["clear_packed", "pack", "packed_bytes", "packed_panels"]
+__all__ = ["Packed", "clear_packed", "pack", "packed_bytes", "packed_for", "packed_panels", "tensor_states"]
+
+State = tuple[int, int, int]  # of a tensor: version, address, sample of its values
 
 
-class _Entry:
-    """The state of the parameters at the last call, weak references to them, and the panels made so far."""
+class Packed:
+    """The parameters of a layer as they were at the last call, weakly referenced, and the panels made of them so far.
 
-    __slots__ = ("light", "references", "stamp", "weight")
+    ``calls`` is for :mod:`midl.ops.native_call`: what is prepared for this state dies with it.
+    """
 
-    def __init__(self, stamp: tuple[Any, ...], references: list[weakref.ref[Tensor]]) -> None:
-        self.stamp, self.references = stamp, references
+    __slots__ = ("calls", "form", "light", "references", "states", "weight")
+
+    def __init__(self, form: tuple[str, int], states: list[State], references: list[weakref.ref[Tensor]]) -> None:
+        self.form, self.states, self.references = form, states, references
         self.light: Tensor | None = None
         self.weight: Tensor | None = None
+        self.calls: dict[Any, Any] = {}
 
-    def matches(self, stamp: tuple[Any, ...], tensors: tuple[Tensor, ...]) -> bool:
-        """Return whether these very tensors, unchanged, were there at the last call; an id alone may be reused."""
-        return self.stamp == stamp and all(r() is t for r, t in zip(self.references, tensors, strict=True))
+    def matches(self, form: tuple[str, int], states: list[State], tensors: tuple[Tensor, ...]) -> bool:
+        """Return whether these very tensors, unchanged, were there at the last call; an id alone may be reused.
+
+        ``form`` is what else the panels depend on: instruction set and group size.
+        """
+        return (
+            self.states == states
+            and self.form == form
+            and all(r() is t for r, t in zip(self.references, tensors, strict=True))
+        )
 
 
-_entries: dict[int, _Entry] = {}
+_entries: dict[int, Packed] = {}
 
 
 def clear_packed() -> None:
@@ -51,6 +64,16 @@ def packed_bytes() -> int:
     """Return how much memory panels hold at present, in bytes."""
     panels = [t for e in list(_entries.values()) for t in (e.light, e.weight)]
     return sum(t.nbytes for t in panels if t is not None)
+
+
+def packed_for(weight: Tensor | None) -> Packed | None:
+    """Return what is kept for ``weight``, perhaps of an earlier state."""
+    return _entries.get(id(weight))
+
+
+def tensor_states(kernels: Any, tensors: tuple[Tensor, ...]) -> list[State]:
+    """Return the states of tensors without gaps in memory that have version counters."""
+    return [(t._version, t.data_ptr(), kernels.sample(t.data_ptr(), t.nbytes)) for t in tensors]
 
 
 def packed_panels(
@@ -73,15 +96,12 @@ def packed_panels(
         tensors = (weight, light_down, light_up, gate_weight)
     if any(t.is_inference() for t in tensors):
         return None, None  # no version counter: a change could not be seen
-    stamp = (
-        kernels.instruction_set(), group_size, *[(t._version, t.data_ptr()) for t in tensors],
-        *[kernels.sample(t.data_ptr(), t.nbytes) for t in tensors],
-    )  # fmt: skip
+    form, states = (kernels.instruction_set(), group_size), tensor_states(kernels, tensors)
     key = id(weight)
     entry = _entries.get(key)
-    if entry is None or not entry.matches(stamp, tensors):
+    if entry is None or not entry.matches(form, states, tensors):
         references = [weakref.ref(weight, lambda _: _entries.pop(key, None)), *map(weakref.ref, tensors[1:])]
-        _entries[key] = _Entry(stamp, references)
+        _entries[key] = Packed(form, states, references)
         return None, None
     light, wide = light and entry.light is None, wide and entry.weight is None
     if light or wide:

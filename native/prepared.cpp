@@ -1,0 +1,180 @@
+// The class PreparedLinear: small layers are over in microseconds, and so must be what surrounds their kernel.
+//
+// It holds addresses and sizes, checks in a few attribute reads that the parameters are the ones it was made for, in the
+// state it was made for, and that the input is of its kind; what does not pass is left to the general path.
+#include "prepared.hpp"
+
+
+#include <array>
+#include <cstring>
+
+#include "cpu.hpp"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+using std::int64_t;
+
+namespace midl {
+
+std::uint64_t sample(std::uintptr_t data, int64_t bytes) {
+  constexpr int64_t kSamples = 61;
+  const int64_t step = bytes / kSamples / 4 * 4 < 4 ? 4 : bytes / kSamples / 4 * 4;
+  std::uint64_t hash = 14695981039346656037u;
+  for (int64_t i = 0; i + 4 <= bytes; i += step) {
+    std::uint32_t word;
+    std::memcpy(&word, reinterpret_cast<const char*>(data) + i, 4);
+    hash = (hash ^ word) * 1099511628211u;
+  }
+  return hash;
+}
+
+namespace {
+
+// Interned once: attribute reads by these names cost tens of nanoseconds.
+PyObject* name_of(const char* text) { return PyUnicode_InternFromString(text); }
+struct Names {
+  PyObject *version = name_of("_version"), *data_ptr = name_of("data_ptr"), *is_contiguous = name_of("is_contiguous"),
+           *shape = name_of("shape"), *dtype = name_of("dtype"), *is_cpu = name_of("is_cpu"),
+           *new_empty = name_of("new_empty");
+};
+const Names& names() {
+  static const Names all;
+  return all;
+}
+
+nb::object checked(PyObject* result) {
+  if (!result) throw nb::python_error();
+  return nb::steal(result);
+}
+nb::object attribute(PyObject* object, PyObject* name) { return checked(PyObject_GetAttr(object, name)); }
+nb::object method(PyObject* object, PyObject* name) { return checked(PyObject_CallMethodNoArgs(object, name)); }
+std::uintptr_t address_of(PyObject* tensor) { return nb::cast<std::uintptr_t>(method(tensor, names().data_ptr)); }
+bool is_contiguous(PyObject* tensor) { return method(tensor, names().is_contiguous).ptr() == Py_True; }
+
+// One of the layer's parameters as it was when the call was prepared.
+struct Parameter {
+  nb::object name, reference;  // key in the module's dict; weak reference, or None where the layer has no such parameter
+  std::uintptr_t address = 0;
+  int64_t version = 0, bytes = 0;
+  std::uint64_t values = 0;
+  bool copied = false;  // into panels, so that its values count; others are read at every call
+
+  bool unchanged(PyObject* now) const {
+    if (reference.is_none()) return now == Py_None;
+    // Identity by weak reference: a mere address may be used again.
+    if (checked(PyObject_CallNoArgs(reference.ptr())).ptr() != now) return false;
+    if (address_of(now) != address || !is_contiguous(now)) return false;
+    return !copied || (nb::cast<int64_t>(attribute(now, names().version)) == version && sample(address, bytes) == values);
+  }
+};
+
+constexpr std::size_t kParameters = 6;
+
+class PreparedLinear {
+ public:
+  PreparedLinear(nb::dict parameters, nb::dict states, nb::object dtype, bool bfloat16, int64_t depth, int64_t neurons,
+                 int64_t rank, int64_t groups, int64_t selected_groups, bool hard, nb::object packed_light,
+                 nb::object packed_weight, nb::object dense_product)
+      : dtype_(std::move(dtype)), packed_light_(std::move(packed_light)), packed_weight_(std::move(packed_weight)),
+        dense_product_(std::move(dense_product)), kernels_(&current()) {
+    static constexpr const char* kNames[kParameters] = {"weight", "bias", "light_down", "light_up", "gate_weight", "gate_bias"};
+    for (std::size_t i = 0; i < kParameters; ++i) {
+      Parameter& p = parameters_[i];
+      p.name = nb::steal(name_of(kNames[i]));
+      nb::object tensor = parameters[p.name];
+      if (tensor.is_none()) {
+        p.reference = nb::none();
+        continue;
+      }
+      p.reference = checked(PyWeakref_NewRef(tensor.ptr(), nullptr));
+      p.address = address_of(tensor.ptr());
+      if (states.contains(p.name)) {
+        // As read when the panels were made, not now: another thread may have changed the parameter since.
+        nb::tuple state = nb::cast<nb::tuple>(states[p.name]);
+        p.copied = true;
+        p.version = nb::cast<int64_t>(state[0]);
+        p.address = nb::cast<std::uintptr_t>(state[1]);
+        p.values = nb::cast<std::uint64_t>(state[2]);
+        p.bytes = nb::cast<int64_t>(tensor.attr("nbytes"));
+      }
+    }
+    const auto pointer = [](std::uintptr_t address) { return reinterpret_cast<const void*>(address); };
+    const auto packed = [&](const nb::object& t) { return t.is_none() ? nullptr : pointer(address_of(t.ptr())); };
+    call_ = {
+        .storage = bfloat16 ? Storage::bfloat16 : Storage::float32,
+        .x = nullptr, .x_stride = depth, .rows = 0, .depth = depth, .neurons = neurons, .rank = rank, .groups = groups,
+        .selected_groups = selected_groups, .positions = 0, .span = 1, .weight = pointer(parameters_[0].address),
+        .bias = pointer(parameters_[1].address), .light_down = pointer(parameters_[2].address),
+        .light_up = pointer(parameters_[3].address), .gate_weight = pointer(parameters_[4].address),
+        .gate_bias = pointer(parameters_[5].address), .noise = nullptr, .packed_light = packed(packed_light_),
+        .packed_weight = packed(packed_weight_), .full = nullptr, .hard = hard, .y = nullptr, .selected = nullptr,
+        .threads = 1,
+    };
+  }
+
+  // y, or None where this call was not prepared for x or for the parameters as they are now.
+  nb::object run(nb::handle x, nb::dict parameters, int threads) const {
+    if (&current() != kernels_) return nb::none();
+    nb::object held[kParameters];  // other threads may drop them from the dict
+    for (std::size_t i = 0; i < kParameters; ++i) {
+      held[i] = nb::borrow(PyDict_GetItem(parameters.ptr(), parameters_[i].name.ptr()));
+      if (!held[i] || !parameters_[i].unchanged(held[i].ptr())) return nb::none();
+    }
+    if (attribute(x.ptr(), names().dtype).ptr() != dtype_.ptr() || !is_contiguous(x.ptr()) ||
+        attribute(x.ptr(), names().is_cpu).ptr() != Py_True)
+      return nb::none();
+    nb::object shape = attribute(x.ptr(), names().shape);
+    const Py_ssize_t axes = PyTuple_GET_SIZE(shape.ptr());
+    if (axes == 0) return nb::none();
+    nb::object y_shape = checked(PyTuple_New(axes));
+    LinearForward call = call_;
+    call.rows = 1;
+    for (Py_ssize_t i = 0; i < axes; ++i) {
+      nb::object size = nb::borrow(PyTuple_GET_ITEM(shape.ptr(), i));
+      const int64_t length = nb::cast<int64_t>(size);
+      if (i + 1 < axes) {
+        call.rows *= length;
+      } else {
+        if (length != call.depth) return nb::none();
+        size = nb::int_(call.neurons);
+      }
+      PyTuple_SET_ITEM(y_shape.ptr(), i, size.release().ptr());
+    }
+    PyObject* arguments[] = {x.ptr(), y_shape.ptr()};
+    nb::object y = checked(PyObject_VectorcallMethod(names().new_empty, arguments, 2, nullptr));
+    nb::object full;
+    if (!dense_product_.is_none()) {
+      full = dense_product_(x, held[0]);
+      call.full = reinterpret_cast<const void*>(address_of(full.ptr()));
+    }
+    call.x = reinterpret_cast<const void*>(address_of(x.ptr()));
+    call.y = reinterpret_cast<void*>(address_of(y.ptr()));
+    call.positions = call.rows;
+    call.threads = threads;
+    {
+      nb::gil_scoped_release released;
+      kernels_->linear_forward(call);
+    }
+    return y;
+  }
+
+ private:
+  nb::object dtype_, packed_light_, packed_weight_, dense_product_;
+  const Kernels* kernels_;
+  std::array<Parameter, kParameters> parameters_;
+  LinearForward call_;
+};
+
+}  // namespace
+
+void bind_prepared(nb::module_& m) {
+  nb::set_leak_warnings(false);  // calls are kept in a dict of a Python module until the interpreter is gone
+  nb::class_<PreparedLinear>(m, "PreparedLinear")
+      .def(nb::init<nb::dict, nb::dict, nb::object, bool, int64_t, int64_t, int64_t, int64_t, int64_t, bool, nb::object,
+                    nb::object, nb::object>(),
+           "parameters"_a, "states"_a, "dtype"_a, "bfloat16"_a, "depth"_a, "neurons"_a, "rank"_a, "groups"_a,
+           "selected_groups"_a, "hard"_a, "packed_light"_a.none(), "packed_weight"_a.none(), "dense_product"_a.none())
+      .def("run", &PreparedLinear::run, "x"_a, "parameters"_a, "threads"_a);
+}
+
+}  // namespace midl
