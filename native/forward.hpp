@@ -82,7 +82,8 @@ MIDL_INLINE bool narrow_and_dense(std::int64_t rows, std::int64_t groups, std::i
 struct PackedLayout {
   std::int64_t depth, rank, lanes;
   std::int64_t down, up, gate, light_size, weight_size;
-  PackedLayout(std::int64_t depth_, std::int64_t rank_, const NeuronBlocks& blocks) : depth(depth_), rank(rank_) {
+  PackedLayout(std::int64_t depth_, std::int64_t rank_, const NeuronBlocks& blocks)
+      : depth(round_up(depth_, kWord<bf16>)), rank(round_up(rank_, kWord<bf16>)) {
     const bool by_block = narrow(blocks.group_size);
     lanes = by_block ? kPanelWidth : round_up(blocks.part_size(), L);
     down = 0;
@@ -98,14 +99,14 @@ struct PackedLayout {
 template <class T>
 constexpr bool kGroupMeansPacked = sizeof(T) == 4;
 
-// The rows of a matrix, float32 as they are, half precision widened once per chunk, not once per neuron. A source also
-// says how its rows are multiplied, since their elements need not lie side by side.
+// The rows of a matrix, float32 as they are, half precision widened once per chunk, not once per neuron, unless there are
+// dot products for it. A source also says how its rows are multiplied, since their elements need not lie side by side.
 template <class T>
 class PlainRows {
  public:
   using Element = T;  // of the parameters
   using Output = T;
-  static constexpr bool kPrepares = sizeof(T) != 4;  // whether prepare() and a barrier must precede row()
+  static constexpr bool kPrepares = sizeof(T) != 4 && !kDotPairs;  // whether prepare() and a barrier must precede row()
 
   explicit PlainRows(const midl::LinearForward& call)
       : x_(static_cast<const T*>(call.x)), stride_(call.x_stride), depth_(call.depth) {}
@@ -127,18 +128,20 @@ class PlainRows {
       for (; i < depth_; ++i) to[i] = to_float(from[i]);
     }
   }
-  const float* row(std::int64_t row, std::int64_t chunk_start) const {
+  auto row(std::int64_t row, std::int64_t chunk_start) const {
     if constexpr (kPrepares)
-      return wide_ + (row - chunk_start) * depth_;
+      return const_cast<const float*>(wide_) + (row - chunk_start) * depth_;
     else
       return x_ + row * stride_;
   }
-  void multiply(const float* const* rows, std::int64_t m, const Neurons<T>& neurons, float* slice, float* out,
+  template <class Row>
+  void multiply(const Row* const* rows, std::int64_t m, const Neurons<T>& neurons, float* slice, float* out,
                 std::int64_t ldo) const {
     multiply_neurons(rows, m, neurons, depth_, nullptr, slice, out, ldo);
   }
   // out[i] = neurons[i] . row
-  void dot(const T* const* neurons, int count, const float* row, float* out) const {
+  template <class Row>
+  void dot(const T* const* neurons, int count, const Row* row, float* out) const {
     dot_block(neurons, count, row, depth_, 1, 0, depth_, out, 1, false);
   }
 
@@ -209,7 +212,8 @@ struct ForwardPlan {
 
 // What one thread needs for itself.
 struct ThreadMemory {
-  const float **rows, **code_rows;
+  const void** rows;  // as row_pointers() says
+  const float** code_rows;
   std::int32_t* members;
   float* weights;
   float *slice, *light, *full, *bias;
@@ -219,7 +223,7 @@ struct ThreadMemory {
   template <class S>
   ThreadMemory(Carver& memory, const ForwardPlan<S>& plan) {
     const auto& c = plan.call;
-    rows = memory.take<const float*>(plan.chunk_rows);
+    rows = memory.take<const void*>(plan.chunk_rows);
     code_rows = memory.take<const float*>(plan.chunk_rows);
     members = memory.take<std::int32_t>(plan.chunk_rows);
     weights = memory.take<float>(plan.chunk_rows);
@@ -233,6 +237,12 @@ struct ThreadMemory {
     if (!plan.repeat_gate) gate = plan.gate;
   }
 };
+
+// Pointers to input rows, of the type that the source has them in.
+template <class S>
+auto row_pointers(const ForwardPlan<S>& plan, const ThreadMemory& memory) {
+  return reinterpret_cast<decltype(plan.source.row(0, 0))*>(memory.rows);
+}
 
 template <class W>
 Neurons<W> neurons_at(const W* plain, std::int64_t stride, const W* packed, std::int64_t offset, std::int64_t count) {
@@ -271,11 +281,12 @@ void compute_code(const ForwardPlan<S>& plan, ThreadMemory& memory, Range rows, 
   using T = typename S::Element;
   const auto& c = plan.call;
   if (rows.begin == rows.end) return;
-  for (std::int64_t r = rows.begin; r < rows.end; ++r) memory.rows[r - rows.begin] = plan.source.row(r, chunk_start);
+  const auto pointers = row_pointers(plan, memory);
+  for (std::int64_t r = rows.begin; r < rows.end; ++r) pointers[r - rows.begin] = plan.source.row(r, chunk_start);
   const T* down = static_cast<const T*>(c.light_down);
   for (std::int64_t i = columns.begin; i < columns.end; i += kPanelWidth)
-    plan.source.multiply(memory.rows, rows.end - rows.begin,
-                         neurons_at(down + i * c.depth, c.depth, plan.packed_light, plan.layout.down + i * c.depth,
+    plan.source.multiply(pointers, rows.end - rows.begin,
+                         neurons_at(down + i * c.depth, c.depth, plan.packed_light, plan.layout.down + i * plan.layout.depth,
                                     lesser(kPanelWidth, columns.end - i)),
                          memory.slice, plan.code + (rows.begin - chunk_start) * plan.code_stride + i,
                          plan.code_stride);
@@ -304,7 +315,7 @@ void compute_logits(const ForwardPlan<S>& plan, ThreadMemory& memory, const G* g
     memory.code_rows[b - blocks.begin] = plan.block_code + b * plan.code_stride;
   for (std::int64_t g = groups.begin; g < groups.end; g += kPanelWidth)
     multiply_neurons(memory.code_rows, blocks.end - blocks.begin,
-                     neurons_at(gate_weight + g * c.rank, c.rank, packed, plan.layout.gate + g * c.rank,
+                     neurons_at(gate_weight + g * c.rank, c.rank, packed, plan.layout.gate + g * plan.layout.rank,
                                 lesser(kPanelWidth, groups.end - g)),
                      c.rank, plan.gate_bias + g, memory.slice, memory.gate + blocks.begin * plan.gate_stride + g,
                      plan.gate_stride);
@@ -347,8 +358,9 @@ std::int64_t gather_members(const ForwardPlan<S>& plan, std::int64_t group, Rang
       }
     }
   }
+  const auto pointers = row_pointers(plan, memory);
   for (std::int64_t i = 0; i < count; ++i)
-    memory.rows[i] = plan.source.row(rows.begin + memory.members[i], chunk_start);
+    pointers[i] = plan.source.row(rows.begin + memory.members[i], chunk_start);
   return count;
 }
 
@@ -380,7 +392,7 @@ void mix_groups(const ForwardPlan<S>& plan, ThreadMemory& memory, std::int64_t i
     const std::int64_t offset = (g - block.first_group) * plan.group_size;
     const std::int64_t count = gather_members(plan, g, rows, chunk_block, chunk_start, memory);
     if (count == 0) continue;
-    plan.source.multiply(memory.rows, count,
+    plan.source.multiply(row_pointers(plan, memory), count,
                          neurons_at(static_cast<const T*>(c.weight) + (block.first + offset) * c.depth, c.depth,
                                     plan.packed_weight, plan.layout.weight(g * parts + index % parts), size),
                          memory.slice, memory.full, kPanelWidth);
@@ -399,8 +411,9 @@ void mix_narrow_groups(const ForwardPlan<S>& plan, ThreadMemory& memory, std::in
   const std::int64_t m = rows.end - rows.begin;
   const bool dense = narrow_and_dense(c.rows, c.groups, c.selected_groups, plan.group_size);
   if (dense) {
-    for (std::int64_t r = 0; r < m; ++r) memory.rows[r] = plan.source.row(rows.begin + r, chunk_start);
-    plan.source.multiply(memory.rows, m,
+    const auto pointers = row_pointers(plan, memory);
+    for (std::int64_t r = 0; r < m; ++r) pointers[r] = plan.source.row(rows.begin + r, chunk_start);
+    plan.source.multiply(pointers, m,
                          neurons_at(weight, c.depth, plan.packed_weight, plan.layout.weight(index), block.size),
                          memory.slice, memory.full, kPanelWidth);
   }
@@ -473,7 +486,7 @@ void compute_neurons(const ForwardPlan<S>& plan, ThreadMemory& memory, std::int6
     memory.code_rows[r] = plan.code + (rows.begin + r - chunk_start) * plan.code_stride;
   multiply_neurons(memory.code_rows, m,
                    neurons_at(static_cast<const T*>(c.light_up) + block.first * c.rank, c.rank, plan.packed_light,
-                              plan.layout.up + index * kPanelWidth * c.rank, block.size),
+                              plan.layout.up + index * kPanelWidth * plan.layout.rank, block.size),
                    c.rank, memory.bias, memory.slice, memory.light, kPanelWidth);
 
   if (c.full)
@@ -591,17 +604,17 @@ void pack_light(const midl::LinearPack& call, const NeuronBlocks& blocks, const 
   {
 #pragma omp for schedule(static) nowait
     for (std::int64_t i = 0; i < rank; i += kPanelWidth)
-      pack_panel(down + i * depth, depth, int(lesser(kPanelWidth, rank - i)), depth, packed + layout.down + i * depth);
+      pack_panel(down + i * depth, depth, int(lesser(kPanelWidth, rank - i)), depth, packed + layout.down + i * layout.depth);
     if (gate) {
 #pragma omp for schedule(static) nowait
       for (std::int64_t i = 0; i < call.groups; i += kPanelWidth)
         pack_panel(gate + i * rank, rank, int(lesser(kPanelWidth, call.groups - i)), rank,
-                   packed + layout.gate + i * rank);
+                   packed + layout.gate + i * layout.rank);
     }
 #pragma omp for schedule(static) nowait
     for (std::int64_t i = 0; i < blocks.count; ++i)
       pack_panel(up + blocks[i].first * rank, rank, int(blocks[i].size), rank,
-                 packed + layout.up + i * kPanelWidth * rank);
+                 packed + layout.up + i * kPanelWidth * layout.rank);
   }
 }
 

@@ -1,7 +1,8 @@
 // Products of input rows with panels of neurons: neurons on the lanes, rows addressed by pointer and never copied.
 //
 // A panel holds up to kPanelWidth neurons transposed: sub-panels of 2 L lanes (the last may have L), each stored
-// (depth, lanes). Panels come packed from the caller or are packed here, slice by slice, into memory that stays in cache.
+// (depth, lanes), bfloat16 as (depth / 2, lanes, 2) with a zero behind an odd depth. Panels come packed from the caller or
+// are packed here, slice by slice, into memory that stays in cache.
 #pragma once
 
 #include "dot.hpp"
@@ -27,60 +28,121 @@ struct Neurons {
   int count;              // at most kPanelWidth
 };
 
-// Write neurons [first, first + lanes) over depth [start, start + depth) as (depth, lanes); zeros past `count`.
+// Elements of the depth that lie side by side in a panel, one 32-bit word.
+template <class P>
+constexpr int kWord = 4 / sizeof(P);
+
+// Words [i, i + L) of a neuron, bits as they are; float panels of bfloat16 neurons are widened.
+template <class P, class W>
+MIDL_INLINE Vec load_words(const W* w, std::int64_t i) {
+  if constexpr (kWord<P> == 2)
+    return (Vec)load_pairs(w + 2 * i);
+  else
+    return load(w + i);
+}
+template <class P, class W>
+MIDL_INLINE void store_word(const W* w, std::int64_t i, std::int64_t depth, P* to) {
+  if constexpr (kWord<P> == 2) {
+    to[0] = w[2 * i];
+    to[1] = 2 * i + 1 < depth ? w[2 * i + 1] : bf16{0};
+  } else {
+    to[0] = to_float(w[i]);
+  }
+}
+
+// Write `lanes` neurons as (words of the depth, lanes); zeros past `count`.
 template <class W, class P>
 void pack_sub_panel(const W* w, std::int64_t stride, int count, int lanes, std::int64_t depth, P* panel) {
+  constexpr int K = kWord<P>;
+  const std::int64_t words = divide_up(depth, K);
   for (int lane = 0; lane < lanes; lane += L) {
-    P* target = panel + lane;
+    P* target = panel + lane * K;
     std::int64_t i = 0;
     if (lane + L <= count) {
-      for (; i + L <= depth; i += L) {
+      for (; (i + L) * K <= depth; i += L) {
         Vec block[L];
 #pragma GCC unroll 16
-        for (int j = 0; j < L; ++j) block[j] = load(w + (lane + j) * stride + i);
+        for (int j = 0; j < L; ++j) block[j] = load_words<P>(w + (lane + j) * stride, i);
         transpose(block);
 #pragma GCC unroll 16
-        for (int j = 0; j < L; ++j) store_as(target + (i + j) * lanes, block[j]);
+        for (int j = 0; j < L; ++j) store(reinterpret_cast<float*>(target + (i + j) * lanes * K), block[j]);
       }
     }
-    for (; i < depth; ++i)
-      for (int j = 0; j < L; ++j)
-        store_as(target + i * lanes + j, lane + j < count ? to_float(w[(lane + j) * stride + i]) : 0.0f);
+    for (; i < words; ++i)
+      for (int j = 0; j < L; ++j) {
+        P* to = target + (i * lanes + j) * K;
+        if (lane + j < count)
+          store_word(w + (lane + j) * stride, i, depth, to);
+        else
+          __builtin_memset(to, 0, 4);
+      }
   }
 }
 
-// Pack a whole panel of `count` neurons: round_up(count, L) * depth elements.
+// Pack a whole panel of `count` neurons: round_up(count, L) * round_up(depth, kWord) elements.
 template <class W, class P>
 void pack_panel(const W* w, std::int64_t stride, int count, std::int64_t depth, P* panel) {
+  const std::int64_t padded = round_up(depth, kWord<P>);
   for (int first = 0; first < count; first += 2 * L) {
     const int lanes = int(lesser(round_up(count - first, L), 2 * L));
-    pack_sub_panel(w + first * stride, stride, int(lesser(count - first, lanes)), lanes, depth, panel + first * depth);
+    pack_sub_panel(w + first * stride, stride, int(lesser(count - first, lanes)), lanes, depth, panel + first * padded);
   }
 }
 
-// out[r][0 .. V L) (+)= rows[r][start ..) . panel slice; without `accumulate` it starts from `bias` (or 0).
-template <int R, int V, class P>
-[[gnu::noinline]] void panel_tile(const float* const* rows, std::int64_t start, const P* panel, std::int64_t depth,
-                                  const float* bias, float* out, std::int64_t ldo, bool accumulate) {
+// acc[r][v] += the word at depth i of row r . that of vector v, which lies at column(v); `whole` unless the depth ends
+// within the word.
+template <int R, int V, class A, class P, class Column>
+MIDL_INLINE void add_word(Vec (&acc)[R][V], const A* const (&a)[R], std::int64_t i, bool whole, Column column) {
+  if constexpr (sizeof(A) == 2) {
+    UVec pairs[V];
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) pairs[v] = load_pairs(column(v));
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const UVec row = splat(whole ? pair_at(a[r] + i) : std::uint32_t(a[r][i].bits));
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) acc[r][v] = add_dot_pairs(acc[r][v], row, pairs[v]);
+    }
+  } else {
+    const auto add = [&](auto value_of, std::int64_t at) {
+      Vec value[V];
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) value[v] = value_of(column(v));
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        const Vec row = splat(a[r][at]);
+#pragma GCC unroll 16
+        for (int v = 0; v < V; ++v) acc[r][v] += row * value[v];
+      }
+    };
+    if constexpr (kWord<P> == 1) {
+      add([](const P* p) { return load(p); }, i);
+    } else {
+      // The rows go by twice: all widened columns at once would not fit into the registers.
+      add([](const P* p) { return first_of_pairs(load_pairs(p)); }, i);
+      if (whole) add([](const P* p) { return second_of_pairs(load_pairs(p)); }, i + 1);
+    }
+  }
+}
+
+// out[r] (+)= rows[r][start .. start + depth) . V vectors of neurons, word i of vector v at column(i, v); without
+// `accumulate` it starts from `bias` (or 0).
+template <int R, int V, class P, class A, class Column>
+MIDL_INLINE void multiply_tile(const A* const* rows, std::int64_t start, std::int64_t depth, const float* bias,
+                               float* out, std::int64_t ldo, bool accumulate, Column column) {
   Vec acc[R][V];
-  const float* a[R];
+  const A* a[R];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
     a[r] = rows[r] + start;
 #pragma GCC unroll 16
     for (int v = 0; v < V; ++v) acc[r][v] = accumulate ? load(out + r * ldo + v * L) : bias ? load(bias + v * L) : Vec{};
   }
-  for (std::int64_t i = 0; i < depth; ++i) {
-    Vec column[V];
-#pragma GCC unroll 16
-    for (int v = 0; v < V; ++v) column[v] = load(panel + (i * V + v) * L);
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      const Vec row = splat(a[r][i]);
-#pragma GCC unroll 16
-      for (int v = 0; v < V; ++v) acc[r][v] += row * column[v];
-    }
-  }
+  constexpr int K = kWord<P>;
+  std::int64_t i = 0;
+  for (; i + K <= depth; i += K)
+    add_word<R, V, A, P>(acc, a, i, true, [&](int v) { return column(i, v); });
+  if (K > 1 && i < depth) add_word<R, V, A, P>(acc, a, i, false, [&](int v) { return column(i, v); });
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 16
@@ -88,16 +150,23 @@ template <int R, int V, class P>
   }
 }
 
-template <int R, int V, class P>
-void panel_remainder(std::int64_t m, const float* const* rows, std::int64_t start, const P* panel, std::int64_t depth,
+template <int R, int V, class A, class P>
+[[gnu::noinline]] void panel_tile(const A* const* rows, std::int64_t start, const P* panel, std::int64_t depth,
+                                  const float* bias, float* out, std::int64_t ldo, bool accumulate) {
+  multiply_tile<R, V, P>(rows, start, depth, bias, out, ldo, accumulate,
+                         [panel](std::int64_t i, int v) { return panel + i * (V * L) + v * (L * kWord<P>); });
+}
+
+template <int R, int V, class A, class P>
+void panel_remainder(std::int64_t m, const A* const* rows, std::int64_t start, const P* panel, std::int64_t depth,
                      const float* bias, float* out, std::int64_t ldo, bool accumulate) {
   if (m == R) return panel_tile<R, V>(rows, start, panel, depth, bias, out, ldo, accumulate);
   if constexpr (R > 1) panel_remainder<R - 1, V>(m, rows, start, panel, depth, bias, out, ldo, accumulate);
 }
 
 // A tile of m <= panel_rows(V) rows.
-template <int V, class P>
-MIDL_INLINE void panel_rows_tile(std::int64_t m, const float* const* rows, std::int64_t start, const P* panel,
+template <int V, class A, class P>
+MIDL_INLINE void panel_rows_tile(std::int64_t m, const A* const* rows, std::int64_t start, const P* panel,
                                  std::int64_t depth, const float* bias, float* out, std::int64_t ldo,
                                  bool accumulate) {
   constexpr int R = panel_rows(V);
@@ -106,41 +175,22 @@ MIDL_INLINE void panel_rows_tile(std::int64_t m, const float* const* rows, std::
 }
 
 // Two sub-panels at once for few rows: twice the accumulators in flight and two streams from memory.
-template <int R, class P>
-[[gnu::noinline]] void panel_pair(const float* const* rows, std::int64_t start, const P* left, const P* right,
+template <int R, class A, class P>
+[[gnu::noinline]] void panel_pair(const A* const* rows, std::int64_t start, const P* left, const P* right,
                                   std::int64_t depth, const float* bias, float* out, std::int64_t ldo,
                                   bool accumulate) {
-  Vec acc[R][4];
-  const float* a[R];
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) {
-    a[r] = rows[r] + start;
-#pragma GCC unroll 4
-    for (int v = 0; v < 4; ++v) acc[r][v] = accumulate ? load(out + r * ldo + v * L) : bias ? load(bias + v * L) : Vec{};
-  }
-  for (std::int64_t i = 0; i < depth; ++i) {
-    const Vec column[4] = {load(left + i * 2 * L), load(left + i * 2 * L + L), load(right + i * 2 * L),
-                           load(right + i * 2 * L + L)};
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      const Vec row = splat(a[r][i]);
-#pragma GCC unroll 4
-      for (int v = 0; v < 4; ++v) acc[r][v] += row * column[v];
-    }
-  }
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < 4; ++v) store(out + r * ldo + v * L, acc[r][v]);
-  }
+  multiply_tile<R, 4, P>(rows, start, depth, bias, out, ldo, accumulate, [left, right](std::int64_t i, int v) {
+    return (v < 2 ? left : right) + i * (2 * L) + v % 2 * (L * kWord<P>);
+  });
 }
 
 // out (m x round_up(count, L)) (+)= rows[start ..) . panel over one slice of the depth. The sub-panels are `panel_depth`
-// deep and the slice begins at depth `offset` in them.
-template <class P>
-void panel_slice(const float* const* rows, std::int64_t m, const P* panel, std::int64_t panel_depth,
+// deep and the slice begins at depth `offset` in them, where a word begins.
+template <class A, class P>
+void panel_slice(const A* const* rows, std::int64_t m, const P* panel, std::int64_t panel_depth,
                  std::int64_t offset, int count, std::int64_t start, std::int64_t depth, const float* bias, float* out,
                  std::int64_t ldo, bool accumulate) {
+  panel_depth = round_up(panel_depth, kWord<P>);
   const int whole = count / (2 * L) * (2 * L), wide = count - whole > L ? whole + 2 * L : whole;
   constexpr int R2 = panel_rows(2), R1 = panel_rows(1);
   for (std::int64_t r = 0; r < m; r += R2) {
@@ -167,19 +217,46 @@ void panel_slice(const float* const* rows, std::int64_t m, const P* panel, std::
                        bias ? bias + wide : nullptr, out + r * ldo + wide, ldo, accumulate);
 }
 
+// A slice of a panel, as pack_panel would write it from float neurons.
+inline void widen_slice(const bf16* panel, std::int64_t panel_depth, std::int64_t offset, int count, std::int64_t depth,
+                        float* slice) {
+  panel_depth = round_up(panel_depth, kWord<bf16>);
+  for (int first = 0; first < count; first += 2 * L) {
+    const int lanes = int(lesser(round_up(count - first, L), 2 * L));
+    const bf16* from = panel + first * panel_depth + offset * lanes;
+    float* to = slice + first * depth;
+    for (std::int64_t i = 0; i < depth; i += 2)
+      for (int lane = 0; lane < lanes; lane += L) {
+        const UVec pairs = load_pairs(from + i * lanes + 2 * lane);
+        store(to + i * lanes + lane, first_of_pairs(pairs));
+        if (i + 1 < depth) store(to + (i + 1) * lanes + lane, second_of_pairs(pairs));
+      }
+  }
+}
+
+// Rows from which a bfloat16 panel is widened once rather than tile by tile.
+constexpr std::int64_t kRowsThatWiden = 2 * panel_rows(2) + 1;
+
 // out (m x count) = rows (m x depth, by pointer) . neurons^T + bias (round_up(count, L) values, or null).
 // The result has the same bits with and without a panel. Columns up to round_up(count, L) may be written. `slice` holds slice_floats() floats.
-template <class W>
-void multiply_neurons(const float* const* rows, std::int64_t m, const Neurons<W>& neurons, std::int64_t depth,
+template <class A, class W>
+void multiply_neurons(const A* const* rows, std::int64_t m, const Neurons<W>& neurons, std::int64_t depth,
                       const float* bias, float* slice, float* out, std::int64_t ldo) {
   const std::int64_t step = round_up(divide_up(depth, divide_up(depth, kDepthBlock)), L);
   for (std::int64_t start = 0; start < depth; start += step) {
     const std::int64_t length = lesser(step, depth - start);
-    if (neurons.panel) {
+    bool widened = false;
+    if constexpr (sizeof(A) != sizeof(W)) {
+      widened = neurons.panel && m >= kRowsThatWiden;
+      if (widened) widen_slice(neurons.panel, depth, start, neurons.count, length, slice);
+    }
+    if (neurons.panel && !widened) {
       panel_slice(rows, m, neurons.panel, depth, start, neurons.count, start, length, bias, out, ldo, start > 0);
     } else {
-      pack_panel(neurons.plain + start, neurons.stride, neurons.count, length, slice);
-      panel_slice(rows, m, slice, length, 0, neurons.count, start, length, bias, out, ldo, start > 0);
+      // Of the rows' type.
+      A* panel = reinterpret_cast<A*>(slice);
+      if (!widened) pack_panel(neurons.plain + start, neurons.stride, neurons.count, length, panel);
+      panel_slice(rows, m, panel, length, 0, neurons.count, start, length, bias, out, ldo, start > 0);
     }
   }
 }

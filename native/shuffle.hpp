@@ -22,6 +22,16 @@ MIDL_INLINE Vec upper_halves(Vec a, Vec b) {
   return take_halves<H, true>(a, b, std::make_index_sequence<L>{});
 }
 
+// Every second of the 2 L lanes of a and b, the first of them or the second.
+template <bool Second, std::size_t... I>
+MIDL_INLINE Vec take_alternate(Vec a, Vec b, std::index_sequence<I...>) {
+  return __builtin_shufflevector(a, b, (2 * int(I) + Second)...);
+}
+template <bool Second>
+MIDL_INLINE Vec take_alternate(Vec a, Vec b) {
+  return take_alternate<Second>(a, b, std::make_index_sequence<L>{});
+}
+
 // Lane i of the result is the sum of the lanes of v[i]; v is used up.
 template <int H = L / 2>
 MIDL_INLINE Vec sum_lanes(Vec (&v)[L]) {

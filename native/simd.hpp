@@ -6,6 +6,10 @@
 
 #include <cstdint>
 
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
 #ifndef MIDL_LANES
 #error "MIDL_LANES must be defined by the build"
 #endif
@@ -33,6 +37,8 @@ struct bf16 {
 MIDL_INLINE Vec splat(float value) { return value - Vec{}; }
 MIDL_INLINE IVec splat(std::int32_t value) { return value - IVec{}; }
 
+MIDL_INLINE UVec splat(std::uint32_t value) { return value - UVec{}; }
+
 MIDL_INLINE Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
 MIDL_INLINE IVec load(const std::int32_t* p) { return *reinterpret_cast<const UnalignedIVec*>(p); }
 MIDL_INLINE Vec load(const bf16* p) {
@@ -52,6 +58,35 @@ MIDL_INLINE void store(std::int32_t* p, IVec v) { *reinterpret_cast<UnalignedIVe
 
 MIDL_INLINE float to_float(float value) { return value; }
 MIDL_INLINE float to_float(bf16 value) { return __builtin_bit_cast(float, std::uint32_t(value.bits) << 16); }
+
+// Two bfloat16 values side by side, the unit of dot-product instructions: a 32-bit word per lane, the first value in its
+// lower half. Both widen to float32 by one operation each.
+MIDL_INLINE UVec load_pairs(const bf16* p) { return (UVec)*reinterpret_cast<const UnalignedIVec*>(p); }
+MIDL_INLINE Vec first_of_pairs(UVec pairs) { return (Vec)(pairs << 16); }
+MIDL_INLINE Vec second_of_pairs(UVec pairs) { return (Vec)(pairs & 0xffff0000u); }
+MIDL_INLINE std::uint32_t pair_at(const bf16* p) {
+  std::uint32_t word;
+  __builtin_memcpy(&word, p, 4);
+  return word;
+}
+
+// sum + a.first * b.first + a.second * b.second; the instruction takes subnormal numbers for zero.
+MIDL_INLINE Vec add_dot_pairs(Vec sum, UVec a, UVec b) {
+#ifdef __AVX512BF16__
+  return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#else
+  sum += first_of_pairs(a) * first_of_pairs(b);
+  return sum + second_of_pairs(a) * second_of_pairs(b);
+#endif
+}
+
+// Whether bfloat16 rows are multiplied as they are, by dot products of pairs, or widened to float32 first. The build
+// says so, since the code for the one can be compiled, for tests, where there is no instruction for it.
+#ifdef MIDL_DOT_PAIRS
+constexpr bool kDotPairs = true;
+#else
+constexpr bool kDotPairs = false;
+#endif
 
 // The first `count` < L elements, zeros behind them; nothing past them is read.
 template <class T>
