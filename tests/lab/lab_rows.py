@@ -11,8 +11,8 @@ Rows = dict[str, dict[str, list[Any]]]
 """Split to column to values."""
 
 
-def png(seed: int, size: tuple[int, int] = (28, 28)) -> dict[str, Any]:
-    """Return a random image as the hub's Image feature stores it."""
+def png(seed: int, size: tuple[int, ...] = (28, 28)) -> dict[str, Any]:
+    """Return a random image as the hub's Image feature stores it: in colour if ``size`` ends with 3."""
     from PIL import Image
 
     buffer = io.BytesIO()
@@ -24,6 +24,28 @@ def mnist_rows() -> Rows:
     return {
         "train": {"image": [png(i) for i in range(6)], "label": [0, 1, 2, 3, 4, 9]},
         "test": {"image": [png(i) for i in range(10, 13)], "label": [5, 6, 7]},
+    }
+
+
+def photograph_rows(image: str, *labels: str) -> Rows:
+    """Return 32 x 32 images in colour: 6 and 3 rows, whose labels count up in every label column."""
+
+    def rows(start: int, count: int) -> dict[str, list[Any]]:
+        return {
+            image: [png(start + i, (32, 32, 3)) for i in range(count)],
+            **{label: list(range(count)) for label in labels},
+        }
+
+    return {"train": rows(0, 6), "test": rows(10, 3)}
+
+
+def imdb_rows() -> Rows:
+    return {
+        "train": {
+            "text": ["A good film.<br /><br />Good!", "A bad film", "good good " * 200, "Café, bad"],
+            "label": [1, 0, 1, 0],
+        },
+        "test": {"text": ["A GOOD surprise", ""], "label": [1, 0]},
     }
 
 

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import midl
-from midl.errors import MIDLError
 from midl.lab.data import Dataset
 from midl.lab.data.dataset import Arrays
 from midl.lab.measure import layer_flops, measure_accuracy, measure_latency, saved_bytes
-from midl.lab.models import MLP, architecture_for
+from midl.lab.models import MLP
 
 
 def toy_dataset(labels: list[int]) -> Dataset:
@@ -69,29 +68,3 @@ def test_latency_tells_a_slow_model_from_a_quick_one() -> None:
     latency = measure_latency({"slow": Slow(), "quick": nn.Identity()}, torch.zeros(1), rounds=4)
     assert latency["slow"]["median"] >= 0.004 > latency["quick"]["median"]
     assert latency["slow"]["low"] <= latency["slow"]["median"] <= latency["slow"]["high"]
-
-
-@pytest.mark.parametrize("flops", [5_000, 60_000, 168_960])
-def test_narrow_is_the_widest_that_fits(flops: int) -> None:
-    mlp = MLP(64, (256, 256), 10)
-    narrow = mlp.narrow(flops)
-    (width, same) = narrow.hidden
-    assert width == same
-
-    def cost(w: int) -> int:
-        return 2 * (64 * w + w * w + w * 10)
-
-    assert cost(width) <= flops
-    assert width == 256 or cost(width + 1) > flops
-    assert midl.count_flops(narrow.build(), narrow.example()) == cost(width)
-
-
-def test_narrow_refuses_an_impossible_budget() -> None:
-    with pytest.raises(MIDLError, match=r"narrow: flops=10, expected at least 150 \(one neuron per layer\)"):
-        MLP(64, (256, 256), 10).narrow(10)
-
-
-def test_architectures_match_the_issue() -> None:
-    mnist = architecture_for("mnist", (1, 28, 28), 10)
-    assert (mnist.in_features, mnist.hidden, mnist.num_classes) == (784, (1024, 1024), 10)
-    assert mnist.build()(torch.zeros(2, 1, 28, 28)).shape == (2, 10)

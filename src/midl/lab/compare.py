@@ -264,7 +264,7 @@ class _Job:
 
     def _measure(self, folder: RunFolder) -> dict[Method, Any]:
         models = {method: self.load(method, self.settings.seeds[0], folder) for method in METHODS}
-        names, example = self.architecture.hidden_names, self.architecture.example()
+        names, example = self.architecture.layer_names, self.architecture.example()
         batch = self.recipes.train.batch_size
         inputs = {rows: self.dataset.batch(self.dataset.test, slice(0, rows))[0] for rows in {*LATENCY_BATCHES, batch}}
         latency = {rows: measure_latency(models, inputs[rows]) for rows in LATENCY_BATCHES}

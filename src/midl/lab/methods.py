@@ -121,7 +121,7 @@ def build(
     if method == "scratch":
         return architecture.build(functools.partial(MIDLinear, config=config))
     model = dense if dense is not None else architecture.build()
-    hidden = architecture.hidden_names
+    hidden = architecture.layer_names
     # Named one by one, so that a layer the configuration does not fit is an error and not left dense.
     convert_(model, config, filter_fn=lambda module, name: name in hidden, overrides=dict.fromkeys(hidden, config))
     return model

@@ -118,7 +118,7 @@ def train(
                 step = epoch * steps_per_epoch + i
                 for group in optimizer.param_groups:
                     group["lr"] = recipe.lr_at(step, steps)
-                inputs, labels = dataset.batch(dataset.train, batch)
+                inputs, labels = dataset.training_batch(batch)
                 value = loss(inputs, model(inputs), labels)
                 optimizer.zero_grad(set_to_none=True)
                 value.backward()

@@ -187,6 +187,15 @@ def test_the_hub_is_read_where_no_mirror_is_set(make_mirror: Make, monkeypatch: 
     assert torch.equal(from_hub.train.x, data.load("mnist").train.x)
 
 
+@pytest.mark.parametrize("missing", ["mean", "test_y"])
+def test_a_cache_with_a_missing_array_is_rebuilt(missing: str, make_mirror: Make, tmp_path: Path) -> None:
+    make_mirror("mnist", mnist_rows())
+    first = data.load("mnist").fingerprint
+    (file,) = (tmp_path / "cache" / "data").glob(f"*/{missing}.npy")
+    file.unlink()
+    assert data.load("mnist").fingerprint == first
+
+
 def _real_mirror() -> Path | None:
     named = os.environ.get("MIDL_DATA")
     beside = Path(__file__).resolve().parents[4] / "shared" / "data"
@@ -199,7 +208,14 @@ _MIRROR = _real_mirror()
 @pytest.mark.slow
 @pytest.mark.skipif(_MIRROR is None, reason="no mirror: set MIDL_DATA, or put one at ../shared/data")
 @pytest.mark.parametrize(
-    ("name", "train", "test", "shape"), [("mnist", 60_000, 10_000, (1, 28, 28)), ("adult", 32_561, 16_281, (108,))]
+    ("name", "train", "test", "shape"),
+    [
+        ("mnist", 60_000, 10_000, (1, 28, 28)),
+        ("adult", 32_561, 16_281, (108,)),
+        ("cifar10", 50_000, 10_000, (3, 32, 32)),
+        ("cifar100", 50_000, 10_000, (3, 32, 32)),
+        ("imdb", 25_000, 25_000, (256,)),
+    ],
 )
 def test_the_real_data_has_the_official_sizes(
     name: str, train: int, test: int, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch

@@ -8,13 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from lab_rows import adult_rows, mnist_rows, png
+from lab_rows import adult_rows, imdb_rows, mnist_rows, photograph_rows, png
+from PIL import Image
 
 from midl.errors import DataError
 from midl.lab import data
 from midl.lab.data.sets import adult as adult_module
+from midl.lab.data.sets import imdb
 
 Make = Callable[[str, Any], Path]
 
@@ -128,3 +131,95 @@ def test_adult_download_is_checked_against_the_known_hash(monkeypatch: pytest.Mo
     digest = hashlib.sha256(UCI_TEXT.encode()).hexdigest()
     with pytest.raises(DataError, match=rf"adult\.data has SHA-256 {digest}, expected 5b00264"):
         data.load("adult")
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "classes"),
+    [
+        ("cifar10", photograph_rows("img", "label"), 10),
+        ("cifar100", photograph_rows("img", "fine_label", "coarse_label"), 100),
+        ("svhn", photograph_rows("image", "label"), 10),
+    ],
+)
+def test_photographs_arrive_exactly(name: str, rows: Any, classes: int, make_mirror: Make) -> None:
+    make_mirror(name, rows)
+    dataset = data.load(name)
+    assert (dataset.input_shape, dataset.num_classes) == ((3, 32, 32), classes)
+    assert dataset.train.y.tolist() == list(range(6))
+    pixels = np.asarray(Image.open(io.BytesIO(next(iter(rows["test"].values()))[2]["bytes"])))
+    assert np.array_equal(dataset.test.x[2].numpy().transpose(1, 2, 0), pixels)
+    x, _ = dataset.batch(dataset.train, slice(None))
+    assert x.mean((0, 2, 3)).abs().max() < 1e-5
+    assert (x.std((0, 2, 3), correction=0) - 1).abs().max() < 1e-5
+
+
+def test_cifar100_learns_the_fine_labels(make_mirror: Make) -> None:
+    rows = photograph_rows("img", "fine_label", "coarse_label")
+    rows["train"]["fine_label"] = [99, 98, 97, 96, 95, 94]
+    make_mirror("cifar100", rows)
+    assert data.load("cifar100").train.y.tolist() == [99, 98, 97, 96, 95, 94]
+
+
+def test_reviews_become_ids_of_a_vocabulary_learnt_on_training_rows(make_mirror: Make) -> None:
+    make_mirror("imdb", imdb_rows())
+    dataset = data.load("imdb")
+    assert dataset.input_shape == (imdb.TOKENS,)
+    x, y = dataset.batch(dataset.train, slice(None))
+    assert (x.dtype, y.tolist()) == (torch.int64, [1, 0, 1, 0])
+    lengths = (x != imdb.PADDING).sum(1).tolist()
+    # "a good film . good !" without the line breaks; 400 words cut to what fits; "café , bad".
+    assert lengths == [6, 3, imdb.TOKENS, 3]
+    good = x[2, 0]
+    assert torch.equal((x[0] == good).nonzero().flatten(), torch.tensor([1, 4]))
+    assert (x[2] == good).all()
+    unseen, _ = dataset.batch(dataset.test, slice(None))
+    assert unseen[0, :4].tolist() == [x[1, 0], good, imdb.UNKNOWN, imdb.PADDING]
+    assert (unseen[1] == imdb.PADDING).all()
+    assert int(x.max()) < imdb.VOCABULARY
+
+
+def test_the_vocabulary_does_not_see_test_rows(make_mirror: Make) -> None:
+    rows = imdb_rows()
+    make_mirror("imdb", rows)
+    before = data.load("imdb")
+    rows["test"]["text"] = ["surprise " * 300, "surprise"]
+    make_mirror("imdb", rows)
+    after = data.load("imdb")
+    assert torch.equal(before.train.x, after.train.x)
+    assert set(after.test.x.unique().tolist()) == {imdb.PADDING, imdb.UNKNOWN}
+
+
+def test_subset_is_stratified_reproducible_and_leaves_the_rest_alone() -> None:
+    digits = data.load("digits")
+    tenth = digits.subset(0.1, seed=1)
+    for label in range(10):
+        assert int((tenth.train.y == label).sum()) == round(int((digits.train.y == label).sum()) * 0.1)
+    assert torch.equal(tenth.train.x, digits.subset(0.1, seed=1).train.x)
+    assert not torch.equal(tenth.train.x, digits.subset(0.1, seed=2).train.x)
+    assert tenth.test is digits.test
+    assert tenth.mean is digits.mean
+    assert len({d.fingerprint for d in (digits, tenth, digits.subset(0.1, seed=2), digits.subset(0.2, seed=1))}) == 4
+    assert len(digits.subset(1.0).train) == len(digits.train)
+    assert torch.equal(digits.subset(1e-9).train.y.sort().values, torch.arange(10))
+
+
+def test_corrupted_labels_are_uniform_over_the_chosen_rows() -> None:
+    digits = data.load("digits")
+    noisy = digits.corrupt_labels(0.4, seed=1)
+    assert torch.equal(noisy.train.x, digits.train.x)
+    changed = (noisy.train.y != digits.train.y).float().mean().item()
+    assert changed == pytest.approx(0.4 * 0.9, abs=0.03)  # a tenth of the random labels is right by chance
+    assert set(noisy.train.y.tolist()) == set(range(10))
+    assert torch.equal(noisy.train.y, digits.corrupt_labels(0.4, seed=1).train.y)
+    assert noisy.test is digits.test
+    assert len({d.fingerprint for d in (digits, noisy, digits.corrupt_labels(0.4, seed=2))}) == 3
+    assert torch.equal(digits.corrupt_labels(0.0).train.y, digits.train.y)
+
+
+@pytest.mark.parametrize(
+    ("method", "fraction", "expected"),
+    [("subset", 0.0, r"\(0, 1\]"), ("subset", 1.5, r"\(0, 1\]"), ("corrupt_labels", -0.1, r"\[0, 1\]")],
+)
+def test_fractions_outside_their_range_are_refused(method: str, fraction: float, expected: str) -> None:
+    with pytest.raises(DataError, match=rf"digits: {method} fraction={fraction}, expected a number in {expected}"):
+        getattr(data.load("digits"), method)(fraction)

@@ -13,7 +13,7 @@ __all__ = ["ShuffledBatches"]
 
 
 class ShuffledBatches:
-    """Inputs and labels of the training rows; the orders follow from ``seed`` alone.
+    """Inputs and labels of the training rows, augmented; the orders follow from ``seed`` alone.
 
     >>> from midl.lab.data import load
     >>> batches = ShuffledBatches(load("digits"), seed=0, batch_size=100)
@@ -31,4 +31,4 @@ class ShuffledBatches:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         order = torch.randperm(len(self.dataset.train), generator=self.random)
         for rows in order.split(self.batch_size):
-            yield self.dataset.batch(self.dataset.train, rows)
+            yield self.dataset.training_batch(rows)

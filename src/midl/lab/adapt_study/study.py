@@ -79,7 +79,7 @@ def run_study(dataset: Dataset, settings: Settings, on_row: Callable[[Row], None
     rows = []
     for budget in settings.budgets:
         low_rank = copy.deepcopy(dense)
-        factorise(low_rank, architecture.hidden_names, batches, budget)
+        factorise(low_rank, architecture.layer_names, batches, budget)
         before = measure_accuracy(low_rank, dataset)[0]
         distil(
             low_rank, dense, ShuffledBatches(dataset, settings.seed), epochs=settings.distil_epochs, seed=settings.seed
@@ -120,10 +120,10 @@ def _plain(dense: nn.Sequential, architecture: MLP, dataset: Dataset, budget: fl
     """Return the accuracy of a conversion without data: every hidden layer the same ratio, 45 % active at 1.7x."""
     model = copy.deepcopy(dense)
     total = midl.count_flops(dense, architecture.example())
-    hidden = 2 * sum(weight_of(dense.get_submodule(name)).numel() for name in architecture.hidden_names)
+    hidden = 2 * sum(weight_of(dense.get_submodule(name)).numel() for name in architecture.layer_names)
     ratio = hidden / (total / budget - (total - hidden))
     config = midl.MIDConfig(
         active=0.45 * 1.7 / ratio, flops_ratio=ratio, group_size=group_size, gate="light", interpolation="hard"
     )
-    midl.convert_(model, config, overrides=dict.fromkeys(architecture.hidden_names, config) | {"head": None})
+    midl.convert_(model, config, overrides=dict.fromkeys(architecture.layer_names, config) | {"head": None})
     return measure_accuracy(model, dataset)[0]

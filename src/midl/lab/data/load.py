@@ -14,6 +14,8 @@ from midl.lab.files import hash_file, hash_json
 
 __all__ = ["load"]
 
+_DECODING = ("midl.lab.data.table", "midl.lab.data.images", "midl.lab.data.statistics")
+
 
 def load(name: str) -> Dataset:
     """Return a data set by name.
@@ -30,11 +32,11 @@ def load(name: str) -> Dataset:
     """
     spec = find(name)
     if not spec.columns:
-        return Dataset.from_arrays(name, spec.num_classes, spec.decode({}))
+        return Dataset.from_arrays(name, spec.num_classes, spec.decode({}), spec.augment)
     source = mirror.mirror_path()
     content = mirror.checked_hashes(source, name) if source else spec.origin
     # What was decoded by other code is decoded anew.
-    code = [_code_hash(module) for module in (f"{sets.__name__}.{name}", "midl.lab.data.table")]
+    code = [_code_hash(module) for module in (f"{sets.__name__}.{name}", *_DECODING)]
     key = f"{name}-{hash_json([name, content, code])[:16]}"
     arrays = read_arrays(key)
     if arrays is None:
@@ -42,7 +44,7 @@ def load(name: str) -> Dataset:
         arrays = read_arrays(key)
         if arrays is None:
             raise DataError(f"dataset={name!r}: the cache entry {key} was damaged while it was written")
-    return Dataset.from_arrays(name, spec.num_classes, arrays)
+    return Dataset.from_arrays(name, spec.num_classes, arrays, spec.augment)
 
 
 def _decode(name: str, spec: Spec, source: Path | None) -> Arrays:

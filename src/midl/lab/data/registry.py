@@ -10,7 +10,7 @@ from pathlib import Path
 
 from midl.errors import DataError
 from midl.lab.data import sets
-from midl.lab.data.dataset import Arrays
+from midl.lab.data.dataset import Arrays, Augment
 from midl.lab.data.table import Table
 
 __all__ = ["Spec", "find", "names"]
@@ -26,6 +26,7 @@ class Spec:
         columns: expected columns of both tables; empty if the data comes embedded with an installed package.
         download: fetches the official splits where no mirror is set; gets a scratch folder that is deleted later.
         origin: where ``download`` gets them, for messages.
+        augment: changes stored training rows at random, from torch's generator; ``None``: training sees them as stored.
     """
 
     num_classes: int
@@ -33,6 +34,7 @@ class Spec:
     columns: tuple[str, ...] = ()
     download: Callable[[Path], Mapping[str, Table]] | None = None
     origin: str = "embedded"
+    augment: Augment | None = None
 
 
 def names() -> list[str]:

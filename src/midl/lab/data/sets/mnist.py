@@ -6,34 +6,15 @@ Proc. IEEE 1998. Licence as commonly given: CC BY-SA 3.0.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from midl.lab.data.dataset import Arrays
 from midl.lab.data.hub import from_hub
+from midl.lab.data.images import decode_images
 from midl.lab.data.registry import Spec
-from midl.lab.data.statistics import channel_statistics
-from midl.lab.data.table import Table
 
 __all__ = ["SPEC"]
 
-_CLASSES = 10
-
-
-def _decode(tables: Mapping[str, Table]) -> Arrays:
-    train, test = tables["train"], tables["test"]
-    train_x = train.images("image", "L", 28, 28)
-    return Arrays(
-        train_x,
-        train.labels("label", _CLASSES),
-        test.images("image", "L", 28, 28),
-        test.labels("label", _CLASSES),
-        *channel_statistics(train_x),
-    )
-
-
 SPEC = Spec(
-    num_classes=_CLASSES,
-    decode=_decode,
+    num_classes=10,
+    decode=decode_images("image", "label", num_classes=10, mode="L", height=28, width=28),
     columns=("image", "label"),
     download=from_hub("ylecun/mnist"),
     origin="the hub data set ylecun/mnist",

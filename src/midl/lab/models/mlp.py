@@ -1,4 +1,4 @@
-"""The models of the experiments: one architecture per data set, buildable dense, narrowed or with MID-L layers."""
+"""MLP: a ReLU network on flattened inputs."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from midl.analysis import count_flops
-from midl.errors import MIDLError
+from midl.lab.models.architecture import widest
 
-__all__ = ["MLP", "architecture_for"]
+__all__ = ["MLP"]
 
 Linear = Callable[[int, int], nn.Module]
 
@@ -35,25 +34,29 @@ class MLP:
         in_features: inputs after flattening.
         hidden: widths of the hidden layers, the ones that methods may replace. The head stays dense.
         num_classes: outputs.
+        dropout: rate behind every hidden layer.
     """
 
     in_features: int
     hidden: tuple[int, ...]
     num_classes: int
+    dropout: float = 0.0
 
     def build(self, linear: Linear = nn.Linear) -> nn.Sequential:
         """Return a freshly initialised network whose hidden layers ``linear(in_features, out_features)`` makes."""
         layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
         width = self.in_features
-        for i, (name, out) in enumerate(zip(self.hidden_names, self.hidden, strict=True), start=1):
+        for i, (name, out) in enumerate(zip(self.layer_names, self.hidden, strict=True), start=1):
             layers[name] = linear(width, out)
             layers[f"relu{i}"] = nn.ReLU()
+            if self.dropout:
+                layers[f"dropout{i}"] = nn.Dropout(self.dropout)
             width = out
         layers["head"] = nn.Linear(width, self.num_classes)
         return nn.Sequential(layers)
 
     @property
-    def hidden_names(self) -> list[str]:
+    def layer_names(self) -> list[str]:
         """Qualified names of the hidden layers."""
         return [f"hidden{i}" for i in range(1, len(self.hidden) + 1)]
 
@@ -75,26 +78,4 @@ class MLP:
             widths = tuple(max(1, width * step // max(self.hidden)) for width in self.hidden)
             return dataclasses.replace(self, hidden=widths)
 
-        def cost(mlp: MLP) -> int:
-            with torch.device("meta"):
-                return count_flops(mlp.build(), mlp.example())
-
-        low, high = 1, max(self.hidden)
-        if cost(scaled(low)) > flops:
-            raise MIDLError(f"MLP.narrow: flops={flops}, expected at least {cost(scaled(low))} (one neuron per layer)")
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if cost(scaled(middle)) <= flops else (low, middle - 1)
-        return scaled(low)
-
-
-_HIDDEN = {"digits": (512, 512), "mnist": (1024, 1024), "adult": (256, 256)}
-
-
-def architecture_for(dataset: str, input_shape: tuple[int, ...], num_classes: int) -> MLP:
-    """Return the architecture that the experiments use on a data set.
-
-    >>> architecture_for("mnist", (1, 28, 28), 10).hidden
-    (1024, 1024)
-    """
-    return MLP(torch.Size(input_shape).numel(), _HIDDEN.get(dataset, (512, 512)), num_classes)
+        return widest(scaled, max(self.hidden), flops)
