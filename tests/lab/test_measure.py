@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 
 import numpy as np
-import pytest
 import torch
 from torch import Tensor, nn
 
@@ -37,7 +36,8 @@ def test_activity_is_measured_and_the_mode_restored() -> None:
 
 
 def test_layer_flops_by_hand() -> None:
-    model = MLP(8, (16, 32), 4).build(lambda a, b: midl.MIDLinear(a, b, rank=2, group_size=4, active=0.5))
+    model = MLP(8, (16, 32), 4).build()
+    midl.convert_(model, midl.MIDConfig(rank=2, group_size=4, active=0.5), overrides={"head": None})
     flops = layer_flops(model, torch.zeros(3, 8), ["hidden1", "hidden2", "head"])
     # Per row: code r d, light path r n, gate r N, selected k G d; two per multiply-add.
     assert flops == {

@@ -31,7 +31,7 @@ from midl.lab.methods import (
     recipes_for,
     threads_for,
 )
-from midl.lab.models import MLP, architecture_for
+from midl.lab.models import Architecture, architecture_for
 from midl.lab.runs import RunFolder
 from midl.lab.training import cross_entropy, seed_for, train
 from midl.serialization import load_, save
@@ -186,7 +186,7 @@ class _Job:
     settings: Settings
     group_size: int
     dataset: data.Dataset
-    architecture: MLP
+    architecture: Architecture
     recipes: Recipes
 
     def fingerprint(self) -> dict[str, Any]:
@@ -195,7 +195,7 @@ class _Job:
         return {
             "dataset": s.dataset,
             "data": self.dataset.fingerprint,
-            "hidden": list(self.architecture.hidden),
+            "architecture": repr(self.architecture),
             "recipes": dataclasses.asdict(self.recipes),
             "scratch": mid_config("scratch", s.active, self.group_size).to_dict(),
             "converted": mid_config("converted", s.active, self.group_size).to_dict(),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import torch
@@ -12,9 +11,8 @@ from torch import nn
 from midl.analysis import count_flops
 from midl.config import MIDConfig
 from midl.conversion import convert_
-from midl.lab.models import MLP
+from midl.lab.models import Architecture
 from midl.lab.training import Recipe
-from midl.layers import MIDLinear
 
 __all__ = ["METHODS", "TITLES", "Method", "Recipes", "build", "check_fit", "mid_config", "recipes_for", "threads_for"]
 
@@ -84,19 +82,19 @@ def mid_config(method: Method, active: float, group_size: int) -> MIDConfig:
     return MIDConfig(active=active, group_size=group_size, **choices)
 
 
-def check_fit(architecture: MLP, active: float, group_size: int) -> None:
+def check_fit(architecture: Architecture, active: float, group_size: int) -> None:
     """Raise, before anything is trained, unless every method's layers fit the architecture.
 
     Raises:
         MIDLError: sizes or a budget that the layers cannot meet.
     """
-    with torch.device("meta"):
-        for method in ("scratch", "converted"):
-            architecture.build(functools.partial(MIDLinear, config=mid_config(method, active, group_size)))
+    for method in ("scratch", "converted"):
+        with torch.random.fork_rng(devices=[]):
+            build(method, architecture, active=active, group_size=group_size)
 
 
 def build(
-    method: Method, architecture: MLP, *, active: float, group_size: int, dense: nn.Module | None = None
+    method: Method, architecture: Architecture, *, active: float, group_size: int, dense: nn.Module | None = None
 ) -> nn.Module:
     """Return the untrained model of a method; its weights follow from torch's random state.
 
@@ -113,15 +111,13 @@ def build(
     if method == "dense":
         return architecture.build()
     if method == "narrow":
-        with torch.device("meta"):  # only counted, never run
+        with torch.random.fork_rng(devices=[]):  # only counted, never run
             scratch = build("scratch", architecture, active=active, group_size=group_size)
-            flops = count_flops(scratch, architecture.example())
+        flops = count_flops(scratch, architecture.example())
         return architecture.narrow(flops).build()
     config = mid_config(method, active, group_size)
-    if method == "scratch":
-        return architecture.build(functools.partial(MIDLinear, config=config))
     model = dense if dense is not None else architecture.build()
-    hidden = architecture.layer_names
+    names = architecture.layer_names
     # Named one by one, so that a layer the configuration does not fit is an error and not left dense.
-    convert_(model, config, filter_fn=lambda module, name: name in hidden, overrides=dict.fromkeys(hidden, config))
+    convert_(model, config, filter_fn=lambda module, name: name in names, overrides=dict.fromkeys(names, config))
     return model

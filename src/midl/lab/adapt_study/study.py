@@ -18,7 +18,7 @@ from midl.lab.adapt_study.low_rank import factorise
 from midl.lab.adapt_study.oracle import select_by_oracle
 from midl.lab.data import Dataset
 from midl.lab.measure import measure_accuracy, measure_latency
-from midl.lab.models import MLP, architecture_for
+from midl.lab.models import Architecture, architecture_for
 from midl.lab.training import Recipe, train
 
 __all__ = ["Row", "Settings", "run_study"]
@@ -92,8 +92,8 @@ def run_study(dataset: Dataset, settings: Settings, on_row: Callable[[Row], None
 
 
 def _row(
-    dense: nn.Sequential,
-    architecture: MLP,
+    dense: nn.Module,
+    architecture: Architecture,
     dataset: Dataset,
     batches: Sequence[Tensor],
     budget: float,
@@ -116,7 +116,7 @@ def _row(
     )  # fmt: skip
 
 
-def _plain(dense: nn.Sequential, architecture: MLP, dataset: Dataset, budget: float, group_size: int) -> float:
+def _plain(dense: nn.Module, architecture: Architecture, dataset: Dataset, budget: float, group_size: int) -> float:
     """Return the accuracy of a conversion without data: every hidden layer the same ratio, 45 % active at 1.7x."""
     model = copy.deepcopy(dense)
     total = midl.count_flops(dense, architecture.example())

@@ -118,7 +118,9 @@ class Dataset:
         return self._inputs(stored if self.augment is None else self.augment(stored)), self.train.y[rows]
 
     def _inputs(self, stored: Tensor) -> Tensor:
-        return stored.long() if self.mean is None else (stored.float() - self.mean) / self.std
+        if self.mean is None or self.std is None:
+            return stored.long()
+        return (stored.float() - self.mean) / self.std
 
     def hold_out(self, fraction: float = 0.2, seed: int = 0) -> Dataset:
         """Return a data set whose test rows are a random part of the training rows; the test rows are out of sight.
@@ -153,8 +155,8 @@ class Dataset:
         generator = np.random.default_rng(seed)
         kept = []
         for label in range(self.num_classes):
-            rows = generator.permutation(np.flatnonzero(self.train.y.numpy() == label))
-            kept.append(rows[: max(1, round(len(rows) * fraction))])
+            of_class = generator.permutation(np.flatnonzero(self.train.y.numpy() == label))
+            kept.append(of_class[: max(1, round(len(of_class) * fraction))])
         rows = torch.from_numpy(np.sort(np.concatenate(kept)))
         return dataclasses.replace(
             self,

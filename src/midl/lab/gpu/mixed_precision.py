@@ -60,9 +60,9 @@ def compare_precisions(
     scores = []
     for autocast in (False, True):
         torch.manual_seed(seed)
-        model: nn.Module = MLP(math.prod(dataset.input_shape), hidden, dataset.num_classes).build(
-            lambda d, n: midl.MIDLinear(d, n, active=0.45, group_size=16)
-        )
+        architecture = MLP(math.prod(dataset.input_shape), hidden, dataset.num_classes)
+        model: nn.Module = architecture.build()
+        midl.convert_(model, midl.MIDConfig(active=0.45, group_size=16), overrides={"head": None})
         if autocast:
             model = Autocast(model, dtype)
         train(model, dataset, Recipe(epochs=epochs), seed=seed)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections import OrderedDict
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +11,6 @@ from torch import Tensor, nn
 from midl.lab.models.architecture import widest
 
 __all__ = ["MLP"]
-
-Linear = Callable[[int, int], nn.Module]
-
 
 @dataclasses.dataclass(frozen=True)
 class MLP:
@@ -42,12 +38,12 @@ class MLP:
     num_classes: int
     dropout: float = 0.0
 
-    def build(self, linear: Linear = nn.Linear) -> nn.Sequential:
-        """Return a freshly initialised network whose hidden layers ``linear(in_features, out_features)`` makes."""
+    def build(self) -> nn.Sequential:
+        """Return a freshly initialised network on inputs of any shape with ``in_features`` elements per row."""
         layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
         width = self.in_features
         for i, (name, out) in enumerate(zip(self.layer_names, self.hidden, strict=True), start=1):
-            layers[name] = linear(width, out)
+            layers[name] = nn.Linear(width, out)
             layers[f"relu{i}"] = nn.ReLU()
             if self.dropout:
                 layers[f"dropout{i}"] = nn.Dropout(self.dropout)

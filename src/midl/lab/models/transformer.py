@@ -21,8 +21,8 @@ class Transformer:
     Attention stays within windows of neighbouring tokens, so that nearly all FLOPs are in layers that methods may
     replace: the projections of attention and both feed-forward layers.
 
-    >>> Transformer(vocabulary=100, tokens=64, num_classes=2).layer_names
-    ['block1.attention.query', 'block1.attention.key', 'block1.attention.value', 'block1.attention.output', 'block1.ffn.up', 'block1.ffn.down']
+    >>> Transformer(vocabulary=100, tokens=64, num_classes=2).layer_names[3:]
+    ['block1.attention.output', 'block1.ffn.up', 'block1.ffn.down']
 
     A. Vaswani et al., "Attention Is All You Need", NeurIPS 2017; pre-norm: R. Xiong et al., ICML 2020; windows: the
     block-local attention of N. Parmar et al., "Image Transformer", ICML 2018.
