@@ -13,12 +13,13 @@ from torch import Tensor, nn
 import midl
 from midl.adaptation import adapt, distil
 from midl.adaptation.calibrate import weight_of
+from midl.errors import MIDLError
 from midl.lab.adapt_study.batches import ShuffledBatches
 from midl.lab.adapt_study.low_rank import factorise
 from midl.lab.adapt_study.oracle import select_by_oracle
 from midl.lab.data import Dataset
 from midl.lab.measure import measure_accuracy, measure_latency
-from midl.lab.models import Architecture, architecture_for
+from midl.lab.models import MLP, architecture_for
 from midl.lab.training import Recipe, train
 
 __all__ = ["Row", "Settings", "run_study"]
@@ -70,6 +71,8 @@ class Row:
 def run_study(dataset: Dataset, settings: Settings, on_row: Callable[[Row], None]) -> list[Row]:
     """Return a row per budget and group size; ``on_row`` is called as each is done."""
     architecture = architecture_for(dataset.name, dataset.input_shape, dataset.num_classes)
+    if not isinstance(architecture, MLP):  # the oracle looks one ReLU ahead
+        raise MIDLError(f"adapt_study: dataset={dataset.name!r} has a {type(architecture).__name__}, expected an MLP")
     torch.manual_seed(settings.seed)
     dense = architecture.build()
     train(dense, dataset, Recipe(epochs=settings.epochs), seed=settings.seed)
@@ -92,8 +95,8 @@ def run_study(dataset: Dataset, settings: Settings, on_row: Callable[[Row], None
 
 
 def _row(
-    dense: nn.Module,
-    architecture: Architecture,
+    dense: nn.Sequential,
+    architecture: MLP,
     dataset: Dataset,
     batches: Sequence[Tensor],
     budget: float,
@@ -116,7 +119,7 @@ def _row(
     )  # fmt: skip
 
 
-def _plain(dense: nn.Module, architecture: Architecture, dataset: Dataset, budget: float, group_size: int) -> float:
+def _plain(dense: nn.Sequential, architecture: MLP, dataset: Dataset, budget: float, group_size: int) -> float:
     """Return the accuracy of a conversion without data: every hidden layer the same ratio, 45 % active at 1.7x."""
     model = copy.deepcopy(dense)
     total = midl.count_flops(dense, architecture.example())

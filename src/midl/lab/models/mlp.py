@@ -12,6 +12,7 @@ from midl.lab.models.architecture import widest
 
 __all__ = ["MLP"]
 
+
 @dataclasses.dataclass(frozen=True)
 class MLP:
     """A ReLU network on flattened inputs.
