@@ -16,9 +16,8 @@ from safetensors.torch import load_file
 
 import midl
 from midl.errors import MIDLError
-from midl.lab.compare import Comparison, Settings, compare
+from midl.lab.compare import METHODS, Comparison, Settings, compare
 from midl.lab.compare_report import to_json, to_markdown, to_table, write_report
-from midl.lab.methods import METHODS
 from midl.lab.models import architecture_for
 
 QUICK = Settings(seeds=(0,), epochs=2, threads=1)

@@ -20,37 +20,29 @@ from midl.lab.distillation import distillation_loss
 from midl.lab.environment import describe_kernels, describe_machine
 from midl.lab.files import write_json
 from midl.lab.measure import layer_flops, measure_accuracy, measure_latency, saved_bytes
-from midl.lab.methods import (
-    METHODS,
-    Method,
-    Recipes,
-    build,
-    check_fit,
-    group_size_for,
-    mid_config,
-    recipes_for,
-    threads_for,
-)
-from midl.lab.models import Architecture, architecture_for
+from midl.lab.methods import Budget, converted, find, load, scratch
+from midl.lab.models import Architecture, architecture_for, describe
+from midl.lab.recipes import Recipes, group_size_for, recipes_for, threads_for
 from midl.lab.runs import RunFolder
-from midl.lab.training import cross_entropy, seed_for, train
-from midl.serialization import load_, save
+from midl.lab.training import seed_for, train
+from midl.serialization import save
 
-__all__ = ["LATENCY_BATCHES", "Comparison", "Row", "Settings", "Watcher", "compare"]
+__all__ = ["LATENCY_BATCHES", "METHODS", "Comparison", "Row", "Settings", "Watcher", "compare"]
 
+METHODS = ("dense", "narrow", "scratch", "converted")
 LATENCY_BATCHES = (1, 64)
 
 
 class Watcher(Protocol):
     """Is told what goes on."""
 
-    def begin(self, method: Method, seed: int) -> None:
+    def begin(self, method: str, seed: int) -> None:
         """A run is about to train."""
 
     def step(self, done: int, total: int) -> None:
         """The run under way has done so many training steps."""
 
-    def end(self, method: Method, seed: int, accuracy: float) -> None:
+    def end(self, method: str, seed: int, accuracy: float) -> None:
         """A run is trained and scored, now or in an earlier start."""
 
     def measure(self) -> None:
@@ -58,13 +50,13 @@ class Watcher(Protocol):
 
 
 class _Silent:
-    def begin(self, method: Method, seed: int) -> None:
+    def begin(self, method: str, seed: int) -> None:
         pass
 
     def step(self, done: int, total: int) -> None:
         pass
 
-    def end(self, method: Method, seed: int, accuracy: float) -> None:
+    def end(self, method: str, seed: int, accuracy: float) -> None:
         pass
 
     def measure(self) -> None:
@@ -121,7 +113,7 @@ class Row:
         latency: batch size to seconds: median and quartiles.
     """
 
-    method: Method
+    method: str
     accuracies: tuple[float, ...]
     active_neurons: float
     neurons: int
@@ -149,7 +141,7 @@ class Comparison:
     settings: Settings
     recipes: Recipes
     folder: Path
-    rows: dict[Method, Row]
+    rows: dict[str, Row]
 
 
 def compare(settings: Settings, out: Path, watcher: Watcher | None = None) -> Comparison:
@@ -168,8 +160,9 @@ def compare(settings: Settings, out: Path, watcher: Watcher | None = None) -> Co
         dataset = dataset.hold_out()
     architecture = architecture_for(settings.dataset, dataset.input_shape, dataset.num_classes)
     with _threads(settings.threads or threads_for(settings.dataset)):
-        job = _Job(settings, group_size, dataset, architecture, recipes_for(settings.dataset, settings.epochs))
-        check_fit(architecture, settings.active, group_size)
+        budget = Budget(settings.active, group_size)
+        job = _Job(settings, budget, dataset, architecture, recipes_for(settings.dataset, settings.epochs))
+        job.check_fit()
         with RunFolder(out, f"compare-{settings.dataset}", job.fingerprint()) as folder:
             for seed in settings.seeds:
                 for method in METHODS:
@@ -184,7 +177,7 @@ class _Job:
     """A comparison with everything it needs to run."""
 
     settings: Settings
-    group_size: int
+    budget: Budget
     dataset: data.Dataset
     architecture: Architecture
     recipes: Recipes
@@ -195,23 +188,24 @@ class _Job:
         return {
             "dataset": s.dataset,
             "data": self.dataset.fingerprint,
-            "architecture": repr(self.architecture),
+            "architecture": describe(self.architecture),
             "recipes": dataclasses.asdict(self.recipes),
-            "scratch": mid_config("scratch", s.active, self.group_size).to_dict(),
-            "converted": mid_config("converted", s.active, self.group_size).to_dict(),
+            "scratch": scratch.config(self.budget).to_dict(),
+            "converted": converted.config(self.budget).to_dict(),
             "threads": torch.get_num_threads(),
         }
 
-    def build(self, method: Method, dense: nn.Module | None = None) -> nn.Module:
-        s = self.settings
-        return build(method, self.architecture, active=s.active, group_size=self.group_size, dense=dense)
+    def check_fit(self) -> None:
+        """Raise, before anything is trained, unless MID-L's layers fit the architecture."""
+        for method in ("scratch", "converted"):
+            with torch.random.fork_rng(devices=[]):
+                find(method).build(self.architecture, self.budget, None)
 
-    def load(self, method: Method, seed: int, folder: RunFolder) -> nn.Module:
+    def load(self, method: str, seed: int, folder: RunFolder) -> nn.Module:
         """Return a trained model."""
-        model = self.architecture.build() if method != "narrow" else self.build(method)
-        return load_(model, folder.model(_run_name(method, seed))).eval()
+        return load(find(method), self.architecture, self.budget, folder.model(_run_name(method, seed)))
 
-    def run(self, method: Method, seed: int, folder: RunFolder, watcher: Watcher) -> None:
+    def run(self, method: str, seed: int, folder: RunFolder, watcher: Watcher) -> None:
         """Train and score one method with one seed, unless that is done."""
         name = _run_name(method, seed)
         for result in folder.results():
@@ -221,12 +215,12 @@ class _Job:
         watcher.begin(method, seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_for(seed, -1))
-            if method == "converted":
-                model = self.build(method, dense=self.load("dense", seed, folder))
-                recipe, loss = self.recipes.distill, distillation_loss(self.load("dense", seed, folder))
-            else:
-                model, recipe, loss = self.build(method), self.recipes.train, cross_entropy
-        zero_shot = measure_accuracy(model, self.dataset)[0] if method == "converted" else None
+            way = find(method)
+            teacher = self.load("dense", seed, folder) if way.teacher else None
+            model = way.build(self.architecture, self.budget, teacher)
+            recipe = self.recipes.distill if way.teacher else self.recipes.train
+            loss = distillation_loss(self.load("dense", seed, folder)) if way.teacher else None
+        zero_shot = measure_accuracy(model, self.dataset)[0] if way.teacher else None
         checkpoint = folder.checkpoint(name)
         losses = train(model, self.dataset, recipe, seed=seed, loss=loss, checkpoint=checkpoint, on_step=watcher.step)
         accuracy, activity = measure_accuracy(model, self.dataset)
@@ -240,7 +234,7 @@ class _Job:
         checkpoint.unlink(missing_ok=True)
         watcher.end(method, seed, accuracy)
 
-    def rows(self, folder: RunFolder) -> dict[Method, Row]:
+    def rows(self, folder: RunFolder) -> dict[str, Row]:
         """Measure what does not need training, with the first seed's models, and put all together."""
         measured = self._measure(folder)
         results = {result["run"]: result for result in folder.results()}
@@ -262,7 +256,7 @@ class _Job:
             )
         return rows
 
-    def _measure(self, folder: RunFolder) -> dict[Method, Any]:
+    def _measure(self, folder: RunFolder) -> dict[str, Any]:
         models = {method: self.load(method, self.settings.seeds[0], folder) for method in METHODS}
         names, example = self.architecture.layer_names, self.architecture.example()
         batch = self.recipes.train.batch_size
@@ -286,7 +280,7 @@ class _Job:
         return measured
 
 
-def _run_name(method: Method, seed: int) -> str:
+def _run_name(method: str, seed: int) -> str:
     return f"{method}-seed{seed}"
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from midl.lab.compare import LATENCY_BATCHES, Comparison, Row
 from midl.lab.files import write_json, write_text
-from midl.lab.methods import TITLES
+from midl.lab.methods import find
 from midl.lab.plots import plot_accuracy
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def caption(comparison: Comparison) -> str:
 
 
 def _titles(comparison: Comparison) -> list[str]:
-    return [TITLES[method] for method in comparison.rows]
+    return [find(method).title for method in comparison.rows]
 
 
 def _line(cells: list[str]) -> str:

@@ -2,39 +2,48 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import statistics
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from midl.analysis import LayerActivity, count_flops, record_activity
-from midl.lab.data import Dataset
+from midl.lab.data import Dataset, Split
 from midl.layers import MIDLayer
 
-__all__ = ["layer_flops", "measure_accuracy", "measure_latency", "saved_bytes"]
+__all__ = ["layer_flops", "measure_accuracy", "measure_latency", "measure_step", "peak_bytes", "saved_bytes"]
 
 _BATCH = 500
 
 
 @torch.no_grad()
-def measure_accuracy(model: nn.Module, dataset: Dataset) -> tuple[float, dict[str, float]]:
+def measure_accuracy(model: nn.Module, dataset: Dataset, split: Split | None = None) -> tuple[float, dict[str, float]]:
     """Return the accuracy on the test rows, in percent, and the measured fraction of active neurons per MID-L layer.
+
+    With ``split`` other rows of the data set are scored.
 
     Both come from the same forward passes, in evaluation mode; the model is left in the mode it was in.
     """
     was_training = model.training
     model.eval()
     sparse = any(isinstance(module, MIDLayer) for module in model.modules())
-    correct, rows = 0, len(dataset.test)
+    split = dataset.test if split is None else split
+    correct, rows = 0, len(split)
     recording: AbstractContextManager[Mapping[str, LayerActivity]]
     recording = record_activity(model) if sparse else nullcontext({})
     with recording as activity:
         for start in range(0, rows, _BATCH):
-            inputs, labels = dataset.batch(dataset.test, slice(start, start + _BATCH))
+            inputs, labels = dataset.batch(split, slice(start, start + _BATCH))
             correct += int((model(inputs).argmax(-1) == labels).sum())
     model.train(was_training)
     return 100 * correct / rows, {name: layer.fraction_active for name, layer in activity.items()}
@@ -84,6 +93,72 @@ def saved_bytes(model: nn.Module, x: Tensor) -> int:
     return total
 
 
+def peak_bytes(model: nn.Module, x: Tensor, labels: Tensor) -> int:
+    """Return the most bytes that tensors hold at any moment of a training step, parameters and gradients included.
+
+    What an operator allocates and frees inside itself is not seen.
+
+    >>> peak_bytes(nn.Linear(4, 2), torch.zeros(8, 4), torch.zeros(8, dtype=torch.long)) >= 8 * 4 * 4
+    True
+    """
+    model = copy.deepcopy(model).train()
+    live = _LiveBytes()
+    for tensor in (x, labels, *model.parameters(), *model.buffers()):
+        live.add(tensor)
+    with live:
+        F.cross_entropy(model(x), labels).backward()
+    return live.peak
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Sums the bytes of the storages that operators return for as long as they live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = self._now = 0
+        self._known: dict[int, Any] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self.add(leaf)
+        return out
+
+    def add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+
+        def forget(_: Any) -> None:
+            del self._known[key]
+            self._now -= size
+
+        self._known[key] = weakref.ref(storage, forget)
+        self._now += size
+        self.peak = max(self.peak, self._now)
+
+
+def measure_step(
+    models: Mapping[str, nn.Module], x: Tensor, labels: Tensor, rounds: int = 15
+) -> dict[str, dict[str, float]]:
+    """Return the time of a training step of each model (forward, backward, AdamW), like :func:`measure_latency`."""
+
+    def step_of(model: nn.Module) -> Callable[[], object]:
+        model = copy.deepcopy(model).train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+
+        def step() -> None:
+            optimizer.zero_grad(set_to_none=True)
+            F.cross_entropy(model(x), labels).backward()
+            optimizer.step()
+
+        return step
+
+    return _interleave({name: step_of(model) for name, model in models.items()}, rounds)
+
+
 @torch.no_grad()
 def measure_latency(models: Mapping[str, nn.Module], x: Tensor, rounds: int = 31) -> dict[str, dict[str, float]]:
     """Return the latency of each model on ``x``: median and quartiles over ``rounds``, in seconds.
@@ -91,22 +166,26 @@ def measure_latency(models: Mapping[str, nn.Module], x: Tensor, rounds: int = 31
     The rounds are interleaved: each times every model once, starting with another one each time, so that what else
     the machine does meets all alike. A timing repeats the call until it takes about 2 ms.
     """
+    return _interleave({name: functools.partial(model, x) for name, model in models.items()}, rounds)
+
+
+def _interleave(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, dict[str, float]]:
     repeats = {}
-    for name, model in models.items():
-        model(x)
-        repeats[name] = max(1, round(0.002 / max(_time(model, x, 3), 1e-7)))
-    samples: dict[str, list[float]] = {name: [] for name in models}
-    order = list(models)
+    for name, call in calls.items():
+        call()
+        repeats[name] = max(1, round(0.002 / max(_time(call, 3), 1e-7)))
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    order = list(calls)
     for i in range(rounds):
         for name in order[i % len(order) :] + order[: i % len(order)]:
-            samples[name].append(_time(models[name], x, repeats[name]))
+            samples[name].append(_time(calls[name], repeats[name]))
     return {name: _quartiles(values) for name, values in samples.items()}
 
 
-def _time(model: nn.Module, x: Tensor, repeats: int) -> float:
+def _time(call: Callable[[], object], repeats: int) -> float:
     start = time.perf_counter()
     for _ in range(repeats):
-        model(x)
+        call()
     return (time.perf_counter() - start) / repeats
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from midl.lab.compare import Comparison
 from midl.lab.files import write_bytes
-from midl.lab.methods import TITLES
+from midl.lab.methods import find
 
 __all__ = ["plot_accuracy"]
 
@@ -24,7 +24,7 @@ def plot_accuracy(comparison: Comparison, path: Path) -> None:
         x = flops * (1 + 0.004 * (i - 1.5))
         axes.scatter([x] * len(row.accuracies), row.accuracies, s=14, alpha=0.45, color=f"C{i}")
         axes.errorbar(
-            x, row.accuracy, yerr=row.spread or 0.0, fmt="o", capsize=4, color=f"C{i}", label=TITLES[row.method]
+            x, row.accuracy, yerr=row.spread or 0.0, fmt="o", capsize=4, color=f"C{i}", label=find(row.method).title
         )
     settings = comparison.settings
     rows = "Held-out" if settings.validation else "Test"

@@ -6,7 +6,8 @@ from types import TracebackType
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from midl.lab.methods import METHODS, TITLES, Method
+from midl.lab.compare import METHODS
+from midl.lab.methods import find
 
 __all__ = ["ProgressBars"]
 
@@ -35,17 +36,17 @@ class ProgressBars:
     ) -> None:
         self._progress.stop()
 
-    def begin(self, method: Method, seed: int) -> None:
+    def begin(self, method: str, seed: int) -> None:
         """Show which run is under way."""
-        self._progress.reset(self._steps, total=None, description=f"{TITLES[method]}, seed {seed}")
+        self._progress.reset(self._steps, total=None, description=f"{find(method).title}, seed {seed}")
 
     def step(self, done: int, total: int) -> None:
         """Show the training steps of the run under way."""
         self._progress.update(self._steps, completed=done, total=total)
 
-    def end(self, method: Method, seed: int, accuracy: float) -> None:
+    def end(self, method: str, seed: int, accuracy: float) -> None:
         """Print the result of a run, found finished or just trained."""
-        self._progress.console.print(f"{TITLES[method]}, seed {seed}: {accuracy:.2f} %", highlight=False)
+        self._progress.console.print(f"{find(method).title}, seed {seed}: {accuracy:.2f} %", highlight=False)
         self._progress.advance(self._runs)
 
     def measure(self) -> None:

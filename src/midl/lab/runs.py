@@ -6,7 +6,6 @@ A folder's name ends in a hash of its settings, so other settings go elsewhere a
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 from midl.errors import MIDLError
 from midl.lab.environment import describe_environment
 from midl.lab.files import hash_json, write_json, write_text
+from midl.lab.lock import FolderLock
 
 __all__ = ["RunFolder"]
 
@@ -36,16 +36,16 @@ class RunFolder:
     def __init__(self, parent: Path, title: str, settings: dict[str, Any]) -> None:
         self.settings = settings
         self.path = parent / f"{title}-{hash_json(settings)[:10]}"
-        self._lock: Any = None
+        self._lock = FolderLock(self.path)
 
     def __enter__(self) -> RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
-        self._acquire()
+        self._lock.__enter__()
         config = self.path / "config.json"
         if config.exists():
             stored = json.loads(config.read_text())
             if stored != self.settings:
-                self._release()
+                self._lock.__exit__(None, None, None)
                 raise MIDLError(f"{config} holds {stored}, expected {self.settings}: choose another out folder")
         else:
             write_json(config, self.settings)
@@ -55,7 +55,7 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._release()
+        self._lock.__exit__(kind, error, trace)
 
     def checkpoint(self, run: str) -> Path:
         """Return where a run's training checkpoint lies."""
@@ -79,23 +79,3 @@ class RunFolder:
         file = self.path / "environment.json"
         starts = json.loads(file.read_text()) if file.exists() else []
         write_json(file, [*starts, describe_environment()])
-
-    def _acquire(self) -> None:
-        """Take an advisory lock, which the system releases even when the process is killed."""
-        try:
-            import fcntl
-        except ImportError:  # Windows has no such lock; two processes would only repeat each other's work.
-            return
-        self._lock = (self.path / ".lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._release()
-            raise MIDLError(f"{self.path} is in use by another process, expected one at a time") from error
-        self._lock.write(str(os.getpid()))
-        self._lock.flush()
-
-    def _release(self) -> None:
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +33,7 @@ class Recipe:
         lr: peak learning rate.
         weight_decay: of AdamW, on weight matrices; biases have none.
         warmup: fraction of all steps with rising learning rate.
+        label_smoothing: share of each label that is spread over all classes; distillation does without.
 
     Raises:
         MIDLError: a value outside its range; the message names it.
@@ -41,6 +44,7 @@ class Recipe:
     lr: float = 1e-3
     weight_decay: float = 0.01
     warmup: float = 0.05
+    label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
@@ -50,6 +54,8 @@ class Recipe:
             raise MIDLError(f"Recipe: lr={self.lr!r}, expected a number above 0")
         if not 0 <= self.warmup < 1:
             raise MIDLError(f"Recipe: warmup={self.warmup!r}, expected a fraction in [0, 1)")
+        if not 0 <= self.label_smoothing < 1:
+            raise MIDLError(f"Recipe: label_smoothing={self.label_smoothing!r}, expected a fraction in [0, 1)")
 
     def lr_at(self, step: int, steps: int) -> float:
         """Return the learning rate of step ``step`` of ``steps``.
@@ -64,9 +70,17 @@ class Recipe:
         return self.lr * 0.5 * (1 + math.cos(math.pi * (step - rising) / (steps - rising)))
 
 
-def cross_entropy(inputs: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the mean cross-entropy of the labels."""
-    return F.cross_entropy(logits, labels)
+def cross_entropy(smoothing: float = 0.0) -> Loss:
+    """Return the loss against the labels: the mean cross-entropy.
+
+    >>> round(cross_entropy()(torch.zeros(2, 3), torch.zeros(2, 4), torch.tensor([0, 1])).item(), 4)
+    1.3863
+    """
+
+    def loss(inputs: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits, labels, label_smoothing=smoothing)
+
+    return loss
 
 
 def seed_for(seed: int, epoch: int) -> int:
@@ -80,9 +94,11 @@ def train(
     recipe: Recipe,
     *,
     seed: int,
-    loss: Loss = cross_entropy,
+    loss: Loss | None = None,
     checkpoint: Path | None = None,
+    before_step: Callable[[nn.Module], None] | None = None,
     on_step: Callable[[int, int], None] = lambda step, steps: None,
+    on_epoch: Callable[[list[dict[str, Any]]], None] = lambda log: None,
 ) -> list[float]:
     """Train in place and return the mean loss of every epoch; leaves the model in evaluation mode.
 
@@ -94,9 +110,12 @@ def train(
         dataset: its training rows are used.
         recipe: how long and how fast.
         seed: decides the order of the rows and the exploration noise.
-        loss: what to minimise.
+        loss: what to minimise; default: the cross-entropy with the recipe's label smoothing.
         checkpoint: file that is written after every epoch and resumed from where it exists.
+        before_step: called with the model before every step; what it draws at random follows from the seed too.
         on_step: called after every step with the steps done and their total.
+        on_epoch: called with one entry per finished epoch (epoch, loss, lr, seconds), at the start and after every
+            epoch, when its checkpoint is written.
 
     Raises:
         CheckpointError: ``checkpoint`` is damaged or of another model.
@@ -106,11 +125,14 @@ def train(
     steps_per_epoch = -(-rows // recipe.batch_size)
     steps = recipe.epochs * steps_per_epoch
     optimizer = _optimizer(model, recipe)
-    losses: list[float] = []
+    loss = loss or cross_entropy(recipe.label_smoothing)
+    log: list[dict[str, Any]] = []
     if checkpoint is not None and checkpoint.exists():
-        losses = read_checkpoint(checkpoint, model, optimizer)["losses"]
+        log = read_checkpoint(checkpoint, model, optimizer)["log"]
+    on_epoch(log)
     model.train()
-    for epoch in range(len(losses), recipe.epochs):
+    for epoch in range(len(log), recipe.epochs):
+        started = time.perf_counter()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_for(seed, epoch))
             total = 0.0
@@ -118,6 +140,8 @@ def train(
                 step = epoch * steps_per_epoch + i
                 for group in optimizer.param_groups:
                     group["lr"] = recipe.lr_at(step, steps)
+                if before_step is not None:
+                    before_step(model)
                 inputs, labels = dataset.training_batch(batch)
                 value = loss(inputs, model(inputs), labels)
                 optimizer.zero_grad(set_to_none=True)
@@ -129,11 +153,14 @@ def train(
             raise MIDLError(
                 f"train: the loss of epoch {epoch + 1} is {total}, expected a finite one (lower lr={recipe.lr:g})"
             )
-        losses.append(total / rows)
+        lr = recipe.lr_at((epoch + 1) * steps_per_epoch - 1, steps)
+        seconds = round(time.perf_counter() - started, 3)
+        log.append({"epoch": epoch + 1, "loss": total / rows, "lr": lr, "seconds": seconds})
         if checkpoint is not None:
-            write_checkpoint(checkpoint, model, optimizer, {"losses": losses})
+            write_checkpoint(checkpoint, model, optimizer, {"log": log})
+        on_epoch(log)
     model.eval()
-    return losses
+    return [entry["loss"] for entry in log]
 
 
 def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:

@@ -15,8 +15,8 @@ from midl.lab.adapt_study.batches import ShuffledBatches
 from midl.lab.data import load
 from midl.lab.environment import describe_environment
 from midl.lab.measure import measure_accuracy, measure_latency
-from midl.lab.methods import recipes_for
 from midl.lab.models import architecture_for
+from midl.lab.recipes import recipes_for
 from midl.lab.training import train
 
 __all__ = ["AdaptSettings", "adapt_once"]

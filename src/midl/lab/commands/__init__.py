@@ -6,6 +6,8 @@ from midl.lab.commands.adapt import adapt
 from midl.lab.commands.bench import bench
 from midl.lab.commands.compare import compare
 from midl.lab.commands.info import info
+from midl.lab.commands.reproduce import reproduce
+from midl.lab.commands.runs import runs
 
 __all__ = ["app"]
 
@@ -19,3 +21,5 @@ app.command()(adapt)
 app.command()(bench)
 app.command()(compare)
 app.command()(info)
+app.command()(reproduce)
+app.command()(runs)

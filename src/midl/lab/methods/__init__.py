@@ -1,0 +1,36 @@
+"""The ways to spend a network's FLOPs that the experiments set side by side: one small file each."""
+
+from midl.errors import MIDLError
+from midl.lab.methods import (
+    converted,
+    dense,
+    dropout,
+    elastic,
+    k_winners,
+    low_rank,
+    magnitude,
+    narrow,
+    scratch,
+)
+from midl.lab.methods.method import Budget, Method, count_neurons, load
+
+__all__ = ["METHODS", "Budget", "Method", "count_neurons", "find", "load"]
+
+METHODS: dict[str, Method] = {
+    module.METHOD.name: module.METHOD
+    for module in (dense, dropout, narrow, low_rank, magnitude, k_winners, scratch, converted, elastic)
+}
+
+
+def find(name: str) -> Method:
+    """Return a method by name.
+
+    >>> find("scratch").title
+    'MID-L scratch'
+
+    Raises:
+        MIDLError: unknown name; the message lists the known ones.
+    """
+    if name not in METHODS:
+        raise MIDLError(f"method={name!r} is unknown, expected one of {list(METHODS)}")
+    return METHODS[name]

@@ -1,0 +1,216 @@
+"""Executing one task of the plan, from wherever an earlier start left it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import importlib.util
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from midl.analysis import count_flops
+from midl.errors import MIDLError
+from midl.lab import methods
+from midl.lab.data import Dataset, Split
+from midl.lab.distillation import distillation_loss
+from midl.lab.environment import describe_environment
+from midl.lab.files import write_json, write_text
+from midl.lab.measure import measure_accuracy, peak_bytes, saved_bytes
+from midl.lab.methods import Method, count_neurons, find
+from midl.lab.reproduce.plan import RESULTS_VERSION, Setting, Task, setting_for
+from midl.lab.reproduce.profiles import profile_named
+from midl.lab.reproduce.state import FINISHED
+from midl.lab.training import Recipe, seed_for, train
+from midl.serialization import save
+
+__all__ = ["MODEL", "execute"]
+
+MODEL = "model.safetensors"
+_CHECKPOINT = "checkpoint.safetensors"
+# Of the training rows as many as give the training accuracy to a tenth of a point or so.
+_TRAIN_ROWS = 10_000
+# The whole network's FLOPs of a method that claims to save them: dense / method, at least.
+_FLOPS_RATIO = 1.7
+
+OnStep = Callable[[int, int], None]
+
+
+def execute(task: Task, out: Path, on_step: OnStep = lambda step, steps: None) -> dict[str, Any]:
+    """Run a task in its folder below ``out``, whose lock the caller holds, and return what it wrote last.
+
+    Raises:
+        MIDLError: the training diverged, a file is damaged, or the method misses its FLOPs ratio.
+    """
+    folder = out / task.folder
+    job = _Job(task, out, folder, setting_for(task.spec["dataset"], profile_named(task.spec["profile"]).rows), on_step)
+    finished = job.tune() if task.kind == "tuning" else job.run()
+    write_json(folder / FINISHED[task.kind], finished)
+    for leftover in (*folder.glob("*checkpoint.safetensors"), folder / "failure.json"):
+        leftover.unlink(missing_ok=True)
+    return finished
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """A task with everything it needs to run."""
+
+    task: Task
+    out: Path
+    folder: Path
+    setting: Setting
+    on_step: OnStep
+
+    @property
+    def method(self) -> Method:
+        return find(self.task.spec["method"])
+
+    def run(self) -> dict[str, Any]:
+        """Train with the tuned recipe, score and measure."""
+        spec = self.task.spec
+        tuned = json.loads((self.out / self.task.tuning / FINISHED["tuning"]).read_text())["tuned"]
+        recipe = dataclasses.replace(self.task.recipe, **tuned)
+        dataset = vary(self.setting.dataset, spec["train_fraction"], spec["label_noise"], spec["seed"])
+        model = self._build(spec["seed"])
+        dense_flops = self._check_ratio(model)
+        before = measure_accuracy(model, dataset)[0] if self.method.teacher else None
+        log = self._train(model, dataset, recipe, spec["seed"], _CHECKPOINT)
+        started = time.perf_counter()
+        accuracy, fraction_active = measure_accuracy(model, dataset)
+        shown = Split(dataset.train.x[:_TRAIN_ROWS], dataset.train.y[:_TRAIN_ROWS])
+        active, neurons = count_neurons(model, self.setting.architecture.layer_names, fraction_active)
+        inputs, labels = dataset.batch(dataset.train, slice(0, recipe.batch_size))
+        save(model, self.folder / MODEL)
+        return {
+            "version": RESULTS_VERSION,
+            "spec": {**spec, "tuned": tuned},
+            "environment": _environment(),
+            "accuracy": accuracy,
+            "train_accuracy": measure_accuracy(model, dataset, shown)[0],
+            "accuracy_before_distillation": before,
+            "losses": [entry["loss"] for entry in log],
+            "seconds": round(sum(entry["seconds"] for entry in log), 3),
+            "flops": self.method.flops(model, self.setting.architecture),
+            "dense_flops": dense_flops,
+            "active_neurons": active,
+            "neurons": neurons,
+            "fraction_active": fraction_active,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "weight_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
+            "saved_bytes": saved_bytes(model, inputs) / len(inputs),
+            "peak_bytes": peak_bytes(model, inputs, labels),
+            "measures": _measures(model, dataset),
+            "measure_seconds": round(time.perf_counter() - started, 3),
+        }
+
+    def tune(self) -> dict[str, Any]:
+        """Train once per point of the grid, score on held-out training rows and keep the best model."""
+        grid = profile_named(self.task.spec["profile"]).grid
+        dataset = self.setting.dataset
+        if grid.rows < 1:
+            dataset = dataset.subset(grid.rows, seed=0)
+        dataset = dataset.hold_out()
+        record = self.folder / "points.json"
+        points: list[dict[str, Any]] = json.loads(record.read_text()) if record.exists() else []
+        for factor, decay in grid.points[len(points) :]:
+            recipe = dataclasses.replace(
+                self.task.recipe, lr=self.task.recipe.lr * factor, weight_decay=decay
+            )  # fmt: skip
+            model = self._build(0)
+            log = self._train(model, dataset, recipe, 0, f"{len(points)}.{_CHECKPOINT}")
+            point = {
+                "lr": recipe.lr,
+                "weight_decay": decay,
+                "accuracy": measure_accuracy(model, dataset)[0],
+                "loss": log[-1]["loss"],
+                "seconds": round(sum(entry["seconds"] for entry in log), 3),
+            }
+            # The model of an equally good later point replaces nothing, so a kill between the two writes does no harm.
+            if all(point["accuracy"] > other["accuracy"] for other in points):
+                save(model, self.folder / MODEL)
+            points.append(point)
+            write_json(record, points)
+        best = max(points, key=lambda point: point["accuracy"])
+        return {
+            "version": RESULTS_VERSION,
+            "spec": self.task.spec,
+            "environment": _environment(),
+            "points": points,
+            "tuned": {"lr": best["lr"], "weight_decay": best["weight_decay"]},
+            "seconds": round(sum(point["seconds"] for point in points), 3),
+        }
+
+    def _build(self, seed: int) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_for(seed, -1))
+            return self.method.build(self.setting.architecture, self.setting.budget, self._teacher())
+
+    def _teacher(self) -> nn.Module | None:
+        """Return the trained dense network, a new copy each time."""
+        folder = self.task.teacher
+        if folder is None:
+            return None
+        return methods.load(find("dense"), self.setting.architecture, self.setting.budget, self.out / folder / MODEL)
+
+    def _train(
+        self, model: nn.Module, dataset: Dataset, recipe: Recipe, seed: int, checkpoint: str
+    ) -> list[dict[str, Any]]:  # fmt: skip
+        log: list[dict[str, Any]] = []
+
+        def keep(entries: list[dict[str, Any]]) -> None:
+            log[:] = entries
+            write_text(self.folder / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in entries))
+
+        teacher = self._teacher()
+        train(
+            model, dataset, recipe, seed=seed, loss=None if teacher is None else distillation_loss(teacher),
+            checkpoint=self.folder / checkpoint, before_step=self.method.before_step, on_step=self.on_step,
+            on_epoch=keep,
+        )  # fmt: skip
+        if self.method.settle is not None:
+            self.method.settle(model, self.setting.budget)
+        return log
+
+    def _check_ratio(self, model: nn.Module) -> int:
+        """Return the dense network's FLOPs.
+
+        Raises:
+            MIDLError: the method claims to save FLOPs and does not.
+        """
+        architecture = self.setting.architecture
+        with torch.random.fork_rng(devices=[]):
+            dense = count_flops(architecture.build(), architecture.example())
+        flops = self.method.flops(model, architecture)
+        if self.method.meets_ratio and flops * _FLOPS_RATIO > dense:
+            raise MIDLError(
+                f"reproduce: {self.method.name} needs {flops} FLOPs of the dense network's {dense}, expected at least "
+                f"{_FLOPS_RATIO} times fewer"
+            )
+        return dense
+
+
+def vary(dataset: Dataset, train_fraction: float, label_noise: float, seed: int) -> Dataset:
+    """Return a data set with a part of the training rows, or with random labels in place of a part of theirs."""
+    if train_fraction < 1:
+        dataset = dataset.subset(train_fraction, seed=seed)
+    if label_noise:
+        dataset = dataset.corrupt_labels(label_noise, seed=seed)
+    return dataset
+
+
+@functools.cache
+def _environment() -> dict[str, Any]:
+    return describe_environment()
+
+
+def _measures(model: nn.Module, dataset: Dataset) -> dict[str, Any]:
+    if importlib.util.find_spec("midl.lab.measures") is None:
+        return {}
+    measures: dict[str, Any] = importlib.import_module("midl.lab.measures").measure_all(model, dataset)
+    return measures

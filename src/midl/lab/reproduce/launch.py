@@ -1,0 +1,54 @@
+"""Launchers: where the workers of a sweep run. All share the sweep's folder, whose locks divide the work."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from midl.lab.reproduce.plan import Plan, Request, make_plan
+from midl.lab.reproduce.progress import Lines
+from midl.lab.reproduce.worker import Outcome, work
+
+__all__ = ["LAUNCHERS"]
+
+Say = Callable[[str], None]
+
+
+def _run_worker(request: Request, out: str, since: float, workers: int, threads: int) -> None:
+    """Work the sweep off in a process of its own."""
+    torch.set_num_threads(threads)
+    plan = make_plan(request)
+    work(plan, Path(out), since, Lines(plan, Path(out), workers, _say))
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _local(request: Request, plan: Plan, out: Path, since: float, workers: int, threads: int, say: Say) -> Outcome:
+    """Run the workers as processes of this machine; a single one in this very process."""
+    others = [
+        multiprocessing.get_context("spawn").Process(
+            target=_run_worker, args=(request, str(out), since, workers, threads), daemon=True
+        )
+        for _ in range(workers - 1)
+    ]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    for process in others:
+        process.start()
+    try:
+        outcome = work(plan, out, since, Lines(plan, out, workers, say))
+        for process in others:
+            process.join()
+    finally:
+        for process in others:
+            process.kill()
+        torch.set_num_threads(before)
+    return outcome
+
+
+LAUNCHERS: dict[str, Callable[[Request, Plan, Path, float, int, int, Say], Outcome]] = {"local": _local}

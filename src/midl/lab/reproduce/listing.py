@@ -1,0 +1,61 @@
+"""The runs below a folder: how each stands, as a table and as compact JSON for the repository."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from midl.errors import MIDLError
+from midl.lab.files import write_text
+from midl.lab.reproduce.state import State, read_state
+
+__all__ = ["export", "list_runs"]
+
+# What the committed results leave out, because it is large or says nothing away from its machine.
+_BULKY = ("losses", "measure_seconds")
+
+
+def list_runs(runs: Path) -> list[State]:
+    """Return the state of every run below ``runs``, by data set, method, variant and seed.
+
+    Raises:
+        MIDLError: there is none.
+    """
+    states = [state for file in runs.glob("*/*/run.json") if (state := read_state(file.parent)) is not None]
+    if not states:
+        raise MIDLError(f"runs={str(runs)!r} holds no runs, expected the folder that midl reproduce wrote to")
+    return sorted(states, key=_order)
+
+
+def _order(state: State) -> tuple[Any, ...]:
+    spec = state.spec
+    variant = (-spec.get("train_fraction", 1.0), spec.get("label_noise", 0.0), spec.get("seed", -1))
+    return (spec["dataset"], spec["profile"], spec["method"], state.kind != "tuning", *variant, state.folder.name)
+
+
+def export(runs: Path, out: Path) -> list[Path]:
+    """Write the finished runs as one JSON file per data set and profile and return the files.
+
+    One line per run, in an order that does not depend on when they ran, without what is bulky.
+    """
+    entries: dict[str, list[dict[str, Any]]] = {}
+    for state in list_runs(runs):
+        if state.kind == "run" and state.finished is not None:
+            kept = {key: value for key, value in state.finished.items() if key not in _BULKY}
+            kept["final_loss"] = state.finished["losses"][-1]
+            name = state.spec["dataset"] + ("" if state.spec["profile"] == "paper" else f"-{state.spec['profile']}")
+            entries.setdefault(name, []).append(kept)
+    files = []
+    for name, results in entries.items():
+        latency = runs / results[0]["spec"]["dataset"] / "latency.json"
+        parts = [f'"runs": [\n{_lines(results)}\n]']
+        if latency.exists():
+            parts.append(f'"latency": {json.dumps(json.loads(latency.read_text()), sort_keys=True)}')
+        files.append(out / f"{name}.json")
+        write_text(files[-1], "{\n" + ",\n".join(parts) + "\n}\n")
+    return files
+
+
+def _lines(results: list[dict[str, Any]]) -> str:
+    return ",\n".join(json.dumps(result, sort_keys=True) for result in results)

@@ -1,0 +1,114 @@
+"""The profiles: which runs a sweep consists of and how much each may cost."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from midl.errors import MIDLError
+from midl.lab.methods import METHODS
+
+__all__ = ["PROFILES", "Grid", "Profile", "profile_named"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """How every method chooses its learning rate and weight decay: one training per point, scored on held-out rows.
+
+    Args:
+        lr_factors: of the recipe's learning rate.
+        weight_decays: of AdamW.
+        rows: share of the training rows that is used, before the validation rows are held out.
+        epochs: share of the recipe's epochs.
+    """
+
+    lr_factors: tuple[float, ...]
+    weight_decays: tuple[float, ...]
+    rows: float
+    epochs: float
+
+    @property
+    def points(self) -> list[tuple[float, float]]:
+        """All pairs of a learning rate factor and a weight decay."""
+        return [(factor, decay) for factor in self.lr_factors for decay in self.weight_decays]
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    """A sweep.
+
+    Args:
+        name: on the command line.
+        datasets: in this order.
+        seeds: of every method.
+        grid: of the choice of learning rate and weight decay.
+        rows: (training, test) rows at most; None: all.
+        epochs: (training, distillation); None: the recipe's.
+        methods: data set to its methods, where not all.
+        studied: data sets of the overfitting study.
+        study_methods: methods of the overfitting study.
+        fractions: shares of the training rows in the study, beside all.
+        noises: shares of random labels in the study, beside none.
+        rounds: of the latency measurement.
+    """
+
+    name: str
+    datasets: tuple[str, ...]
+    seeds: tuple[int, ...]
+    grid: Grid
+    rows: tuple[int, int] | None = None
+    epochs: tuple[int, int] | None = None
+    methods: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    studied: tuple[str, ...] = ()
+    study_methods: tuple[str, ...] = ("dense", "dropout", "scratch", "converted")
+    fractions: tuple[float, ...] = (0.01, 0.05, 0.1)
+    noises: tuple[float, ...] = (0.2, 0.4)
+    rounds: int = 31
+
+    def methods_for(self, dataset: str) -> tuple[str, ...]:
+        """Return the methods of a data set, in the order in which they run."""
+        return self.methods.get(dataset, tuple(METHODS))
+
+    def variants(self, dataset: str) -> list[tuple[float, float]]:
+        """Return (training fraction, label noise) of the study's runs on a data set."""
+        if dataset not in self.studied:
+            return []
+        return [(fraction, 0.0) for fraction in self.fractions] + [(1.0, noise) for noise in self.noises]
+
+
+_PAPER_SETS = ("mnist", "adult", "imdb", "cifar10", "cifar100", "svhn")
+
+PROFILES = {
+    "smoke": Profile(
+        name="smoke",
+        datasets=("digits", *_PAPER_SETS),
+        seeds=(0,),
+        grid=Grid(lr_factors=(1.0, 3.0), weight_decays=(0.01,), rows=1.0, epochs=0.5),
+        rows=(256, 200),
+        epochs=(2, 1),
+        studied=("digits",),
+        fractions=(0.1,),
+        noises=(0.4,),
+        rounds=3,
+    ),
+    "paper": Profile(
+        name="paper",
+        datasets=_PAPER_SETS,
+        seeds=(0, 1, 2),
+        grid=Grid(lr_factors=(0.33, 1.0, 3.0), weight_decays=(0.01, 0.1), rows=0.4, epochs=0.5),
+        methods={
+            "cifar100": ("dense", "dropout", "narrow", "low_rank", "scratch", "converted"),
+        },
+        studied=("mnist", "adult"),
+    ),
+}
+
+
+def profile_named(name: str) -> Profile:
+    """Return a profile.
+
+    Raises:
+        MIDLError: unknown name; the message lists the known ones.
+    """
+    if name not in PROFILES:
+        raise MIDLError(f"reproduce: profile={name!r} is unknown, expected one of {list(PROFILES)}")
+    return PROFILES[name]

@@ -1,0 +1,77 @@
+"""A sweep: plan, workers, latency; the same call again goes on where the last one stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from midl.config import check_positive_int
+from midl.errors import MIDLError
+from midl.lab.reproduce.latency import measure_latencies
+from midl.lab.reproduce.launch import LAUNCHERS
+from midl.lab.reproduce.plan import Plan, Request, make_plan
+from midl.lab.reproduce.worker import Outcome, prepare
+
+__all__ = ["Options", "Sweep", "sweep"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How a sweep runs, which its results do not depend on.
+
+    Args:
+        launcher: ``"local"``: workers are processes of this machine. ``"ray"``: of a Ray cluster.
+        workers: side by side.
+        threads: of each worker; None: torch's, divided among the workers.
+        latency: measure latency when all runs are done.
+    """
+
+    launcher: str = "local"
+    workers: int = 1
+    threads: int | None = None
+    latency: bool = True
+
+    def __post_init__(self) -> None:
+        if self.launcher not in LAUNCHERS:
+            raise MIDLError(f"reproduce: launcher={self.launcher!r}, expected one of {list(LAUNCHERS)}")
+        check_positive_int("reproduce", "workers", self.workers)
+        if self.threads is not None:
+            check_positive_int("reproduce", "threads", self.threads)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """What a sweep was and how it stands."""
+
+    plan: Plan
+    outcome: Outcome
+    latencies: tuple[Path, ...]
+
+
+def sweep(request: Request, out: Path, options: Options, say: Callable[[str], None]) -> Sweep:
+    """Run what is not done of a sweep in folders below ``out``.
+
+    Raises:
+        MIDLError: nothing can be run, or ``out`` cannot be written.
+    """
+    since = time.time()
+    plan = make_plan(request)
+    for name, reason in plan.left_out.items():
+        say(f"{name}: left out: {reason}")
+    if not plan.tasks:
+        raise MIDLError("reproduce: nothing to run, expected at least one data set that can be read")
+    prepare(plan, out)
+    threads = options.threads or max(1, torch.get_num_threads() // options.workers)
+    outcome = LAUNCHERS[options.launcher](request, plan, out, since, options.workers, threads, say)
+    latencies = []
+    if options.latency:
+        for dataset in dict.fromkeys(task.spec["dataset"] for task in plan.tasks):
+            say(f"{dataset}: measuring latency")
+            file = measure_latencies(plan, out, dataset)
+            if file is not None:
+                latencies.append(file)
+    return Sweep(plan, outcome, tuple(latencies))

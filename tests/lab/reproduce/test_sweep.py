@@ -1,0 +1,230 @@
+"""Sweeps: killed at any moment, shared by workers or hit by errors, the finished results are those of a quiet run."""
+
+from __future__ import annotations
+
+import errno
+import json
+import multiprocessing
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sweeping import QUICK, REQUEST, assert_same_models, results, run
+
+from midl.errors import MIDLError
+from midl.lab import files
+from midl.lab.lock import FolderLock
+from midl.lab.reproduce import execute
+from midl.lab.reproduce.listing import export, list_runs
+from midl.lab.reproduce.plan import Request
+from midl.lab.reproduce.sweep import Options
+
+SMALL = Request("smoke", ("digits",), ("dense",))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("undisturbed")
+    sweep, _ = run(out)
+    assert not sweep.outcome.failed
+    assert not sweep.outcome.blocked
+    return out
+
+
+def test_results_have_what_the_report_reads(undisturbed: Path) -> None:
+    found = [result for result in results(undisturbed).values() if "accuracy" in result]
+    assert len(found) == 9
+    for result in found:
+        assert set(result) == {
+            "version", "spec", "accuracy", "train_accuracy", "accuracy_before_distillation", "losses", "flops",
+            "dense_flops", "active_neurons", "neurons", "fraction_active", "parameters", "weight_bytes", "saved_bytes",
+            "peak_bytes", "measures",
+        }  # fmt: skip
+        spec = result["spec"]
+        assert set(spec) == {
+            "dataset", "method", "seed", "profile", "train_fraction", "label_noise", "recipe", "architecture", "tuned",
+        }  # fmt: skip
+        assert len(result["losses"]) == spec["recipe"]["epochs"]
+        assert (result["accuracy_before_distillation"] is None) == (spec["method"] != "converted")
+        if spec["method"] != "dense":
+            assert result["flops"] * 1.7 <= result["dense_flops"]
+            assert result["active_neurons"] <= 0.4532 * result["neurons"]  # 29 of 64 groups
+
+
+def test_every_epoch_is_in_the_log_once_and_checkpoints_are_gone(undisturbed: Path) -> None:
+    for folder, result in results(undisturbed).items():
+        if "losses" in result:
+            log = [json.loads(line) for line in (undisturbed / folder / "log.jsonl").read_text().splitlines()]
+            assert [entry["epoch"] for entry in log] == list(range(1, len(result["losses"]) + 1))
+            assert [entry["loss"] for entry in log] == result["losses"]
+    assert not list(undisturbed.glob("*/*/*checkpoint*"))
+
+
+def test_a_second_start_does_nothing(undisturbed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(execute, "train", lambda *args, **kwargs: pytest.fail("trained again"))
+    _, lines = run(undisturbed)
+    assert lines == []
+
+
+def _start(out: str) -> None:
+    run(Path(out))
+
+
+def _kill_and_finish(out: Path, kills: int, longest: float) -> None:
+    """Start the sweep in a process again and again, kill it after a random time, and finish it in peace."""
+    context = multiprocessing.get_context("forkserver")  # its server has imported torch: a start takes no seconds
+    context.set_forkserver_preload(["midl.lab.reproduce.sweep", "sweeping"])
+    delays = random.Random(0)
+    for _ in range(kills):
+        process = context.Process(target=_start, args=(str(out),))
+        process.start()
+        process.join(delays.uniform(0.05, longest))
+        process.kill()
+        process.join()
+    sweep, _ = run(out)
+    assert not sweep.outcome.failed
+
+
+def test_a_sweep_that_is_killed_three_times_ends_as_the_undisturbed_one(undisturbed: Path, tmp_path: Path) -> None:
+    _kill_and_finish(tmp_path, kills=3, longest=4.0)
+    assert results(tmp_path) == results(undisturbed)
+    assert_same_models(tmp_path, undisturbed)
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_killed_twenty_times_ends_as_the_undisturbed_one(undisturbed: Path, tmp_path: Path) -> None:
+    _kill_and_finish(tmp_path, kills=20, longest=2.0)
+    assert results(tmp_path) == results(undisturbed)
+    assert_same_models(tmp_path, undisturbed)
+    assert not list(tmp_path.glob("*/*/*checkpoint*"))
+
+
+def test_two_workers_share_the_work_and_do_nothing_twice(undisturbed: Path, tmp_path: Path) -> None:
+    run(tmp_path, options=Options(workers=2, threads=1, latency=False))
+    assert results(tmp_path) == results(undisturbed)
+    assert_same_models(tmp_path, undisturbed)
+
+
+def test_latency_is_measured_once_for_all_methods(undisturbed: Path) -> None:
+    sweep, _ = run(undisturbed, options=Options(threads=1))
+    (file,) = sweep.latencies
+    latency = json.loads(file.read_text())
+    assert list(latency["methods"]) == ["dense", "scratch", "converted"]
+    for method, entry in latency["methods"].items():
+        assert set(entry["batch"]) == {"1", "32", "256"}
+        for times in (*entry["batch"].values(), entry["step"]):
+            assert 0 < times["low"] <= times["median"] <= times["high"]
+            assert times["ratio_to_dense"] == 1 or method != "dense"
+    before = file.read_bytes()
+    run(undisturbed, options=Options(threads=1))
+    assert file.read_bytes() == before
+
+
+def _folder(out: Path, start: str) -> Path:
+    (folder,) = out.glob(f"digits/{start}-*")
+    return folder
+
+
+def test_a_damaged_checkpoint_fails_one_run_with_the_reason_and_loses_no_other(tmp_path: Path) -> None:
+    request = Request("smoke", ("digits",), ("scratch", "dense"))
+    run(tmp_path, Request("smoke", ("digits",), ("dense",)))
+    finished = results(tmp_path)
+    # The folder is known before anything runs in it.
+    from midl.lab.reproduce.plan import make_plan
+
+    (task,) = [t for t in make_plan(request).tasks if t.folder.name.startswith("scratch-s0-n0.4")]
+    (tmp_path / task.folder).mkdir()
+    checkpoint = tmp_path / task.folder / "checkpoint.safetensors"
+    checkpoint.write_bytes(b"half a file")
+    sweep, lines = run(tmp_path, request)
+    assert sweep.outcome.failed == (task.folder,)
+    assert any("FAILED" in line and "delete it to train this run from the start" in line for line in lines)
+    (state,) = [state for state in list_runs(tmp_path) if state.folder == tmp_path / task.folder]
+    assert state.state == "failed"
+    assert "checkpoint.safetensors is no checkpoint of this run" in state.reason
+    assert finished.items() <= results(tmp_path).items()
+    checkpoint.unlink()
+    sweep, _ = run(tmp_path, request)
+    assert not sweep.outcome.failed
+
+
+def test_what_needs_a_failed_run_is_blocked_and_the_rest_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = execute.train
+
+    def fail_on_noise(model: Any, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        if "random-labels" in dataset.fingerprint:
+            raise MIDLError("train: the loss of epoch 1 is nan, expected a finite one")
+        return train(model, dataset, *args, **kwargs)
+
+    monkeypatch.setattr(execute, "train", fail_on_noise)
+    sweep, _ = run(tmp_path, Request("smoke", ("digits",), ("dense", "converted")))
+    assert [path.name.rpartition("-")[0] for path in sweep.outcome.failed] == ["dense-s0-n0.4"]
+    assert [path.name.rpartition("-")[0] for path in sweep.outcome.blocked] == ["converted-s0-n0.4"]
+    assert len(results(tmp_path)) == 6
+
+
+def test_a_full_disk_stops_the_sweep_with_the_reason_and_loses_no_finished_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = files.os.replace
+    room = 30
+
+    def replace(source: Any, target: Any) -> None:
+        nonlocal room
+        room -= 1
+        if room < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", replace)
+        with pytest.raises(MIDLError, match=r"cannot be written .*No space left.*finished runs are kept: make room"):
+            run(tmp_path)
+    finished = results(tmp_path)
+    assert finished
+    run(tmp_path)
+    assert finished.items() <= results(tmp_path).items()
+    assert len(results(tmp_path)) == 12
+
+
+def test_states_of_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("midl.lab.reproduce.sweep.LAUNCHERS", {"local": lambda *args: None})
+    run(tmp_path, SMALL)
+    assert {state.state for state in list_runs(tmp_path)} == {"waiting"}
+    with FolderLock(_folder(tmp_path, "dense-s0-n0.4")):
+        assert [s.state for s in list_runs(tmp_path)].count("running") == 1
+    (_folder(tmp_path, "dense-s0-n0.4") / "log.jsonl").write_text('{"epoch": 1}\n')
+    assert [(s.state, s.epochs) for s in list_runs(tmp_path)].count(("stopped", 1)) == 1
+
+
+def test_the_export_is_compact_and_does_not_depend_on_the_order_of_the_runs(undisturbed: Path, tmp_path: Path) -> None:
+    (file,) = export(undisturbed, tmp_path)
+    assert file.name == "digits-smoke.json"
+    content = json.loads(file.read_text())
+    methods = [(run["spec"]["method"], run["spec"]["train_fraction"]) for run in content["runs"]]
+    assert methods == [(m, f) for m in ("converted", "dense", "scratch") for f in (1.0, 1.0, 0.1)]
+    assert all("losses" not in run for run in content["runs"])
+    before = file.read_bytes()
+    export(undisturbed, tmp_path)
+    assert file.read_bytes() == before
+
+
+def test_a_folder_without_runs_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(MIDLError, match=r"holds no runs, expected the folder that midl reproduce wrote to"):
+        list_runs(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("launcher", "slurm", r"launcher='slurm', expected one of \['local'"),
+        ("workers", 0, "workers=0, expected a positive int"),
+        ("threads", 0, "threads=0, expected a positive int"),
+    ],
+)
+def test_options_refuse_wrong_values(field: str, value: object, message: str) -> None:
+    with pytest.raises(MIDLError, match=message):
+        Options(**{field: value})  # type: ignore[arg-type]
