@@ -15,7 +15,7 @@ from sweeping import QUICK, REQUEST, assert_same_models, results, run
 from midl.errors import MIDLError
 from midl.lab import files
 from midl.lab.lock import FolderLock
-from midl.lab.reproduce import execute
+from midl.lab.reproduce import execute, worker
 from midl.lab.reproduce.listing import export, list_runs
 from midl.lab.reproduce.plan import Request
 from midl.lab.reproduce.sweep import Options
@@ -39,7 +39,7 @@ def test_results_have_what_the_report_reads(undisturbed: Path) -> None:
         assert set(result) == {
             "version", "spec", "accuracy", "train_accuracy", "accuracy_before_distillation", "losses", "flops",
             "dense_flops", "active_neurons", "neurons", "fraction_active", "parameters", "weight_bytes", "saved_bytes",
-            "peak_bytes", "measures",
+            "peak_bytes", "measures", "measures_version",
         }  # fmt: skip
         spec = result["spec"]
         assert set(spec) == {
@@ -65,6 +65,21 @@ def test_a_second_start_does_nothing(undisturbed: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(execute, "train", lambda *args, **kwargs: pytest.fail("trained again"))
     _, lines = run(undisturbed)
     assert lines == []
+
+
+def test_changed_measures_are_taken_again_without_training(undisturbed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = results(undisturbed)
+    monkeypatch.setattr(execute, "train", lambda *args, **kwargs: pytest.fail("trained again"))
+    for module in (execute, worker):
+        monkeypatch.setattr(module, "MEASURES_VERSION", 0)
+    run(undisturbed)
+    assert {folder: result | {"measures_version": 1} for folder, result in results(undisturbed).items()} == {
+        folder: result | {"measures_version": 1} for folder, result in before.items()
+    }
+    assert {r["measures_version"] for r in results(undisturbed).values() if "accuracy" in r} == {0}
+    monkeypatch.undo()
+    run(undisturbed)
+    assert results(undisturbed) == before
 
 
 def _start(out: str) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
-import importlib.util
 import json
 import time
 from collections.abc import Callable
@@ -23,10 +21,11 @@ from midl.lab.distillation import distillation_loss
 from midl.lab.environment import describe_environment
 from midl.lab.files import write_json, write_text
 from midl.lab.measure import measure_accuracy, peak_bytes, saved_bytes
+from midl.lab.measures import measure_all
 from midl.lab.methods import Method, count_neurons, find
-from midl.lab.reproduce.plan import RESULTS_VERSION, Setting, Task, setting_for
+from midl.lab.reproduce.plan import MEASURES_VERSION, RESULTS_VERSION, Setting, Task, setting_for
 from midl.lab.reproduce.profiles import profile_named
-from midl.lab.reproduce.state import FINISHED
+from midl.lab.reproduce.state import FINISHED, read_finished
 from midl.lab.training import Recipe, seed_for, train
 from midl.serialization import save
 
@@ -50,7 +49,11 @@ def execute(task: Task, out: Path, on_step: OnStep = lambda step, steps: None) -
     """
     folder = out / task.folder
     job = _Job(task, out, folder, setting_for(task.spec["dataset"], profile_named(task.spec["profile"]).rows), on_step)
-    finished = job.tune() if task.kind == "tuning" else job.run()
+    earlier = read_finished(folder, task.kind)
+    if earlier is not None:
+        finished = job.measure_again(earlier)
+    else:
+        finished = job.tune() if task.kind == "tuning" else job.run()
     write_json(folder / FINISHED[task.kind], finished)
     for leftover in (*folder.glob("*checkpoint.safetensors"), folder / "failure.json"):
         leftover.unlink(missing_ok=True)
@@ -105,9 +108,18 @@ class _Job:
             "weight_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
             "saved_bytes": saved_bytes(model, inputs) / len(inputs),
             "peak_bytes": peak_bytes(model, inputs, labels),
-            "measures": _measures(model, dataset),
+            **self._measure(model, dataset),
             "measure_seconds": round(time.perf_counter() - started, 3),
         }
+
+    def measure_again(self, finished: dict[str, Any]) -> dict[str, Any]:
+        """Return the result of a finished run with the measures of today."""
+        model = methods.load(self.method, self.setting.architecture, self.setting.budget, self.folder / MODEL)
+        return finished | self._measure(model, self.setting.dataset)
+
+    def _measure(self, model: nn.Module, dataset: Dataset) -> dict[str, Any]:
+        rows = profile_named(self.task.spec["profile"]).measured_rows
+        return {"measures_version": MEASURES_VERSION, "measures": measure_all(model, dataset, rows=rows)}
 
     def tune(self) -> dict[str, Any]:
         """Train once per point of the grid, score on held-out training rows and keep the best model."""
@@ -209,8 +221,3 @@ def _environment() -> dict[str, Any]:
     return describe_environment()
 
 
-def _measures(model: nn.Module, dataset: Dataset) -> dict[str, Any]:
-    if importlib.util.find_spec("midl.lab.measures") is None:
-        return {}
-    measures: dict[str, Any] = importlib.import_module("midl.lab.measures").measure_all(model, dataset)
-    return measures

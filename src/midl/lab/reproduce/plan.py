@@ -19,11 +19,14 @@ from midl.lab.recipes import group_size_for, recipes_for
 from midl.lab.reproduce.profiles import Profile, profile_named
 from midl.lab.training import Recipe
 
-__all__ = ["RESULTS_VERSION", "Plan", "Request", "Setting", "Task", "make_plan", "setting_for"]
+__all__ = ["MEASURES_VERSION", "RESULTS_VERSION", "Plan", "Request", "Setting", "Task", "make_plan", "setting_for"]
 
 # Part of every folder's name: raise it when code that is not among a run's settings changes what runs give (training,
 # scoring, models). A method's own changes show in its ``settings``, a data set's in its fingerprint.
 RESULTS_VERSION = 1
+
+# In every result: raise it when the measures change; finished runs are then measured again, without training.
+MEASURES_VERSION = 1
 
 # A small share of the rows gets more epochs, so that the networks can fit them, but not more than this many times.
 _MOST_REPEATS = 10

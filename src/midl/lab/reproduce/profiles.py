@@ -49,6 +49,7 @@ class Profile:
         fractions: shares of the training rows in the study, beside all.
         noises: shares of random labels in the study, beside none.
         rounds: of the latency measurement.
+        measured_rows: test rows for each measure; None: each measure's own choice.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Profile:
     fractions: tuple[float, ...] = (0.01, 0.05, 0.1)
     noises: tuple[float, ...] = (0.2, 0.4)
     rounds: int = 31
+    measured_rows: int | None = None
 
     def methods_for(self, dataset: str) -> tuple[str, ...]:
         """Return the methods of a data set, in the order in which they run."""
@@ -89,6 +91,7 @@ PROFILES = {
         fractions=(0.1,),
         noises=(0.4,),
         rounds=3,
+        measured_rows=60,
     ),
     "paper": Profile(
         name="paper",

@@ -13,7 +13,7 @@ from midl.errors import MIDLError
 from midl.lab.files import write_json
 from midl.lab.lock import FolderLock, InUseError
 from midl.lab.reproduce.execute import execute
-from midl.lab.reproduce.plan import Plan, Task
+from midl.lab.reproduce.plan import MEASURES_VERSION, Plan, Task
 from midl.lab.reproduce.state import read_failure, read_finished, record_failure
 
 __all__ = ["Outcome", "Watcher", "prepare", "work"]
@@ -71,7 +71,7 @@ def work(plan: Plan, out: Path, since: float, watcher: Watcher) -> Outcome:
         advanced = False
         for task in list(open_tasks):
             folder = out / task.folder
-            if read_finished(folder, task.kind) is not None:
+            if _is_done(task, out):
                 open_tasks.remove(task)
                 continue
             if _failed_since(folder, since):
@@ -86,7 +86,7 @@ def work(plan: Plan, out: Path, since: float, watcher: Watcher) -> Outcome:
                 continue
             try:
                 with FolderLock(folder):
-                    if read_finished(folder, task.kind) is None and not _failed_since(folder, since):
+                    if not _is_done(task, out) and not _failed_since(folder, since):
                         _attempt(task, out, watcher)
                         advanced = True
             except InUseError:
@@ -110,6 +110,11 @@ def _attempt(task: Task, out: Path, watcher: Watcher) -> None:
         watcher.fail(task, str(error))
     else:
         watcher.end(task, finished)
+
+
+def _is_done(task: Task, out: Path) -> bool:
+    finished = read_finished(out / task.folder, task.kind)
+    return finished is not None and (task.kind == "tuning" or finished["measures_version"] == MEASURES_VERSION)
 
 
 def _failed_since(folder: Path, since: float) -> bool:
