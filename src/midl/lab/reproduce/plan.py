@@ -17,7 +17,7 @@ from midl.lab.methods import Budget, find
 from midl.lab.models import Architecture, architecture_for, describe
 from midl.lab.recipes import group_size_for, recipes_for
 from midl.lab.reproduce.profiles import Profile, profile_named
-from midl.lab.training import Recipe
+from midl.lab.training import Precision, Recipe
 
 __all__ = ["MEASURES_VERSION", "RESULTS_VERSION", "Plan", "Request", "Setting", "Task", "make_plan", "setting_for"]
 
@@ -41,12 +41,14 @@ class Request:
         datasets: their names.
         methods: their names; what they depend on is added.
         seeds: random seeds.
+        precision: of training, as accelerate names it.
     """
 
     profile: str
     datasets: tuple[str, ...] | None = None
     methods: tuple[str, ...] | None = None
     seeds: tuple[int, ...] | None = None
+    precision: Precision = "no"
 
     def __post_init__(self) -> None:
         profile_named(self.profile)
@@ -145,7 +147,7 @@ def make_plan(request: Request) -> Plan:
         except DataError as error:
             left_out[dataset] = str(error)
             continue
-        planner = _Planner(profile, setting, tasks)
+        planner = _Planner(profile, setting, request.precision, tasks)
         methods = [m for m in profile.methods_for(dataset) if request.methods is None or m in request.methods]
         for method in methods:
             planner.tuning(method)
@@ -163,8 +165,10 @@ def make_plan(request: Request) -> Plan:
 class _Planner:
     """Adds the tasks of one data set, what they need first."""
 
-    def __init__(self, profile: Profile, setting: Setting, tasks: dict[Path, Task]) -> None:
-        self._profile, self._setting, self._tasks = profile, setting, tasks
+    def __init__(
+        self, profile: Profile, setting: Setting, precision: Precision, tasks: dict[Path, Task]
+    ) -> None:  # fmt: skip
+        self._profile, self._setting, self._precision, self._tasks = profile, setting, precision, tasks
 
     def tuning(self, method: str) -> Path:
         grid = self._profile.grid
@@ -201,7 +205,7 @@ class _Planner:
         recipe = recipes.distill if teacher else recipes.train
         if self._profile.epochs is not None:
             recipe = dataclasses.replace(recipe, epochs=self._profile.epochs[teacher])
-        return recipe
+        return dataclasses.replace(recipe, precision=self._precision)
 
     def _add(
         self, kind: Literal["tuning", "run"], name: str, needs: tuple[Path, ...], spec: dict[str, Any],
