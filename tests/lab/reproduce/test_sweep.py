@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sweeping import QUICK, REQUEST, assert_same_models, results, run
+from sweeping import assert_same_models, results, run
 
 from midl.errors import MIDLError
 from midl.lab import files

@@ -1,9 +1,9 @@
 """The models of the experiments: one architecture per data set, built dense; methods replace its layers."""
 
-from midl.lab.models.architecture import Architecture
+from midl.lab.models.architecture import Architecture, describe
 from midl.lab.models.choose import architecture_for
 from midl.lab.models.mlp import MLP
 from midl.lab.models.resnet import ResNet
 from midl.lab.models.transformer import Transformer
 
-__all__ = ["MLP", "Architecture", "ResNet", "Transformer", "architecture_for"]
+__all__ = ["MLP", "Architecture", "ResNet", "Transformer", "architecture_for", "describe"]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from midl.analysis import count_flops
 from midl.errors import MIDLError
 
-__all__ = ["Architecture", "widest"]
+__all__ = ["Architecture", "describe", "widest"]
 
 
 class Architecture(Protocol):
@@ -41,6 +42,14 @@ class Architecture(Protocol):
         Raises:
             MIDLError: not even the narrowest version fits.
         """
+
+
+def describe(architecture: Architecture) -> dict[str, Any]:
+    """Return an architecture's name and sizes as JSON values."""
+    sizes = dataclasses.asdict(architecture)  # type: ignore[call-overload]
+    return {"type": type(architecture).__name__} | {
+        name: list(size) if isinstance(size, tuple) else size for name, size in sizes.items()
+    }
 
 
 AnyArchitecture = TypeVar("AnyArchitecture", bound=Architecture)

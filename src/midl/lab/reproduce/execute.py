@@ -52,8 +52,10 @@ def execute(task: Task, out: Path, on_step: OnStep = lambda step, steps: None) -
     earlier = read_finished(folder, task.kind)
     if earlier is not None:
         finished = job.measure_again(earlier)
+    elif task.kind == "tuning":
+        finished = job.tune()
     else:
-        finished = job.tune() if task.kind == "tuning" else job.run()
+        finished = job.run()
     write_json(folder / FINISHED[task.kind], finished)
     for leftover in (*folder.glob("*checkpoint.safetensors"), folder / "failure.json"):
         leftover.unlink(missing_ok=True)
@@ -219,5 +221,3 @@ def vary(dataset: Dataset, train_fraction: float, label_noise: float, seed: int)
 @functools.cache
 def _environment() -> dict[str, Any]:
     return describe_environment()
-
-
