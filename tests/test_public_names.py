@@ -13,6 +13,7 @@ NAMES = [
     "ConversionReport",
     "MIDConfig",
     "MIDConv2d",
+    "MIDFFN",
     "MIDLinear",
     "adapt",
     "convert_",

@@ -142,7 +142,10 @@ def num_active_groups(active: float, num_groups: int) -> int:
     return max(1, round(active * num_groups))
 
 
-def layer_macs(fan_in: int, out_features: int, rank: int, *, num_selected: int, group_size: int, gate: Gate) -> int:
+def layer_macs(
+    fan_in: int, out_features: int, rank: int, *, num_selected: int, group_size: int, gate: Gate,
+    neuron_macs: int | None = None, light_width: int | None = None,
+) -> int:  # fmt: skip
     """Return the multiply-adds of a MID-L layer for one input row: code, light path, gate and selected neurons.
 
     Args:
@@ -152,18 +155,25 @@ def layer_macs(fan_in: int, out_features: int, rank: int, *, num_selected: int, 
         num_selected: selected groups, k.
         group_size: neurons of a group, G.
         gate: only the projection gate multiplies (r per group).
+        neuron_macs: of one neuron; default ``fan_in``.
+        light_width: outputs of the light path; default ``out_features``.
 
     >>> layer_macs(1024, 4096, 107, num_selected=58, group_size=32, gate="projection")
     2462080
     """
     gate_macs = rank * (out_features // group_size) if gate == "projection" else 0
-    return rank * fan_in + rank * out_features + gate_macs + num_selected * group_size * fan_in
+    neuron_macs = fan_in if neuron_macs is None else neuron_macs
+    light_width = out_features if light_width is None else light_width
+    return rank * fan_in + rank * light_width + gate_macs + num_selected * group_size * neuron_macs
 
 
 def auto_rank(
-    fan_in: int, out_features: int, *, active: float, group_size: int, gate: Gate, flops_ratio: float, owner: str
-) -> int:
-    """Return the largest rank whose multiply-adds stay at or below ``fan_in * out_features / flops_ratio``.
+    fan_in: int, out_features: int, *, active: float, group_size: int, gate: Gate, flops_ratio: float, owner: str,
+    neuron_macs: int | None = None, light_width: int | None = None,
+) -> int:  # fmt: skip
+    """Return the largest rank whose multiply-adds stay at or below the dense layer's divided by ``flops_ratio``.
+
+    ``neuron_macs`` and ``light_width`` are as for :func:`layer_macs`.
 
     >>> auto_rank(1024, 4096, active=0.45, group_size=32, gate="projection", flops_ratio=1.7, owner="example")
     107
@@ -172,16 +182,19 @@ def auto_rank(
         MIDLError: not even rank 1 fits; the message says the largest ``active`` and ``flops_ratio`` that do.
     """
     num_groups = out_features // group_size
-    dense = fan_in * out_features
+    dense = (fan_in if neuron_macs is None else neuron_macs) * out_features
     # Exact, as the decimal that was written: in floating point 242 / 2.2 misses 110.
     budget = int(dense / Fraction(str(float(flops_ratio))))
 
     def macs(rank: int, num_selected: int) -> int:
-        return layer_macs(fan_in, out_features, rank, num_selected=num_selected, group_size=group_size, gate=gate)
+        return layer_macs(
+            fan_in, out_features, rank, num_selected=num_selected, group_size=group_size, gate=gate,
+            neuron_macs=neuron_macs, light_width=light_width,
+        )  # fmt: skip
 
     k = num_active_groups(active, num_groups)
     per_rank = macs(1, k) - macs(0, k)
-    rank = min((budget - macs(0, k)) // per_rank, fan_in, out_features)
+    rank = min((budget - macs(0, k)) // per_rank, fan_in, light_width or out_features)
     if rank >= 1:
         return rank
     fitting = [j for j in range(1, num_groups + 1) if macs(1, j) <= budget]

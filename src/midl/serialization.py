@@ -15,10 +15,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from midl.config import MIDConfig
+from midl.conversion.blocks import FFNBlock, absolute, absorb, dense_parts, make_ffn, remember
 from midl.conversion.convert import replace_modules
 from midl.conversion.families import family_of, family_of_layer
 from midl.errors import CheckpointError, MIDLError
-from midl.layers import MIDLayer
+from midl.layers import MIDFFN, MIDLayer
 
 __all__ = ["load_", "save"]
 
@@ -56,6 +57,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
             "dense": family_of_layer(layer).name,
             "bias": layer.bias is not None,
             "config": layer.config.to_dict(),
+            **_block_entry(layer),
         }
         for name, layer in _mid_layers(model).items()
     }
@@ -122,6 +124,13 @@ def _umask() -> int:
 def _mid_layers(model: nn.Module) -> dict[str, MIDLayer]:
     """Return the MID-L layers under every name they have; a shared layer has several."""
     return {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, MIDLayer)}
+
+
+def _block_entry(layer: MIDLayer) -> dict[str, Any]:
+    """Return what a converted FFN block has in the description beside what every layer has."""
+    if not isinstance(layer, MIDFFN) or layer.places is None:
+        return {}
+    return {"places": layer.places, "parts": layer.part_families}
 
 
 def _unique_tensors(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -205,61 +214,94 @@ def _plan(
 ) -> dict[str, tuple[nn.Module, nn.Module]]:
     """Return, by name, each module to be replaced and its replacement; the model is not touched."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    made: dict[int, nn.Module] = {}
-    planned: dict[str, tuple[nn.Module, nn.Module]] = {}
+    stay = {name for name, entry in layers.items() if _same(modules.get(name), entry)}
+    leave = _dense_modules(model, stay)
+    dense = {**modules, **leave}
+    wanted: dict[str, nn.Module] = {}
+    made: dict[int, dict[str, nn.Module]] = {}  # by the module that is replaced: what stands for it, by role
     for name, entry in layers.items():
         module = modules.get(name)
-        if _same(module, entry):
+        if name in stay:
             continue
-        kind = "no module" if module is None else f"a {type(module).__name__}"
-        dense = _as_dense(module) if module is not None else None
-        family = family_of(dense) if dense is not None else None
-        # A Conv1D that was converted may meet its twin, a plain linear layer, where transformers is absent.
-        if family is None or family.name not in (entry["dense"], "linear" if entry["dense"] == "conv1d" else None):
-            raise CheckpointError(
-                f"load_: {os.fspath(path)!r} has a {entry['type']} at {name!r}, the model has {kind} there; expected "
-                f"a {entry['type']} or its dense layer ({entry['dense']})"
-            )
-        assert module is not None  # its family says so
         if module is model:
             raise CheckpointError(
                 f"load_: the model is itself a {type(model).__name__} and cannot be replaced in place; "
                 f"expected a {entry['type']} with {entry['config']}"
             )
         if id(module) not in made:
-            made[id(module)] = _build(dense, entry, name, path).train(module.training)
-        planned[name] = (module, made[id(module)])
-    for name, layer in _mid_layers(model).items():
-        if name not in layers:
-            if layer is model:
+            made[id(module)] = _build(dense, modules, entry, name, path)
+        wanted.update({place: made[id(module)][role] for role, place in _places(name, entry).items()})
+    known = {place for name, entry in layers.items() for place in _places(name, entry).values()}
+    for name, module in leave.items():
+        if name not in known:
+            if not name:
                 raise CheckpointError(f"load_: {os.fspath(path)!r} holds a dense layer, the model is a MID-L layer")
-            made.setdefault(id(layer), family_of_layer(layer).to_dense(layer))
-            planned[name] = (layer, made[id(layer)])
-    return planned
+            wanted[name] = made.setdefault(id(modules[name]), {"up": module})["up"]
+    return {name: (modules[name], module) for name, module in wanted.items()}
 
 
-def _as_dense(module: nn.Module) -> nn.Module:
-    return family_of_layer(module).to_dense(module) if isinstance(module, MIDLayer) else module
+def _dense_modules(model: nn.Module, stay: set[str]) -> dict[str, nn.Module]:
+    """Return by name the dense modules that the MID-L layers of ``model`` would go back to, but for those that stay."""
+    dense: dict[str, nn.Module] = {}
+    for name, layer in _mid_layers(model).items():
+        if name in stay:
+            continue
+        if isinstance(layer, MIDFFN) and layer.places is not None:
+            dense.update(dense_parts(model, name, layer))
+        else:
+            dense[name] = family_of_layer(layer).to_dense(layer)
+    return dense
+
+
+def _places(name: str, entry: Mapping[str, Any]) -> dict[str, str]:
+    """Return the names of the modules that a layer of the file stands for, by role; most stand for one."""
+    return {"up": name, **{role: absolute(name, place) for role, place in entry.get("places", {}).items()}}
 
 
 def _same(module: nn.Module | None, entry: Mapping[str, Any]) -> bool:
     """Return whether ``module`` has the entry's parameters; the rest of the configuration can be set as it is."""
     if not isinstance(module, MIDLayer) or module.dense_family != entry["dense"]:
         return False
+    if isinstance(module, MIDFFN) and (module.places or {}) != entry.get("places", {}):
+        return False
     config: MIDConfig = entry["config"]
     return all(getattr(module.config, f) == getattr(config, f) for f in ("rank", "group_size", "gate"))
 
 
-def _build(dense: Any, entry: Mapping[str, Any], name: str, path: str | os.PathLike[str]) -> MIDLayer:
-    """Return the MID-L layer for ``dense``; its light path and gate come from the file later."""
-    family = family_of(dense)
-    assert family is not None
+def _build(
+    dense: Mapping[str, nn.Module], modules: Mapping[str, nn.Module], entry: Mapping[str, Any], name: str,
+    path: str | os.PathLike[str],
+) -> dict[str, nn.Module]:  # fmt: skip
+    """Return the MID-L layer for dense ones, and what stands beside it; the file has the values."""
+    places = _places(name, entry)
+    families = {"up": entry["dense"], **entry.get("parts", {})}
+    for role, place in places.items():
+        family = family_of(dense[place]) if place in dense else None
+        wanted = families.get(role)
+        # A Conv1D that was converted may meet its twin, a plain linear layer, where transformers is absent.
+        accepted = (wanted, "linear" if wanted == "conv1d" else wanted)
+        if place not in dense or (wanted is not None and (family is None or family.name not in accepted)):
+            kind = "no module" if place not in modules else f"a {type(modules[place]).__name__}"
+            where = "there" if place == name else f"at {place!r}"
+            raise CheckpointError(
+                f"load_: {os.fspath(path)!r} has a {entry['type']} at {name!r}, the model has {kind} {where}; "
+                f"expected a {entry['type']} or its dense layer ({wanted or role})"
+            )
+    parts = {role: dense[place] for role, place in places.items()}
+    training = modules[name].training
     try:
-        layer = family.like(dense, entry["config"])
+        if "places" in entry:
+            ffn = make_ffn(parts, entry["config"])
+            remember(ffn, FFNBlock(**places), parts)
+            replacements = absorb(parts, ffn.train(training))
+            return {role: replacements[id(module)] for role, module in parts.items()}
+        family = family_of(parts["up"])
+        assert family is not None  # checked above
+        layer = family.like(parts["up"], entry["config"])
     except MIDLError as error:
         raise CheckpointError(f"load_: {os.fspath(path)!r} does not fit the model at {name!r}: {error}") from error
     layer.dense_family = entry["dense"]
-    return layer
+    return {"up": layer.train(training)}
 
 
 def _check_fit(

@@ -76,6 +76,18 @@ def converted_network(**choices: Any) -> nn.Sequential:
     return model
 
 
+FFN_CHOICES: list[dict[str, Any]] = [
+    {"activation": "gelu", "group_size": 4},
+    {"activation": "silu", "gated": True, "bias": False, "interpolation": "hard"},
+    {"activation": "gelu_tanh", "gated": True, "group_size": 2},
+    {"activation": "relu", "interpolation": "hard"},
+]
+
+
+def ffns() -> WithSelections:
+    return WithSelections(*(with_small_integers(midl.MIDFFN(12, 32, 8, rank=2, **c)) for c in FFN_CHOICES)).eval()
+
+
 def dynamic_sizes(*axes: int) -> tuple[dict[int, Any]]:
     """Return torch.export's ``dynamic_shapes`` for one input of which ``axes`` vary."""
     return (dict.fromkeys(axes, DYNAMIC),)

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from exporting import conv_layers, converted_network, dynamic_sizes, linear_layers, small_integers
+from exporting import conv_layers, converted_network, dynamic_sizes, ffns, linear_layers, small_integers
 
 import midl
 from midl.export import decompositions
@@ -25,6 +25,7 @@ def exported(model, x, *dynamic):
     ("layers", "shapes", "dynamic"),
     [
         (linear_layers, [(4, 7, 12), (3, 8, 12)], (0, 1)),
+        (ffns, [(4, 7, 12), (3, 8, 12)], (0, 1)),
         (conv_layers, [(4, 3, 7, 9), (2, 3, 7, 9)], (0,)),
         pytest.param(conv_layers, [(4, 3, 7, 9), (3, 3, 8, 11)], (0, 2, 3), marks=pytest.mark.slow),
     ],

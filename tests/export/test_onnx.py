@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from exporting import WithSelections, conv_layers, converted_network, dynamic_sizes, linear_layers, small_integers
+from exporting import WithSelections, conv_layers, converted_network, dynamic_sizes, ffns, linear_layers, small_integers
 
 import midl
 import midl.export
@@ -35,13 +35,14 @@ def assert_equal_runs(run, model, x):
     got_outputs, got_selections = got[: len(outputs)], got[len(outputs) :]
     assert all(torch.equal(a, b) for a, b in zip(got_selections, selections, strict=True))
     assert all(selected.dtype == torch.int32 for selected in got_selections)
-    torch.testing.assert_close(got_outputs, outputs, equal_nan=True)
+    torch.testing.assert_close(got_outputs, outputs, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
 @pytest.mark.parametrize(
     ("layers", "shapes", "dynamic"),
     [
         (linear_layers, [(4, 7, 12), (3, 8, 12)], (0, 1)),
+        (ffns, [(4, 7, 12), (3, 8, 12)], (0, 1)),
         (conv_layers, [(4, 3, 7, 9), (3, 3, 8, 11)], (0, 2, 3)),
     ],
 )

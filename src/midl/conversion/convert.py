@@ -4,18 +4,31 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch.nn.functional as F
 from torch import nn
 
 from midl.analysis.flops import count_flops
-from midl.config import MIDConfig, layer_macs
+from midl.config import MIDConfig
+from midl.conversion.blocks import (
+    FFNBlock,
+    absorb,
+    block_of,
+    dense_parts,
+    find_blocks,
+    make_ffn,
+    parts_of,
+    remember,
+    was_not_tried,
+    why_no_ffn,
+)  # fmt: skip
 from midl.conversion.families import family_of, family_of_layer, why_not
 from midl.conversion.report import ConversionReport, LayerChange
 from midl.errors import MIDLError
-from midl.layers import MIDLayer
+from midl.layers import MIDFFN, MIDLayer
+from midl.layers.ffn import DenseFFN
 
 __all__ = ["convert_", "make_layer", "own_parameters", "replace_modules", "revert_", "shared_parameters"]
 
@@ -28,6 +41,7 @@ def convert_(
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     *,
     overrides: Mapping[str, Override] | None = None,
+    ffn: bool | Sequence[FFNBlock] = False,
     example_inputs: Any = None,
 ) -> ConversionReport:
     """Replace the dense layers of ``model`` by MID-L layers, in place, and report what changed and what did not.
@@ -48,11 +62,17 @@ def convert_(
         overrides: from a qualified name or shell pattern (``"*.mlp.*"``) to a MIDConfig, to fields that replace those
             of ``config``, or to None (stay dense). The first entry that matches a layer counts. For a layer named
             here, a configuration that does not fit is an error rather than a reason to keep it dense.
+        ffn: whether two-layer FFNs become :class:`midl.MIDFFN` blocks, which save in both layers. True: those that
+            ``convert_`` recognises, by structure and by comparing outputs on random input, whatever their classes. Or
+            name yours as :class:`midl.conversion.FFNBlock`. ``filter_fn`` and ``overrides`` know a block by its first
+            layer; ``gate``, ``span`` and ``select`` of the configuration are for the other layers. In training, dropout
+            between the two layers acts on the output instead.
         example_inputs: inputs of one forward call (a tensor, a tuple of arguments or a dict of keywords); if given, the
             report has the FLOPs of the whole model on them.
 
     Raises:
-        MIDLError: nothing was converted, an override matches nothing, or it does not fit its layer.
+        MIDLError: nothing was converted, an override matches nothing or does not fit its layer, or a block that was
+            named is no FFN.
     """
     config = config or MIDConfig()
     if not isinstance(config, MIDConfig):
@@ -61,29 +81,48 @@ def convert_(
     names = _names(model)
     chosen = _match_overrides(names, model, overrides or {})
     shared = shared_parameters(model)
+    blocks, no_blocks = _find_ffns(model, ffn, shared)
     replacements: dict[int, nn.Module] = {}
     changes: list[LayerChange] = []
+    members: dict[int, str] = {}
     for name, module in own_parameters(model):
+        count = _count_own(module)
+        if id(module) in members:
+            done = id(module) in replacements
+            flops = (2 * module.weight.numel(), 0) if done else (0, 0)  # type: ignore[union-attr, operator]
+            detail = f"in the FFN {members[id(module)]}"
+            changes.append(
+                LayerChange(name, type(module).__name__, done, detail, None, count, 0 if done else count, *flops)
+            )
+            continue
+        block = blocks.get(id(module))
         override = chosen.get(id(module), config)
+        parts: dict[str, nn.Module] = {}
         try:
-            reason = why_not(module, shared)
+            reason = None if block is not None else why_not(module, shared)
             if reason is None and override is None:
                 reason = "kept dense by overrides"
             if reason is None and filter_fn is not None and not filter_fn(module, name):
                 reason = "filter_fn returned False"
-            if reason is None:
+            if reason is None and block is not None:
+                parts = parts_of(model, block)
+                layer: Any = make_ffn(parts, _merge(config, override))
+                remember(layer, block, parts)
+            elif reason is None:
                 layer = make_layer(module, _merge(config, override))
+            if reason is None:
                 layer.reset_light_path()
         except MIDLError as error:
             if id(module) in chosen:
                 raise MIDLError(f"convert_: {name}: {error}") from error
             reason = str(error).partition(": ")[2]
+        if block is not None:
+            members.update({id(m): name for role, m in parts_of(model, block).items() if role != "up"})
         if reason is not None:
-            count = _count_own(module)
             changes.append(LayerChange(name, type(module).__name__, False, reason, None, count, count))
             continue
-        replacements[id(module)] = layer
-        changes.append(_describe(name, module, layer))
+        replacements.update(absorb(parts, layer) if block is not None else {id(module): layer})
+        changes.append(_describe(name, module, layer, no_blocks.get(name)))
     if not replacements:
         reasons = "; ".join(f"{c.name}: {c.detail}" for c in changes[:8]) or "it has no parameters"
         raise MIDLError(f"convert_: nothing in the {type(model).__name__} could be converted: {reasons}")
@@ -110,12 +149,16 @@ def revert_(model: nn.Module, *, example_inputs: Any = None) -> ConversionReport
     if isinstance(model, MIDLayer):
         raise MIDLError(
             f"revert_: model is itself a {type(model).__name__} and cannot be replaced in place; "
-            "use its to_linear() or to_conv2d()"
+            "use its to_linear(), to_conv2d() or to_dense()"
         )
     replacements: dict[int, nn.Module] = {}
     changes: list[LayerChange] = []
     for name, module in own_parameters(model):
-        if isinstance(module, MIDLayer):
+        if isinstance(module, MIDFFN) and module.places is not None:
+            dense_modules = dense_parts(model, name, module)
+            replacements.update({id(model.get_submodule(n)): m for n, m in dense_modules.items()})
+            changes += _describe_reverted_block(name, module, dense_modules)
+        elif isinstance(module, MIDLayer):
             dense = family_of_layer(module).to_dense(module).train(module.training)
             replacements[id(module)] = dense
             forth = _describe(name, dense, module)
@@ -223,24 +266,60 @@ def make_layer(module: nn.Module, config: MIDConfig) -> MIDLayer:
     assert family is not None  # why_not has ruled this out
     layer = family.like(module, config)
     layer.dense_family = family.name
+    kept = {id(p) for p in module.parameters(recurse=False)}
     for name, parameter in layer.named_parameters():
-        if name not in ("weight", "bias"):  # a frozen layer stays frozen
+        if id(parameter) not in kept and name not in ("weight", "bias"):  # a frozen layer stays frozen
             parameter.requires_grad_(layer.weight.requires_grad)
     return layer
 
 
-def _describe(name: str, dense: nn.Module, layer: MIDLayer) -> LayerChange:
+def _find_ffns(
+    model: nn.Module, ffn: bool | Sequence[FFNBlock], shared: set[int]
+) -> tuple[dict[int, FFNBlock], dict[str, str]]:
+    """Return the blocks by the id of their first layer, and why layers that looked like blocks are none."""
+    if isinstance(ffn, bool):
+        blocks, reasons = find_blocks(model, shared) if ffn else ([], {})
+    else:
+        blocks, reasons = list(ffn), {}
+        for block in blocks:
+            if not isinstance(block, FFNBlock):
+                raise MIDLError(f"convert_: ffn has a {type(block).__name__}, expected FFNBlock")
+            reason = why_no_ffn(model, block, shared)
+            if reason is not None and not was_not_tried(reason):
+                raise MIDLError(f"convert_: ffn: {block.up} is no FFN: {reason}")
+    return {id(model.get_submodule(block.up)): block for block in blocks}, reasons
+
+
+def _describe(name: str, dense: nn.Module, layer: MIDLayer, no_block: str | None = None) -> LayerChange:
     """Return the row for ``dense`` becoming ``layer``."""
-    n, fan_in = layer.weight.shape[0], layer.weight[0].numel()
-    config = layer.config
-    macs = layer_macs(
-        fan_in, n, layer.rank, num_selected=layer.num_selected, group_size=config.group_size, gate=config.gate
-    )
     share = layer.num_selected / layer.num_groups
     detail = f"active {share:.3g} ({layer.num_selected} of {layer.num_groups} groups), rank {layer.rank}"
+    before = layer.dense_macs
+    if isinstance(layer, MIDFFN):
+        detail = f"FFN: {detail}"
+        before = before if isinstance(dense, DenseFFN) else dense.weight.numel()  # type: ignore[union-attr, operator, assignment]
+    elif no_block is not None:
+        detail = f"{detail}; no FFN: {no_block}"
     return LayerChange(
-        name, type(dense).__name__, True, detail, config, _count_own(dense), _count_own(layer), 2 * n * fan_in, 2 * macs
-    )
+        name, type(dense).__name__, True, detail, layer.config, _count_own(dense), _count_own(layer), 2 * before,
+        2 * layer.macs,
+    )  # fmt: skip
+
+
+def _describe_reverted_block(name: str, ffn: MIDFFN, dense: Mapping[str, nn.Module]) -> list[LayerChange]:
+    """Return a row for each layer that a block goes back to."""
+    rows = []
+    for role, other in block_of(ffn, name).roles.items():
+        if role != "activation":
+            before, flops = (_count_own(ffn), 2 * ffn.macs) if role == "up" else (0, 0)
+            layer: Any = dense[other]
+            rows.append(
+                LayerChange(
+                    other, "MIDFFN", True, f"-> {type(layer).__name__}", ffn.config, before, _count_own(layer), flops,
+                    2 * layer.weight.numel(),
+                )
+            )  # fmt: skip
+    return rows
 
 
 def _apply(

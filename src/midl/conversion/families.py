@@ -8,12 +8,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from midl.config import MIDConfig
-from midl.layers import MIDConv2d, MIDLayer, MIDLinear
+from midl.layers import MIDFFN, MIDConv2d, MIDLayer, MIDLinear
+from midl.layers.ffn import DenseFFN
 
-__all__ = ["Family", "family_of", "family_of_layer", "why_not"]
+__all__ = ["Family", "family_by_name", "family_of", "family_of_layer", "why_not"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,11 +26,16 @@ class Family:
         like: dense layer and configuration to a MID-L layer with the dense layer's own weight and bias, its light
             path and gate uninitialised.
         to_dense: MID-L layer to dense layer, with the very same weights.
+        to_linear: dense layer to the nn.Linear that computes the same, with the same parameters where they have the
+            same layout; None where there is none.
+        from_linear: the way back.
     """
 
     name: str
     like: Callable[[Any, MIDConfig], MIDLayer]
     to_dense: Callable[[Any], nn.Module]
+    to_linear: Callable[[Any], nn.Linear] | None = None
+    from_linear: Callable[[nn.Linear], nn.Module] | None = None
 
 
 def _conv1d_class() -> type[nn.Module] | None:
@@ -49,25 +55,39 @@ def _linear_of(conv1d: Any) -> nn.Linear:
     return linear.train(conv1d.training)
 
 
-def _transposed(weight: nn.Parameter) -> nn.Parameter:
+def _transposed(weight: Tensor) -> nn.Parameter:
     return nn.Parameter(weight.detach().T.contiguous(), requires_grad=weight.requires_grad)
 
 
 def _to_conv1d(layer: MIDLinear) -> nn.Module:
+    layer._check_plain("MIDLinear.to_conv1d")
+    return _conv1d_of(layer.to_linear())
+
+
+def _conv1d_of(linear: nn.Linear) -> nn.Module:
     conv1d = _conv1d_class()
     if conv1d is None:  # Converted in another process and loaded here: its twin without transformers is nn.Linear.
-        return layer.to_linear()
-    layer._check_plain("MIDLinear.to_conv1d")
+        return linear
     with torch.device("meta"):
-        dense: Any = conv1d(layer.out_features, layer.in_features)
-    dense.weight, dense.bias = _transposed(layer.weight), layer.bias
+        dense: Any = conv1d(linear.out_features, linear.in_features)
+    dense.weight, dense.bias = _transposed(linear.weight), linear.bias
     return dense
 
 
-LINEAR = Family("linear", MIDLinear._like, MIDLinear.to_linear)
+def _itself(linear: nn.Linear) -> nn.Linear:
+    return linear
+
+
+def _like_ffn(dense: DenseFFN, config: MIDConfig) -> MIDFFN:
+    # One configuration serves a whole model: what only other layers have choices for does not matter here.
+    return MIDFFN._like(dense, config.replace(gate="projection", span=1, select="position"))
+
+
+LINEAR = Family("linear", MIDLinear._like, MIDLinear.to_linear, _itself, _itself)
 CONV2D = Family("conv2d", MIDConv2d._like, MIDConv2d.to_conv2d)
-CONV1D = Family("conv1d", _like_conv1d, _to_conv1d)
-_BY_NAME = {family.name: family for family in (LINEAR, CONV2D, CONV1D)}
+CONV1D = Family("conv1d", _like_conv1d, _to_conv1d, _linear_of, _conv1d_of)
+FFN = Family("ffn", _like_ffn, MIDFFN.to_dense)
+_BY_NAME = {family.name: family for family in (LINEAR, CONV2D, CONV1D, FFN)}
 
 
 def family_of(module: nn.Module) -> Family | None:
@@ -76,7 +96,14 @@ def family_of(module: nn.Module) -> Family | None:
         return LINEAR
     if type(module) is nn.Conv2d:
         return CONV2D
+    if type(module) is DenseFFN:
+        return FFN
     return CONV1D if _conv1d_class() is not None and type(module) is _conv1d_class() else None
+
+
+def family_by_name(name: str) -> Family:
+    """Return the family of a stable name."""
+    return _BY_NAME[name]
 
 
 def family_of_layer(layer: MIDLayer) -> Family:

@@ -1,7 +1,8 @@
 """The formula of :mod:`midl.ops.reference` in ONNX operators. Imports onnxscript.
 
-torch's exporter calls :func:`linear` and :func:`conv2d` while it builds the graph. Their tensors know their type and
-shape; what the operators here return does not, so both are passed along, or asked of the graph where they may vary.
+torch's exporter calls :func:`linear`, :func:`conv2d` and :func:`ffn` while it builds the graph. Their tensors know
+their type and shape; what the operators here return does not, so both are passed along, or asked of the graph where
+they may vary.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from onnxscript.ir import DataType
 
 from midl.errors import MIDLError
 
-__all__ = ["conv2d", "linear"]
+__all__ = ["conv2d", "ffn", "linear"]
 
 Value = Any
 op: Any = opset18  # its own types are of eager values, not of the symbols that pass here
@@ -66,8 +67,7 @@ def _interpolate(
     group_size: int, span: int, interpolation: str, up: DataType,
 ) -> tuple[Value, Value]:  # fmt: skip
     """Write the mix of code (..., T, r) and full path (..., T, n); ``span=0``: all positions are one block."""
-    if noise is not None:
-        raise MIDLError("onnx_translations: the model draws exploration noise, expected model.eval() before the export")
+    _check_quiet(noise)
     n = light_up.shape[0]
     bias = None if bias is None else op.Cast(bias, to=up)
 
@@ -84,11 +84,7 @@ def _interpolate(
         block_light = block_light if bias is None else op.Add(block_light, bias)
         logits = op.ReduceMean(grouped(block_light), _ints(-1), keepdims=0)
 
-    lowest = op.Cast(op.Constant(value_float=-math.inf), to=up)
-    _, chosen = op.TopK(op.Where(op.IsNaN(logits), lowest, logits), _ints(k), axis=-1)
-    nowhere = op.Expand(_false(), op.Shape(logits))
-    mask = op.ScatterElements(nowhere, chosen, op.Expand(op.Not(_false()), op.Shape(chosen)), axis=-1)
-    ascending, _ = op.TopK(chosen, _ints(k), axis=-1, largest=0)
+    mask, selected = _choose(logits, k, up)
 
     def spread(t: Value) -> Value:
         """(..., blocks, N) -> (..., T, N, 1), or broadcasting to it."""
@@ -103,7 +99,72 @@ def _interpolate(
         difference = op.Sub(full_groups, light_groups)
         mixed = op.Add(light_groups, op.Mul(spread(op.Sigmoid(logits)), difference))
     y = op.Reshape(op.Where(spread(mask), mixed, light_groups), op.Shape(full))
-    return (y if bias is None else op.Add(y, bias)), op.Cast(ascending, to=DataType.INT32)
+    return (y if bias is None else op.Add(y, bias)), selected
+
+
+def ffn(
+    x: Value, weight: Value, bias: Value, value_weight: Value, value_bias: Value, down_weight: Value, down_bias: Value,
+    light_down: Value, light_up: Value, light_hidden: Value, light_bias: Value, gate_weight: Value, gate_bias: Value,
+    noise: Value, k: int, group_size: int, activation: str, interpolation: str, ste: str,
+) -> tuple[Value, Value]:  # fmt: skip
+    """Write ``midl::ffn``: y and the selected groups."""
+    _check_quiet(noise)
+    up = _accumulate_type(x)
+    rows = op.Cast(x, to=up)
+
+    def linear(t: Value, weights: Value, offset: Value) -> Value:
+        y = op.MatMul(t, _transposed(weights, up))
+        return y if offset is None else op.Add(y, op.Cast(offset, to=up))
+
+    hidden = _activate(linear(rows, weight, bias), activation, up)
+    if value_weight is not None:
+        hidden = op.Mul(hidden, linear(rows, value_weight, value_bias))
+    code = linear(rows, light_down, None)
+    logits = linear(code, gate_weight, gate_bias)
+    mask, selected = _choose(logits, k, up)
+    zero = _scalar(0.0, up)
+    share = op.Where(mask, op.Sigmoid(logits), zero) if interpolation == "sigmoid" else op.Cast(mask, to=up)
+    light_share = op.Sub(_scalar(1.0, up), op.ReduceMean(share, _ints(-1)))
+
+    def grouped(t: Value) -> Value:
+        """(..., m) -> (..., N, group_size)."""
+        return op.Reshape(t, op.Concat(op.Shape(t, end=-1), _ints(weight.shape[0] // group_size, group_size), axis=0))
+
+    difference = op.Sub(hidden, op.Cast(light_hidden, to=up))
+    weighted = op.Mul(grouped(difference), op.Unsqueeze(share, _ints(-1)))
+    mixed = op.Reshape(op.Where(op.Unsqueeze(mask, _ints(-1)), weighted, zero), op.Shape(difference))
+    light = op.Mul(light_share, linear(code, light_up, None))
+    y = op.Add(op.Add(linear(mixed, down_weight, down_bias), light), op.Cast(light_bias, to=up))
+    return op.Cast(y, to=x.dtype), selected
+
+
+def _activate(t: Value, activation: str, up: DataType) -> Value:
+    """Write an activation of :mod:`midl.ops.reference_ffn`; ONNX has Gelu from opset 20 on only."""
+    if activation == "relu":
+        return op.Relu(t)
+    if activation == "silu":
+        return op.Mul(t, op.Sigmoid(t))
+    if activation == "gelu":
+        inner = op.Erf(op.Mul(t, _scalar(2**-0.5, up)))
+    else:
+        cube = op.Mul(op.Mul(t, t), op.Mul(t, _scalar(0.044715, up)))
+        inner = op.Tanh(op.Mul(op.Add(t, cube), _scalar((2 / math.pi) ** 0.5, up)))
+    return op.Mul(op.Mul(t, _scalar(0.5, up)), op.Add(inner, _scalar(1.0, up)))
+
+
+def _check_quiet(noise: Value) -> None:
+    if noise is not None:
+        raise MIDLError("onnx_translations: the model draws exploration noise, expected model.eval() before the export")
+
+
+def _choose(logits: Value, k: int, up: DataType) -> tuple[Value, Value]:
+    """Write the selection: the mask (..., N) and the indices, ascending, int32 (..., k)."""
+    lowest = op.Cast(op.Constant(value_float=-math.inf), to=up)
+    _, chosen = op.TopK(op.Where(op.IsNaN(logits), lowest, logits), _ints(k), axis=-1)
+    nowhere = op.Expand(_false(), op.Shape(logits))
+    mask = op.ScatterElements(nowhere, chosen, op.Expand(op.Not(_false()), op.Shape(chosen)), axis=-1)
+    ascending, _ = op.TopK(chosen, _ints(k), axis=-1, largest=0)
+    return mask, op.Cast(ascending, to=DataType.INT32)
 
 
 def _block_mean(t: Value, channels: int, span: int, up: DataType) -> Value:
@@ -136,6 +197,10 @@ def _transposed(matrix: Value, up: DataType) -> Value:
 
 def _ints(*values: int) -> Value:
     return op.Constant(value_ints=list(values))
+
+
+def _scalar(value: float, up: DataType) -> Value:
+    return op.Cast(op.Constant(value_float=value), to=up)
 
 
 def _false() -> Value:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from midl.ops import reference
+from midl.ops import reference, reference_ffn
 
 __all__ = ["decompositions"]
 
@@ -25,4 +25,9 @@ def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
     For core aten, which most backends want, update torch's ``torch.export.default_decompositions()`` with it. Only
     the forward pass is in the table: export models for inference, after ``eval()``.
     """
-    return {torch.ops.midl.linear.default: reference.linear, torch.ops.midl.conv2d.default: reference.conv2d}
+    ops = torch.ops.midl
+    return {
+        ops.linear.default: reference.linear,
+        ops.conv2d.default: reference.conv2d,
+        ops.ffn.default: reference_ffn.ffn,
+    }

@@ -31,4 +31,9 @@ def onnx_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         from midl.export import _onnx_graph
     except ImportError as error:
         raise MIDLError("onnx_translations needs onnxscript: pip install 'midl[export]'") from error
-    return {torch.ops.midl.linear.default: _onnx_graph.linear, torch.ops.midl.conv2d.default: _onnx_graph.conv2d}
+    ops = torch.ops.midl
+    return {
+        ops.linear.default: _onnx_graph.linear,
+        ops.conv2d.default: _onnx_graph.conv2d,
+        ops.ffn.default: _onnx_graph.ffn,
+    }

@@ -1,4 +1,4 @@
-"""MIDLayer: what the linear layer and the convolution share."""
+"""MIDLayer: what the linear layer, the convolution and the FFN share."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from midl.config import MIDConfig, auto_rank, check_active, num_active_groups
+from midl.config import MIDConfig, auto_rank, check_active, layer_macs, num_active_groups
 from midl.errors import DTypeError, KernelError, MIDLError
 from midl.layers.lowrank import truncated_svd
 
@@ -43,7 +43,7 @@ class MIDLayer(nn.Module):
     def _setup(self, weight_shape: tuple[int, ...], bias: bool, config: MIDConfig, device: Any, dtype: Any) -> None:
         """Validate the configuration against the layer's sizes and create the parameters, uninitialised."""
         owner, (n, *fan_in_shape) = type(self).__name__, weight_shape
-        fan_in = math.prod(fan_in_shape)
+        fan_in, light_width = math.prod(fan_in_shape), self._light_width(n)
         if dtype is not None and not dtype.is_floating_point:
             raise DTypeError(f"{owner}: dtype={dtype}, expected a floating-point dtype")
         if n % config.group_size:
@@ -52,10 +52,13 @@ class MIDLayer(nn.Module):
         if rank == "auto":
             rank = auto_rank(
                 fan_in, n, active=config.active, group_size=config.group_size, gate=config.gate,
-                flops_ratio=config.flops_ratio, owner=owner,
+                flops_ratio=config.flops_ratio, owner=owner, neuron_macs=self._neuron_macs(fan_in),
+                light_width=light_width,
             )  # fmt: skip
-        elif rank > min(fan_in, n):
-            raise MIDLError(f"{owner}: rank={rank}, expected at most min(fan_in, {self._width_name})={min(fan_in, n)}")
+        elif rank > min(fan_in, light_width):
+            raise MIDLError(
+                f"{owner}: rank={rank}, expected at most min(fan_in, {self._light_name})={min(fan_in, light_width)}"
+            )
         self.config = config.replace(rank=rank)
         groups = n // config.group_size
 
@@ -65,12 +68,40 @@ class MIDLayer(nn.Module):
         self.weight = parameter(*weight_shape)
         self.register_parameter("bias", parameter(n) if bias else None)
         self.light_down = parameter(rank, *fan_in_shape)
-        self.light_up = parameter(n, rank)
+        self.light_up = parameter(light_width, rank)
         learned_gate = config.gate == "projection"
         self.register_parameter("gate_weight", parameter(groups, rank) if learned_gate else None)
         self.register_parameter("gate_bias", parameter(groups) if learned_gate else None)
 
     _width_name = "out_features"
+
+    @property
+    def _light_name(self) -> str:
+        """Name of the light path's width."""
+        return self._width_name
+
+    def _light_width(self, neurons: int) -> int:
+        """Return the outputs of the light path."""
+        return neurons
+
+    def _neuron_macs(self, fan_in: int) -> int:
+        """Return the multiply-adds of one neuron on the full path."""
+        return fan_in
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds for one input row (one output position of a convolution)."""
+        n, fan_in = self.weight.shape[0], self.weight[0].numel()
+        return layer_macs(
+            fan_in, n, self.rank, num_selected=self.num_selected, group_size=self.config.group_size,
+            gate=self.config.gate, neuron_macs=self._neuron_macs(fan_in), light_width=self._light_width(n),
+        )  # fmt: skip
+
+    @property
+    def dense_macs(self) -> int:
+        """Multiply-adds of the dense layer for one input row."""
+        return self.weight.shape[0] * self._neuron_macs(self.weight[0].numel())
+
     dense_family: str
     """The dense layer that this one goes back to, by its name in :mod:`midl.conversion.families`."""
 
@@ -162,9 +193,11 @@ class MIDLayer(nn.Module):
 
     def _op_tensors(self, x: Tensor) -> tuple[Any, ...]:
         """Return x and the parameters in the op's order, in autocast's dtype where autocast is on."""
-        tensors: Any = (
-            x, self.weight, self.bias, self.light_down, self.light_up, self.gate_weight, self.gate_bias,
-        )  # fmt: skip
+        return self._cast((x, self.weight, self.bias, self.light_down, self.light_up, self.gate_weight, self.gate_bias))
+
+    def _cast(self, tensors: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Return ``tensors``, of which the first is the input, in autocast's dtype where autocast is on."""
+        x = tensors[0]
         if _autocast(x):
             dtype = torch.get_autocast_dtype(x.device.type)
             return tuple(t if t is None else t.to(dtype) for t in tensors)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from midl.ops import native, reference
+from midl.ops import native, reference, reference_ffn
 from midl.ops.dispatch import Implementation, register
 from midl.ops.reference import accumulate_dtype
 
@@ -49,6 +49,23 @@ def _conv2d(
     return y.to(x.dtype), selected
 
 
+def _ffn(
+    x: Tensor, weight: Tensor, bias: Tensor | None, value_weight: Tensor | None, value_bias: Tensor | None,
+    down_weight: Tensor, down_bias: Tensor | None, light_down: Tensor, light_up: Tensor, light_hidden: Tensor,
+    light_bias: Tensor, gate_weight: Tensor, gate_bias: Tensor, noise: Tensor | None, k: int, group_size: int,
+    activation: str, interpolation: str, ste: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    up = accumulate_dtype(x)
+    hidden = reference_ffn.activate(F.linear(x, weight, bias), activation)
+    if value_weight is not None:
+        hidden = hidden * F.linear(x, value_weight, value_bias)
+    y, selected = reference_ffn.select_and_project(
+        F.linear(x.to(up), light_down.to(up)), hidden.to(up), down_weight, down_bias, light_up, light_hidden,
+        light_bias, gate_weight, gate_bias, noise, k, group_size, interpolation,
+    )  # fmt: skip
+    return y.to(x.dtype), selected
+
+
 def _unsupported(op: str, x: Tensor, **_: object) -> str | None:
     if x.device.type == "cpu" and x.dtype == torch.float16:
         return "float16 products on a CPU are computed in float32, as the reference does"
@@ -63,6 +80,8 @@ register(
             "linear_backward": reference.linear_backward,
             "conv2d": _conv2d,
             "conv2d_backward": reference.conv2d_backward,
+            "ffn": _ffn,
+            "ffn_backward": reference_ffn.ffn_backward,
         },
         unsupported=_unsupported,
     )

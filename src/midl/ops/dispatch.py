@@ -16,6 +16,7 @@ from midl.errors import KernelError, MIDLError
 __all__ = [
     "NAMES",
     "Implementation",
+    "add_ops",
     "invoke",
     "is_plain_inference",
     "kernels",
@@ -67,6 +68,11 @@ _choice = "auto"
 def register(implementation: Implementation) -> None:
     """Add an implementation; its name must be one of ``NAMES``."""
     _registry[implementation.name] = implementation
+
+
+def add_ops(name: str, ops: dict[str, Callable[..., Any]]) -> None:
+    """Let the implementation ``name`` compute further ops, which live in modules of their own."""
+    _implementation(name).ops.update(ops)
 
 
 def _implementation(name: str) -> Implementation:

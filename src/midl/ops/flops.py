@@ -1,7 +1,8 @@
 """FLOP formulas of midl's ops for torch's FlopCounterMode: two per multiply-add, as torch counts.
 
 Forward, per input row: r d (code) + r n (light path) + r N per selection block (projection gate) + k G d (selected
-neurons). Backward: the work of the sparse rules, the recomputation of what is not saved included.
+neurons); an FFN's selected units also have their columns of the down-projection. Backward: the work of the sparse
+rules, the recomputation of what is not saved included.
 """
 
 from __future__ import annotations
@@ -96,6 +97,38 @@ def _conv2d_backward(
     )  # fmt: skip
 
 
+def _ffn(
+    x: Shape, weight: Shape, bias: Any, value_weight: Shape | None, value_bias: Any, down_weight: Shape,
+    down_bias: Any, light_down: Shape, light_up: Shape, light_hidden: Any, light_bias: Any, gate_weight: Shape,
+    gate_bias: Any, noise: Any, k: int, group_size: int, *args: Any, **kwargs: Any,
+) -> int:  # fmt: skip
+    neuron = (1 if value_weight is None else 2) * x[-1] + down_weight[0]
+    light = math.prod(light_down) + math.prod(light_up) + math.prod(gate_weight)
+    return 2 * math.prod(x[:-1]) * (light + k * group_size * neuron)
+
+
+def _ffn_backward(
+    grad_y: Shape, selected: Shape, x: Shape, weight: Shape, bias: Any, value_weight: Shape | None, value_bias: Any,
+    down_weight: Shape, down_bias: Any, light_down: Shape, light_up: Shape, light_hidden: Any, light_bias: Any,
+    gate_weight: Shape, gate_bias: Any, group_size: int, activation: str, interpolation: str, ste: str,
+    needs: list[bool], **kwargs: Any,
+) -> int:  # fmt: skip
+    """Recompute code, light map, gate and hidden units, pull the gradient through down, then each that is needed."""
+    d, n, units = x[-1], down_weight[0], selected[-1] * group_size
+    ups = 1 if value_weight is None else 2
+    wanted = weight[0] if ste == "dense" else units
+    code, light, gate = math.prod(light_down), math.prod(light_up), math.prod(gate_weight)
+    need_x, need_weight, _, need_value, _, need_down, _, need_code, need_light, _, _, need_gate, _ = needs
+    return 2 * math.prod(x[:-1]) * (
+        code + light + gate + wanted * (ups * d + n)
+        + (need_x or need_code) * (light + gate)
+        + need_x * (code + ups * units * d)
+        + (need_weight + need_value) * units * d
+        + need_down * units * n
+        + need_code * code + need_light * light + need_gate * gate
+    )  # fmt: skip
+
+
 class _AfterImport(importlib.abc.MetaPathFinder):
     """Calls a function once a module has been imported."""
 
@@ -136,5 +169,7 @@ def register_formulas() -> None:
         (ops.linear_backward, _linear_backward),
         (ops.conv2d, _conv2d),
         (ops.conv2d_backward, _conv2d_backward),
+        (ops.ffn, _ffn),
+        (ops.ffn_backward, _ffn_backward),
     ):
         register(op)(formula)
