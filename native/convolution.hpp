@@ -54,6 +54,48 @@ void copy_line(const X* from, std::int64_t channel_stride, std::int64_t column_s
       to[x * channels + c] = to_float(from[c * channel_stride + x * column_stride]);
 }
 
+// Images channels last, padded with zeros, their lines numbered through all of them; the windows of output pixels in it.
+struct PaddedImages {
+  midl::Images images;
+  std::int64_t lines, line_stride;  // of an image; elements from line to line
+  std::int64_t run, runs_per_line;  // contiguous elements of a window; how many of them per kernel row
+  std::int64_t depth;               // elements of a window
+
+  explicit PaddedImages(const midl::Images& m)
+      : images(m), lines(m.height + 2 * m.padding_y), line_stride((m.width + 2 * m.padding_x) * m.channels) {
+    // Kernel columns lie side by side unless they are dilated.
+    const bool joined = m.dilation_x == 1 || m.kernel_width == 1;
+    runs_per_line = joined ? 1 : m.kernel_width;
+    run = joined ? m.kernel_width * m.channels : m.channels;
+    depth = m.kernel_height * m.kernel_width * m.channels;
+  }
+  std::int64_t runs() const { return images.kernel_height * runs_per_line; }
+  // Where run i of a window begins, in elements behind the window's first.
+  std::int64_t run_start(std::int64_t i) const {
+    return i / runs_per_line * images.dilation_y * line_stride + i % runs_per_line * images.dilation_x * images.channels;
+  }
+  // The first line that an output line looks at, output lines also numbered through.
+  std::int64_t first_line(std::int64_t output_line) const {
+    return output_line / images.out_height * lines + output_line % images.out_height * images.stride_y;
+  }
+  // Where the window of an output pixel begins, in elements behind the line `base`.
+  std::int64_t window(std::int64_t pixel, std::int64_t base) const {
+    return (first_line(pixel / images.out_width) - base) * line_stride +
+           pixel % images.out_width * images.stride_x * images.channels;
+  }
+  template <class X>
+  void fill_line(const X* x, std::int64_t line, float* to) const {
+    const std::int64_t y = line % lines - images.padding_y, margin = images.padding_x * images.channels;
+    const bool inside = y >= 0 && y < images.height;
+    const std::size_t zeros = std::size_t(inside ? margin : line_stride) * sizeof(float);
+    __builtin_memset(to, 0, zeros);
+    if (!inside) return;
+    copy_line(x + line / lines * images.batch_stride + y * images.row_stride, images.channel_stride,
+              images.column_stride, images.width, images.channels, to + margin);
+    __builtin_memset(to + line_stride - margin, 0, zeros);
+  }
+};
+
 // Output pixels as rows of a layer. X is the type of the images, in and out; parameters are float32, always as panels.
 template <class X>
 class Pixels {
@@ -62,21 +104,15 @@ class Pixels {
   using Output = X;
   static constexpr bool kPrepares = true;
 
-  Pixels(const midl::Images& images, const X* x) : images_(images), x_(x) {
-    const auto& m = images;
-    lines_ = m.height + 2 * m.padding_y;
-    in_place_ = sizeof(X) == 4 && m.channel_stride == 1 && m.column_stride == m.channels && !m.padding_x && !m.padding_y;
-    line_stride_ = in_place_ ? m.row_stride : (m.width + 2 * m.padding_x) * m.channels;
-    // Kernel columns lie side by side unless they are dilated.
-    const bool joined = m.dilation_x == 1 || m.kernel_width == 1;
-    runs_per_line_ = joined ? 1 : m.kernel_width;
-    run_ = joined ? m.kernel_width * m.channels : m.channels;
-    patches_ = m.kernel_height * runs_per_line_ > 1 && run_ < kShortSegment;
-    depth_ = m.kernel_height * m.kernel_width * m.channels;
+  Pixels(const midl::Images& images, const X* x) : padded_(images), x_(x) {
+    in_place_ = sizeof(X) == 4 && images.channel_stride == 1 && images.column_stride == images.channels &&
+                !images.padding_x && !images.padding_y;
+    if (in_place_) padded_.line_stride = images.row_stride;
+    patches_ = padded_.runs() > 1 && padded_.run < kShortSegment;
   }
 
   std::int64_t chunk_rows() const {
-    return lesser(kChunkRows, round_up(divide_up(kChunkElements, images_.channels), kTileRows));
+    return lesser(kChunkRows, round_up(divide_up(kChunkElements, padded_.images.channels), kTileRows));
   }
   void make_room(Range chunk) {
     const Range band = lines_of(chunk);
@@ -84,33 +120,32 @@ class Pixels {
     if (chunk.end - chunk.begin > room_rows_) room_rows_ = chunk.end - chunk.begin;
   }
   void carve(Carver& memory) {
-    band_ = memory.take<float>(in_place_ ? 0 : room_lines_ * line_stride_);
+    band_ = memory.take<float>(in_place_ ? 0 : room_lines_ * padded_.line_stride);
     row_ = memory.take<const float*>(room_rows_);
-    patch_ = memory.take<float>(patches_ ? room_rows_ * depth_ : 0);
-    const std::int64_t pieces = divide_up(run_, kDepthBlock);
-    segments_ = patches_ ? divide_up(depth_, kDepthBlock) : images_.kernel_height * runs_per_line_ * pieces;
+    patch_ = memory.take<float>(patches_ ? room_rows_ * padded_.depth : 0);
+    segments_ = patches_ ? divide_up(padded_.depth, kDepthBlock) : padded_.runs() * divide_up(padded_.run, kDepthBlock);
     segment_ = memory.take<Segment>(segments_);
     if (segment_) fill_segments();
   }
 
   void prepare(Range chunk, std::int64_t thread, std::int64_t threads) {
-    const auto& m = images_;
+    const auto& m = padded_.images;
     const Range band = lines_of(chunk);
     if (!in_place_) {
       const Range own = part_of(band.end - band.begin, thread, threads, 1);
-      for (std::int64_t i = own.begin; i < own.end; ++i) fill_line(band.begin + i, band_ + i * line_stride_);
+      for (std::int64_t i = own.begin; i < own.end; ++i)
+        padded_.fill_line(x_, band.begin + i, band_ + i * padded_.line_stride);
       if (patches_) {
 #pragma omp barrier
       }
     }
     const Range rows = part_of(chunk.end - chunk.begin, thread, threads, 1);
     for (std::int64_t r = rows.begin; r < rows.end; ++r) {
-      const std::int64_t row = chunk.begin + r, column = row % m.out_width, line = row / m.out_width;
-      const float* first = in_place_ ? reinterpret_cast<const float*>(x_) + line / m.out_height * m.batch_stride +
-                                           line % m.out_height * m.stride_y * line_stride_
-                                     : band_ + (first_line(line) - band.begin) * line_stride_;
-      first += column * m.stride_x * m.channels;
-      row_[r] = patches_ ? copy_patch(first, patch_ + r * depth_) : first;
+      const std::int64_t row = chunk.begin + r, image = row / (m.out_width * m.out_height);
+      const float* first =
+          in_place_ ? reinterpret_cast<const float*>(x_) + image * m.batch_stride + padded_.window(row, image * padded_.lines)
+                    : band_ + padded_.window(row, band.begin);
+      row_[r] = patches_ ? copy_patch(first, patch_ + r * padded_.depth) : first;
     }
   }
   const float* row(std::int64_t row, std::int64_t chunk_start) const { return row_[row - chunk_start]; }
@@ -119,40 +154,24 @@ class Pixels {
                 std::int64_t ldo) const {
     std::int64_t at = 0;
     for (std::int64_t i = 0; i < segments_; at += segment_[i++].length)
-      panel_slice(rows, m, neurons.panel, depth_, at, neurons.count, segment_[i].start, segment_[i].length, nullptr, out,
-                  ldo, i > 0);
+      panel_slice(rows, m, neurons.panel, padded_.depth, at, neurons.count, segment_[i].start, segment_[i].length,
+                  nullptr, out, ldo, i > 0);
   }
   void dot(const float* const* neurons, int count, const float* row, float* out) const {
     std::int64_t at = 0;
     for (std::int64_t i = 0; i < segments_; at += segment_[i++].length)
-      dot_block(neurons, count, row + (segment_[i].start - at), depth_, 1, at, segment_[i].length, out, 1, i > 0);
+      dot_block(neurons, count, row + (segment_[i].start - at), padded_.depth, 1, at, segment_[i].length, out, 1, i > 0);
   }
 
  private:
-  // Padded lines are numbered through all images; this is the first that an output line looks at.
-  std::int64_t first_line(std::int64_t output_line) const {
-    return output_line / images_.out_height * lines_ + output_line % images_.out_height * images_.stride_y;
-  }
   Range lines_of(Range chunk) const {
-    return {first_line(chunk.begin / images_.out_width),
-            first_line((chunk.end - 1) / images_.out_width) + (images_.kernel_height - 1) * images_.dilation_y + 1};
-  }
-  void fill_line(std::int64_t line, float* to) const {
-    const auto& m = images_;
-    const std::int64_t y = line % lines_ - m.padding_y, margin = m.padding_x * m.channels;
-    const bool inside = y >= 0 && y < m.height;
-    const std::size_t zeros = std::size_t(inside ? margin : line_stride_) * sizeof(float);
-    __builtin_memset(to, 0, zeros);
-    if (!inside) return;
-    copy_line(x_ + line / lines_ * m.batch_stride + y * m.row_stride, m.channel_stride, m.column_stride, m.width,
-              m.channels, to + margin);
-    __builtin_memset(to + line_stride_ - margin, 0, zeros);
+    const auto& m = padded_.images;
+    return {padded_.first_line(chunk.begin / m.out_width),
+            padded_.first_line((chunk.end - 1) / m.out_width) + (m.kernel_height - 1) * m.dilation_y + 1};
   }
   const float* copy_patch(const float* first, float* to) const {
-    float* next = to;
-    for (std::int64_t y = 0; y < images_.kernel_height; ++y)
-      for (std::int64_t i = 0; i < runs_per_line_; ++i, next += run_)
-        copy_floats(first + y * images_.dilation_y * line_stride_ + i * images_.dilation_x * images_.channels, run_, next);
+    for (std::int64_t i = 0; i < padded_.runs(); ++i)
+      copy_floats(first + padded_.run_start(i), padded_.run, to + i * padded_.run);
     return to;
   }
   void fill_segments() {
@@ -162,19 +181,17 @@ class Pixels {
       for (std::int64_t i = 0; i < length; i += step) *next++ = {start + i, lesser(step, length - i)};
     };
     if (patches_) {
-      add(0, depth_);
+      add(0, padded_.depth);
     } else {
-      for (std::int64_t y = 0; y < images_.kernel_height; ++y)
-        for (std::int64_t i = 0; i < runs_per_line_; ++i)
-          add(y * images_.dilation_y * line_stride_ + i * images_.dilation_x * images_.channels, run_);
+      for (std::int64_t i = 0; i < padded_.runs(); ++i) add(padded_.run_start(i), padded_.run);
     }
     segments_ = next - segment_;
   }
 
-  midl::Images images_;
+  PaddedImages padded_;
   const X* x_;
   bool in_place_, patches_;
-  std::int64_t lines_, line_stride_, runs_per_line_, run_, depth_, segments_ = 0, room_lines_ = 0, room_rows_ = 0;
+  std::int64_t segments_ = 0, room_lines_ = 0, room_rows_ = 0;
   float *band_ = nullptr, *patch_ = nullptr;
   const float** row_ = nullptr;
   Segment* segment_ = nullptr;

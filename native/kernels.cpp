@@ -1,6 +1,5 @@
 // The kernels for one instruction set; the build compiles this file once per set, with MIDL_TABLE naming the table.
-#include "backward.hpp"
-#include "convolution.hpp"
+#include "convolution_backward.hpp"
 
 #define MIDL_STRING_OF(x) #x
 #define MIDL_STRING(x) MIDL_STRING_OF(x)
@@ -8,8 +7,8 @@
 namespace midl {
 
 const Kernels MIDL_TABLE = {
-    MIDL_STRING(MIDL_NAME), L, linear_forward, linear_backward, convolution_forward, packed_sizes,
-    wants_weight_panels, pack, topk,
+    MIDL_STRING(MIDL_NAME), L, linear_forward, linear_backward, convolution_forward, convolution_backward,
+    packed_sizes, wants_weight_panels, pack, topk,
 };
 
 }  // namespace midl

@@ -81,6 +81,27 @@ struct LinearBackward {
   int threads;
 };
 
+// The same for a convolution: rows are output pixels, the depth is that of ConvolutionForward. Without a selection every
+// row wants every neuron: gradients through one plain convolution.
+struct ConvolutionBackward {
+  Images images;
+  const float* x;
+  const float* grad_y;         // (rows, neurons)
+  std::int64_t rows, neurons, rank, groups, selected_groups, positions, span;
+  const float* weight;         // (neurons, depth)
+  const std::int32_t* selected;  // (blocks, selected_groups), or null with one group
+  const float* gate;           // (blocks, selected_groups), null with `selected`
+  const float* code;           // (rows, rank), null with `selected`
+  const float* light_up;       // (neurons, rank), null with `selected`
+  bool hard;
+  float* grad_light;           // (rows, neurons), null with `selected`
+  float* grad_x;               // (batch, height, width, channels); null with grad_logits where not needed
+  bool accumulate;             // add to grad_x
+  float* grad_logits;          // (blocks, selected_groups)
+  float* grad_weight;          // (neurons, depth) or null
+  int threads;
+};
+
 struct TopK {
   const float* scores;         // (rows, groups)
   std::int64_t rows, groups, k;
@@ -94,6 +115,7 @@ struct Kernels {
   void (*linear_forward)(const LinearForward&);
   void (*linear_backward)(const LinearBackward&);
   void (*convolution_forward)(const ConvolutionForward&);
+  void (*convolution_backward)(const ConvolutionBackward&);
   PackedSizes (*packed_sizes)(const LinearPack&);
   bool (*wants_weight_panels)(std::int64_t rows, std::int64_t groups, std::int64_t selected, std::int64_t group_size);
   void (*pack)(const LinearPack&);

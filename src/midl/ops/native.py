@@ -17,7 +17,7 @@ from midl.errors import KernelError
 from midl.ops import reference
 from midl.ops.dispatch import Implementation, register
 from midl.ops.native_backward import linear_backward
-from midl.ops.native_conv2d import conv2d
+from midl.ops.native_conv2d import conv2d, conv2d_backward
 from midl.ops.native_packing import Packed, packed_panels, tensor_states
 
 __all__ = [
@@ -211,6 +211,22 @@ def _conv2d(
     )  # fmt: skip
 
 
+def _conv2d_backward(
+    grad_y: Tensor, selected: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, light_down: Tensor,
+    light_up: Tensor, gate_weight: Tensor | None, gate_bias: Tensor | None, stride: list[int], padding: list[int],
+    dilation: list[int], group_size: int, span: int, interpolation: str, ste: str, needs: list[bool],
+) -> reference.Grads:  # fmt: skip
+    if ste == "dense" or group_size < _BACKWARD_GROUP or x.numel() == 0:
+        return reference.conv2d_backward(
+            grad_y, selected, x, weight, bias, light_down, light_up, gate_weight, gate_bias, stride, padding, dilation,
+            group_size, span, interpolation, ste, needs,
+        )  # fmt: skip
+    return conv2d_backward(
+        _native, grad_y, selected, x, weight, bias, light_down, light_up, gate_weight, gate_bias, stride, padding,
+        dilation, group_size, span, interpolation, needs,
+    )  # fmt: skip
+
+
 def _dense(t: Tensor | None) -> Tensor | None:
     return t if t is None else t.contiguous()
 
@@ -241,7 +257,12 @@ def _unsupported(op: str, x: Tensor, *, weight: Tensor, **_: Any) -> str | None:
 register(
     Implementation(
         "native",
-        {"linear": linear, "linear_backward": _linear_backward, "conv2d": _conv2d},
+        {
+            "linear": linear,
+            "linear_backward": _linear_backward,
+            "conv2d": _conv2d,
+            "conv2d_backward": _conv2d_backward,
+        },
         unavailable=_unavailable,
         unsupported=_unsupported,
     )

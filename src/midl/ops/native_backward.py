@@ -1,4 +1,4 @@
-"""Backward of the native linear op: the sparse part in the kernel, products with the rank by torch.
+"""Backward of the native ops: the sparse part in the kernel, products with the rank by torch.
 
 Nothing of the forward pass is kept but its inputs and the selection: code and logits are recomputed, the full path is
 not needed (native/backward.hpp says why), and nothing of the size (rows, n) is made but the gradient of the light path.
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from midl.ops.reference import Grads
 
-__all__ = ["linear_backward"]
+__all__ = ["Blocks", "gate_projection", "linear_backward", "through_gate"]
 
 
 def linear_backward(
@@ -30,14 +30,9 @@ def linear_backward(
     down, up = light_down.float().contiguous(), light_up.float().contiguous()
     code = flat @ down.T
 
-    blocks = _Blocks(x, span)
+    blocks = Blocks(flat.shape[0], positions, span)
     block_code = blocks.mean(code)
-    if gate_weight is not None and gate_bias is not None:
-        gate_rows, gate_offset = gate_weight.float(), gate_bias.float()
-    else:
-        # The light gate is a projection by the group means of light_up and bias.
-        gate_rows = up.view(groups, group_size, rank).mean(1)
-        gate_offset = up.new_zeros(groups) if bias is None else bias.float().view(groups, group_size).mean(1)
+    gate_rows, gate_offset = gate_projection(up, bias, gate_weight, gate_bias, group_size)
     chosen = selected.reshape(-1, k)
     index = chosen.long()
     gate = torch.addmm(gate_offset, block_code, gate_rows.T).gather(1, index).sigmoid_()
@@ -58,20 +53,12 @@ def linear_backward(
     out: list[Tensor | None] = [None, grad_weight, None, None, None, None, None]
     grad_bias = grad.sum(0) if need_bias else None
     if grad_x is not None:
-        grad_logits = torch.zeros_like(gate_offset).repeat(gate.shape[0], 1).scatter_(1, index, grad_chosen)
-        grad_gate_rows = grad_logits.T @ block_code
-        grad_code = blocks.spread(grad_logits @ gate_rows).addmm_(grad_light, up)
-        grad_up = grad_light.T @ code if need_up else None
-        if gate_weight is None:
-            if grad_up is not None:
-                grad_up.view(groups, group_size, rank).add_(grad_gate_rows.unsqueeze(1), alpha=1 / group_size)
-            if grad_bias is not None:
-                grad_bias.view(groups, group_size).add_(grad_logits.sum(0).unsqueeze(1), alpha=1 / group_size)
+        grad_code, out[4], out[5], out[6] = through_gate(
+            grad_light, grad_chosen, index, code, block_code, blocks, up, gate_rows, grad_bias,
+            projection=gate_weight is not None, need_up=need_up,
+        )  # fmt: skip
         out[3] = grad_code.T @ flat if need_down else None
         out[0] = grad_x.addmm_(grad_code, down).view(x.shape) if need_x else None
-        out[4] = grad_up
-        if gate_weight is not None:
-            out[5], out[6] = grad_gate_rows, grad_logits.sum(0)
     out[2] = grad_bias
     return tuple(  # type: ignore[return-value]
         x.new_empty(0) if g is None or not need else g.to(x.dtype) for g, need in zip(out, needs, strict=True)
@@ -82,16 +69,49 @@ def _float_rows(t: Tensor, width: int) -> Tensor:
     return t.float().contiguous().view(-1, width)
 
 
-class _Blocks:
+def gate_projection(
+    up: Tensor, bias: Tensor | None, gate_weight: Tensor | None, gate_bias: Tensor | None, group_size: int
+) -> tuple[Tensor, Tensor]:
+    """Return the gate's rows (N, r) and offsets (N); the light gate is a projection by the group means of light_up."""
+    if gate_weight is not None and gate_bias is not None:
+        return gate_weight.float(), gate_bias.float()
+    rows = up.view(-1, group_size, up.shape[1]).mean(1)
+    return rows, up.new_zeros(len(rows)) if bias is None else bias.float().view(-1, group_size).mean(1)
+
+
+def through_gate(
+    grad_light: Tensor, grad_chosen: Tensor, index: Tensor, code: Tensor, block_code: Tensor, blocks: Blocks,
+    up: Tensor, gate_rows: Tensor, grad_bias: Tensor | None, *, projection: bool, need_up: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Return the gradients of code, light_up, gate_weight and gate_bias; the light gate's share goes into grad_bias.
+
+    ``grad_light`` (rows, n) lacks the gate's share; ``grad_chosen`` (blocks, k) is that of the logits at ``index``.
+    """
+    groups = len(gate_rows)
+    grad_logits = grad_chosen.new_zeros(len(index), groups).scatter_(1, index, grad_chosen)
+    grad_gate_rows = grad_logits.T @ block_code
+    grad_code = blocks.spread(grad_logits @ gate_rows).addmm_(grad_light, up)
+    grad_up = grad_light.T @ code if need_up else None
+    if projection:
+        return grad_code, grad_up, grad_gate_rows, grad_logits.sum(0)
+    if grad_up is not None:
+        shares = grad_up.view(groups, -1, up.shape[1])
+        shares.add_(grad_gate_rows.unsqueeze(1), alpha=1 / shares.shape[1])
+    if grad_bias is not None:
+        biases = grad_bias.view(groups, -1)
+        biases.add_(grad_logits.sum(0).unsqueeze(1), alpha=1 / biases.shape[1])
+    return grad_code, grad_up, None, None
+
+
+class Blocks:
     """Rows that share a selection: means over a block's rows, and shares of a block's gradient for its rows."""
 
-    def __init__(self, x: Tensor, span: int) -> None:
-        self.span, self.positions = span, x.shape[-2]
+    def __init__(self, rows: int, positions: int, span: int) -> None:
+        self.span = span
         if span == 1:
             return
-        rows = torch.arange(x.shape[:-1].numel())
-        per_sequence = -(-self.positions // span)
-        self.block = rows // self.positions * per_sequence + rows % self.positions // span
+        row = torch.arange(rows)
+        self.block = row // positions * -(-positions // span) + row % positions // span
         self.sizes = torch.bincount(self.block).unsqueeze(1)
 
     def mean(self, code: Tensor) -> Tensor:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from midl.ops.native_backward import Blocks, gate_projection, through_gate
 from midl.ops.native_packing import pack, packed_panels
+from midl.ops.reference import Grads
 
-__all__ = ["conv2d"]
+__all__ = ["conv2d", "conv2d_backward"]
 
 
 def conv2d(
@@ -49,6 +52,66 @@ def conv2d(
     return y.permute(0, 3, 1, 2), selected
 
 
+def conv2d_backward(
+    kernels: Any, grad_y: Tensor, selected: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, light_down: Tensor,
+    light_up: Tensor, gate_weight: Tensor | None, gate_bias: Tensor | None, stride: list[int], padding: list[int],
+    dilation: list[int], group_size: int, span: int, interpolation: str, needs: list[bool],
+) -> Grads:  # fmt: skip
+    """Return the gradients for ``ste="selected"``, empty where not needed; half precision is computed in float32.
+
+    As in :mod:`midl.ops.native_backward` code and logits are recomputed, the full path is not.
+    """
+    image = x.float()
+    geometry, height, width = _geometry(image, weight, stride, padding, dilation)
+    batch, channels, *size = x.shape
+    (n, rank), k = light_up.shape, selected.shape[-1]
+    groups, rows, positions = n // group_size, batch * height * width, width if span else height * width
+    need_x, need_weight, need_bias, need_down, need_up, need_gate, need_gate_bias = needs
+    grad = grad_y.permute(0, 2, 3, 1).reshape(rows, n).float().contiguous()
+    filters, down, up = _matrix(weight), _matrix(light_down), light_up.float().contiguous()
+    code_image = F.conv2d(image, light_down.float(), None, stride, padding, dilation)
+    code = code_image.permute(0, 2, 3, 1).reshape(rows, rank).contiguous()
+
+    blocks = Blocks(rows, positions, span or positions)
+    block_code = blocks.mean(code)
+    gate_rows, gate_offset = gate_projection(up, bias, gate_weight, gate_bias, group_size)
+    chosen = selected.reshape(-1, k)
+    index = chosen.long()
+    gate = torch.addmm(gate_offset, block_code, gate_rows.T).gather(1, index).sigmoid_()
+
+    need_code = need_x or need_down or need_gate or need_gate_bias or need_up or (need_bias and gate_weight is None)
+    grad_light = torch.empty_like(grad)
+    grad_x = image.new_empty((batch, *size, channels)) if need_code else None
+    grad_chosen = torch.empty_like(gate)
+    grad_weight = torch.empty_like(filters) if need_weight else None
+    threads = torch.get_num_threads()
+    kernels.convolution_backward(
+        image.data_ptr(), geometry, grad.data_ptr(), rows, n, rank, groups, k, positions, span or positions,
+        filters.data_ptr(), chosen.data_ptr(), gate.data_ptr(), code.data_ptr(), up.data_ptr(), interpolation == "hard",
+        grad_light.data_ptr(), _address(grad_x), False, 0 if grad_x is None else grad_chosen.data_ptr(),
+        _address(grad_weight), threads,
+    )  # fmt: skip
+
+    out: list[Tensor | None] = [None, _filters(grad_weight, weight), None, None, None, None, None]
+    out[2] = grad.sum(0) if need_bias else None
+    if grad_x is not None:
+        grad_code, out[4], out[5], out[6] = through_gate(
+            grad_light, grad_chosen, index, code, block_code, blocks, up, gate_rows, out[2],
+            projection=gate_weight is not None, need_up=need_up,
+        )  # fmt: skip
+        grad_down = torch.empty_like(down) if need_down else None
+        if need_x or need_down:
+            kernels.convolution_backward(
+                image.data_ptr(), geometry, grad_code.data_ptr(), rows, rank, rank, 1, 1, 1, 1, down.data_ptr(), 0, 0,
+                0, 0, True, 0, grad_x.data_ptr() if need_x else 0, True, 0, _address(grad_down), threads,
+            )  # fmt: skip
+        out[0] = grad_x.permute(0, 3, 1, 2) if need_x else None
+        out[3] = _filters(grad_down, light_down)
+    return tuple(  # type: ignore[return-value]
+        x.new_empty(0) if g is None or not need else g.to(x.dtype) for g, need in zip(out, needs, strict=True)
+    )
+
+
 def _geometry(
     x: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]
 ) -> tuple[list[int], int, int]:
@@ -69,6 +132,12 @@ def _without_gaps(filters: Tensor) -> Tensor:
 def _matrix(t: Tensor) -> Tensor:
     """Return filters (n, C, kh, kw) as float32 rows in the order kernel row, kernel column, channel; matrices as is."""
     return (t.permute(0, 2, 3, 1).flatten(1) if t.dim() == 4 else t).float().contiguous()
+
+
+def _filters(rows: Tensor | None, like: Tensor) -> Tensor | None:
+    """Inverse of :func:`_matrix` for filters shaped as ``like``."""
+    n, channels, *kernel = like.shape
+    return None if rows is None else rows.view(n, *kernel, channels).permute(0, 3, 1, 2)
 
 
 def _floats(t: Tensor | None) -> Tensor | None:

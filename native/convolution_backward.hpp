@@ -1,0 +1,312 @@
+// Backward pass of the convolution: work in proportion to the selected share, the same bits on every run and for any number
+// of threads.
+//
+// Images are taken in units of a few. What a unit's pixels contribute to its own gradients is the work of one thread, so the
+// overlapping windows of grad_x meet no other thread; the gradient of the weights is summed over the units in their order.
+// As in backward.hpp the full path is not computed a second time: the gate's gradient comes from the products of grad_x.
+#pragma once
+
+#include "backward.hpp"
+#include "convolution.hpp"
+
+namespace {
+
+// Output pixels that a unit should have: enough to repay reading all weights.
+constexpr std::int64_t kUnitRows = 256;
+// Columns of the windows whose slices of inputs and weights stay in cache.
+constexpr std::int64_t kWindowColumns = 128;
+constexpr int kUnitTile = panel_rows(2);
+// Pixels whose light path is computed at a time.
+constexpr std::int64_t kLightRows = 64;
+
+// A unit's images and, for each group, the pixels that selected it, ascending: its members.
+struct Unit {
+  float* x;             // padded images
+  std::int64_t* first;  // (groups + 2): the first member of each group, then the end
+  std::int32_t* pixel;  // of a member, counted within the unit
+  std::int32_t* slot;   // of a member, in `selected`
+  float* scaled;        // (members, group_size): gradient of the full path
+  float* light_sum;     // (members): sum over the group of grad_y * l
+  float* full_sum;      // (members): sum over the group of the full path's gradient * f
+};
+
+// A stretch of a window: columns [at, at + width), `start` elements behind the window's first.
+struct Columns {
+  std::int64_t at, start, width;
+};
+
+struct ConvolutionBackwardPlan {
+  const midl::ConvolutionBackward& call;
+  PaddedImages padded;
+  Blocks blocks;
+  std::int64_t group_size, image_rows, images, unit_images, units, unit_rows, unit_floats, round_units, pieces;
+  int threads;
+  std::int64_t* window;  // of a unit's pixels: where they begin
+  Unit* unit;            // of the units at work
+
+  explicit ConvolutionBackwardPlan(const midl::ConvolutionBackward& c)
+      : call(c), padded(c.images), blocks(c.rows, c.positions, c.span), group_size(c.neurons / c.groups) {
+    image_rows = c.images.out_height * c.images.out_width;
+    images = c.rows / image_rows;
+    unit_images = lesser(images, divide_up(kUnitRows, image_rows));
+    units = divide_up(images, unit_images);
+    unit_rows = unit_images * image_rows;
+    // Stretches of columns are handled in whole vectors, which may reach beyond the last window.
+    unit_floats = unit_images * padded.lines * padded.line_stride + 2 * L;
+    pieces = divide_up(padded.run, kWindowColumns);
+    const double work = double(c.rows) * double(c.selected_groups) * double(group_size) * double(padded.depth);
+    threads = work < kThreadWorth ? 1 : c.threads;
+    round_units = lesser(units, 2 * threads);
+  }
+  void carve(Carver& memory) {
+    const std::int64_t members = unit_rows * call.selected_groups;
+    window = memory.take<std::int64_t>(unit_rows);
+    unit = memory.take<Unit>(round_units);
+    for (std::int64_t i = 0; i < round_units; ++i) {
+      const Unit u{memory.take<float>(unit_floats), memory.take<std::int64_t>(call.groups + 2),
+                   memory.take<std::int32_t>(members), memory.take<std::int32_t>(members),
+                   memory.take<float>(members * group_size), memory.take<float>(members), memory.take<float>(members)};
+      if (unit) unit[i] = u;
+    }
+  }
+  std::int64_t first_image(std::int64_t u) const { return u * unit_images; }
+  std::int64_t images_of(std::int64_t u) const { return lesser(unit_images, images - u * unit_images); }
+  std::int64_t rows_of(std::int64_t u) const { return images_of(u) * image_rows; }
+  float weight_of(const Unit& u, std::int64_t member) const {
+    return call.gate && !call.hard ? call.gate[u.slot[member]] : 1.0f;
+  }
+  std::int64_t stretches() const { return padded.runs() * pieces; }
+  Columns stretch(std::int64_t i) const {
+    const Range part = part_of(padded.run, i % pieces, pieces, 2 * L);
+    return {i / pieces * padded.run + part.begin, padded.run_start(i / pieces) + part.begin, part.end - part.begin};
+  }
+};
+
+struct ConvolutionBackwardMemory {
+  const float** rows;
+  float *slice, *light, *gradients, *weights, *inputs, *sums;
+
+  ConvolutionBackwardMemory(Carver& memory, const ConvolutionBackwardPlan& plan) {
+    const std::int64_t padded = round_up(kWindowColumns, 2 * L);
+    rows = memory.take<const float*>(kLightRows);
+    slice = memory.take<float>(slice_floats());
+    light = memory.take<float>(kLightRows * kPanelWidth);
+    gradients = memory.take<float>(plan.call.grad_x ? plan.unit_floats : 0);
+    weights = memory.take<float>(plan.group_size * padded);
+    inputs = memory.take<float>(plan.unit_rows * block_stride(padded));
+    sums = memory.take<float>(kUnitTile * L);
+  }
+};
+
+void find_members(const ConvolutionBackwardPlan& plan, const Unit& u, std::int64_t index) {
+  const auto& c = plan.call;
+  const std::int64_t start = plan.first_image(index) * plan.image_rows, rows = plan.rows_of(index);
+  const auto for_each = [&](auto visit) {
+    for (std::int64_t r = 0; r < rows; ++r) {
+      const std::int64_t block = plan.blocks.block_of(start + r) * c.selected_groups;
+      for (std::int64_t i = block; i < block + c.selected_groups; ++i) visit(c.selected ? c.selected[i] : 0, r, i);
+    }
+  };
+  for (std::int64_t g = 0; g <= c.groups + 1; ++g) u.first[g] = 0;
+  // Counted two places on, so that filling leaves first[g] at the first member of g.
+  for_each([&](std::int64_t g, std::int64_t, std::int64_t) { ++u.first[g + 2]; });
+  for (std::int64_t g = 2; g <= c.groups + 1; ++g) u.first[g] += u.first[g - 1];
+  for_each([&](std::int64_t g, std::int64_t r, std::int64_t slot) {
+    u.pixel[u.first[g + 1]] = std::int32_t(r);
+    u.slot[u.first[g + 1]++] = std::int32_t(slot);
+  });
+}
+
+// Split grad_y into the shares of full and light path, and sum grad_y * l over each group.
+void split_unit(const ConvolutionBackwardPlan& plan, ConvolutionBackwardMemory& memory, const Unit& u,
+                std::int64_t index) {
+  const auto& c = plan.call;
+  const std::int64_t size = plan.group_size, start = plan.first_image(index) * plan.image_rows;
+  if (c.grad_light)
+    __builtin_memcpy(c.grad_light + start * c.neurons, c.grad_y + start * c.neurons,
+                     std::size_t(plan.rows_of(index) * c.neurons) * sizeof(float));
+  for (std::int64_t g = 0; g < c.groups; ++g) {
+    for (std::int64_t e = u.first[g], end = u.first[g + 1]; e < end; e += kLightRows) {
+      const std::int64_t m = lesser(kLightRows, end - e);
+      for (std::int64_t i = 0; i < m; ++i) {
+        if (c.code) memory.rows[i] = c.code + (start + u.pixel[e + i]) * c.rank;
+        u.light_sum[e + i] = 0;
+      }
+      for (std::int64_t part = 0; part < size; part += kPanelWidth) {
+        const std::int64_t width = lesser(kPanelWidth, size - part), first = g * size + part;
+        if (c.code)
+          multiply_neurons(memory.rows, m, Neurons<float>{c.light_up + first * c.rank, c.rank, nullptr, int(width)},
+                           c.rank, nullptr, memory.slice, memory.light, kPanelWidth);
+        for (std::int64_t i = 0; i < m; ++i) {
+          const std::int64_t at = (start + u.pixel[e + i]) * c.neurons + first;
+          const float weight = plan.weight_of(u, e + i);
+          float* scaled = u.scaled + (e + i) * size + part;
+          for (std::int64_t j = 0; j < width; ++j) scaled[j] = c.grad_y[at + j] * weight;
+          if (!c.code) continue;
+          float total = 0;
+          for (std::int64_t j = 0; j < width; ++j) {
+            total += c.grad_y[at + j] * memory.light[i * kPanelWidth + j];
+            c.grad_light[at + j] = c.grad_y[at + j] * (1 - weight);
+          }
+          u.light_sum[e + i] += total;
+        }
+      }
+    }
+  }
+}
+
+// u = full path's gradient of R members . two vectors of columns of their group's weights; gradients += u,
+// sums += u * inputs. Of the last stretch of a run only `count` columns are there.
+template <int R>
+[[gnu::noinline]] void window_tile(const float* scaled, std::int64_t size, const float* weights,
+                                   std::int64_t weights_stride, const std::int64_t* window, const std::int32_t* pixel,
+                                   const float* inputs, float* gradients, std::int64_t count, float* sums) {
+  Vec acc[R][2] = {};
+  const float* a[R];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) a[r] = scaled + r * size;
+  for (std::int64_t k = 0; k < size; ++k, weights += weights_stride) {
+    const Vec b0 = load(weights), b1 = load(weights + L);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const Vec value = splat(a[r][k]);
+      acc[r][0] += value * b0;
+      acc[r][1] += value * b1;
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+    const float* from = inputs + window[pixel[r]];
+    float* to = gradients + window[pixel[r]];
+    if (count >= 2 * L) {
+      store(to, load(to) + acc[r][0]);
+      store(to + L, load(to + L) + acc[r][1]);
+      store(sums + r * L, load(sums + r * L) + acc[r][0] * load(from) + acc[r][1] * load(from + L));
+    } else {
+      float u[2 * L];
+      store(u, acc[r][0]), store(u + L, acc[r][1]);
+      for (std::int64_t j = 0; j < count; ++j) {
+        to[j] += u[j];
+        sums[r * L] += u[j] * from[j];
+      }
+    }
+  }
+}
+
+template <int R = kUnitTile, class... Args>
+void window_rows(std::int64_t m, Args... args) {
+  if (m == R) return window_tile<R>(args...);
+  if constexpr (R > 1) window_rows<R - 1>(m, args...);
+}
+
+// Gradients of a unit's images, and of the gate.
+void grad_images(const ConvolutionBackwardPlan& plan, ConvolutionBackwardMemory& memory, const Unit& u,
+                 std::int64_t index) {
+  const auto& c = plan.call;
+  const std::int64_t size = plan.group_size, members = u.first[c.groups];
+  __builtin_memset(memory.gradients, 0, std::size_t(plan.unit_floats) * sizeof(float));
+  for (std::int64_t e = 0; e < members; ++e) u.full_sum[e] = 0;
+  for (std::int64_t g = 0; g < c.groups; ++g) {
+    const std::int64_t begin = u.first[g], end = u.first[g + 1];
+    if (begin == end) continue;
+    for (std::int64_t s = 0; s < plan.stretches(); ++s) {
+      const Columns columns = plan.stretch(s);
+      if (columns.width == 0) continue;
+      const std::int64_t stride = round_up(columns.width, 2 * L);
+      for (std::int64_t j = 0; j < size; ++j)
+        copy_columns(c.weight + (g * size + j) * plan.padded.depth + columns.at, columns.width,
+                     memory.weights + j * stride);
+      for (std::int64_t e = begin; e < end; e += kUnitTile) {
+        const std::int64_t m = lesser(kUnitTile, end - e);
+        for (std::int64_t r = 0; r < m; ++r) store(memory.sums + r * L, Vec{});
+        for (std::int64_t i = 0; i < columns.width; i += 2 * L)
+          window_rows(m, u.scaled + e * size, size, memory.weights + i, stride, plan.window, u.pixel + e,
+                      u.x + columns.start + i, memory.gradients + columns.start + i, columns.width - i, memory.sums);
+        for (std::int64_t r = 0; r < m; ++r)
+          for (int lane = 0; lane < L; ++lane) u.full_sum[e + r] += memory.sums[r * L + lane];
+      }
+    }
+  }
+  const auto& image = c.images;
+  for (std::int64_t i = 0; i < plan.images_of(index); ++i)
+    for (std::int64_t y = 0; y < image.height; ++y) {
+      const float* from = memory.gradients + (i * plan.padded.lines + y + image.padding_y) * plan.padded.line_stride +
+                          image.padding_x * image.channels;
+      float* to = c.grad_x + ((plan.first_image(index) + i) * image.height + y) * image.width * image.channels;
+      if (!c.accumulate)
+        __builtin_memcpy(to, from, std::size_t(image.width * image.channels) * sizeof(float));
+      else
+        for (std::int64_t j = 0; j < image.width * image.channels; ++j) to[j] += from[j];
+    }
+  if (!c.grad_logits) return;
+  for (std::int64_t e = 0; e < members; ++e) c.grad_logits[u.slot[e]] = 0;
+  for (std::int64_t e = 0; e < members; ++e) {
+    const float gate = c.gate[u.slot[e]], weight = plan.weight_of(u, e);
+    // As in backward.hpp: the sum already carries the weight, which is the gate or 1.
+    const float slope = c.hard ? gate * (1 - gate) : 1 - gate;
+    c.grad_logits[u.slot[e]] += (u.full_sum[e] - weight * u.light_sum[e]) * slope;
+  }
+}
+
+void compute_unit(const ConvolutionBackwardPlan& plan, ConvolutionBackwardMemory& memory, const Unit& u,
+                  std::int64_t index) {
+  const std::int64_t first = plan.first_image(index) * plan.padded.lines;
+  for (std::int64_t i = 0; i < plan.images_of(index) * plan.padded.lines; ++i)
+    plan.padded.fill_line(plan.call.x, first + i, u.x + i * plan.padded.line_stride);
+  __builtin_memset(u.x + plan.images_of(index) * plan.padded.lines * plan.padded.line_stride, 0, 2 * L * sizeof(float));
+  find_members(plan, u, index);
+  split_unit(plan, memory, u, index);
+  if (plan.call.grad_x) grad_images(plan, memory, u, index);
+}
+
+// Gradient of the weights over one stretch of columns, for the units at work.
+void grad_filters(const ConvolutionBackwardPlan& plan, ConvolutionBackwardMemory& memory, std::int64_t stretch,
+                  Range units) {
+  const auto& c = plan.call;
+  const Columns columns = plan.stretch(stretch);
+  if (columns.width == 0) return;
+  const std::int64_t size = plan.group_size, tiles = divide_up(size, kUnitTile), stride = block_stride(columns.width);
+  for (std::int64_t index = units.begin; index < units.end; ++index) {
+    const Unit& u = plan.unit[index - units.begin];
+    for (std::int64_t r = 0; r < plan.rows_of(index); ++r)
+      copy_columns(u.x + plan.window[r] + columns.start, columns.width, memory.inputs + r * stride);
+    for (std::int64_t g = 0; g < c.groups; ++g) {
+      const std::int64_t begin = u.first[g], end = u.first[g + 1];
+      if (begin == end && index > 0) continue;
+      for (std::int64_t i = 0; i < columns.width; i += 2 * L)
+        for (std::int64_t t = 0; t < tiles; ++t) {
+          const std::int64_t j = size * t / tiles;
+          weight_rows(size * (t + 1) / tiles - j, u.scaled + begin * size + j, size, memory.inputs + i, stride,
+                      u.pixel + begin, end - begin, c.grad_weight + (g * size + j) * plan.padded.depth + columns.at + i,
+                      plan.padded.depth, lesser(2 * L, columns.width - i), index > 0);
+        }
+    }
+  }
+}
+
+void convolution_backward(const midl::ConvolutionBackward& call) {
+  if (call.rows == 0) return;
+  ConvolutionBackwardPlan plan(call);
+  Carver shared(nullptr), own(nullptr);
+  plan.carve(shared);
+  ConvolutionBackwardMemory measure(own, plan);
+  char* base = midl::scratch(shared.used() + own.used() * std::size_t(plan.threads));
+  Carver carver(base);
+  plan.carve(carver);
+  for (std::int64_t r = 0; r < plan.unit_rows; ++r) plan.window[r] = plan.padded.window(r, 0);
+#pragma omp parallel num_threads(plan.threads) if (plan.threads > 1)
+  {
+    Carver mine(base + shared.used() + own.used() * std::size_t(omp_get_thread_num()));
+    ConvolutionBackwardMemory memory(mine, plan);
+    for (std::int64_t first = 0; first < plan.units; first += plan.round_units) {
+      const Range units{first, lesser(plan.units, first + plan.round_units)};
+#pragma omp for schedule(dynamic, 1)
+      for (std::int64_t i = units.begin; i < units.end; ++i) compute_unit(plan, memory, plan.unit[i - first], i);
+      if (!call.grad_weight) continue;
+#pragma omp for schedule(dynamic, 1)
+      for (std::int64_t s = 0; s < plan.stretches(); ++s) grad_filters(plan, memory, s, units);
+    }
+  }
+}
+
+}  // namespace
