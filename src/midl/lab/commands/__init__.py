@@ -6,6 +6,7 @@ from midl.lab.commands.adapt import adapt
 from midl.lab.commands.bench import bench
 from midl.lab.commands.compare import compare
 from midl.lab.commands.info import info
+from midl.lab.commands.report import report
 from midl.lab.commands.reproduce import reproduce
 from midl.lab.commands.runs import runs
 
@@ -21,5 +22,6 @@ app.command()(adapt)
 app.command()(bench)
 app.command()(compare)
 app.command()(info)
+app.command()(report)
 app.command()(reproduce)
 app.command()(runs)

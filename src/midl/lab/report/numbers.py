@@ -1,0 +1,73 @@
+"""Numbers as text."""
+
+from __future__ import annotations
+
+from midl.lab.statistics import Estimate
+
+__all__ = ["count", "interval", "plus_minus", "seconds", "signed", "size"]
+
+
+def signed(value: float, digits: int = 2) -> str:
+    """Return a difference with its sign.
+
+    >>> signed(0.5), signed(-0.001)
+    ('+0.50', '0.00')
+    """
+    text = f"{value:+.{digits}f}"
+    return text[1:] if float(text) == 0 else text.replace("-", "−")
+
+
+def plus_minus(estimate: Estimate, digits: int = 2) -> str:
+    """Return mean and standard deviation."""
+    mean = f"{estimate.mean:.{digits}f}"
+    return mean if estimate.sd is None else f"{mean} ± {estimate.sd:.{digits}f}"
+
+
+def interval(estimate: Estimate, digits: int = 2) -> str:
+    """Return a mean difference with Student's 95 % interval.
+
+    >>> from midl.lab.statistics import estimate_mean
+    >>> interval(estimate_mean([1.0, 2.0, 3.0]))
+    '+2.00 [−0.48, +4.48]'
+    """
+    mean = signed(estimate.mean, digits)
+    if estimate.low is None or estimate.high is None:
+        return f"{mean} (one seed)"
+    return f"{mean} [{signed(estimate.low, digits)}, {signed(estimate.high, digits)}]"
+
+
+def count(value: float) -> str:
+    """Return a count with a unit prefix.
+
+    >>> count(3_723_264)
+    '3.72 M'
+    """
+    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= limit:
+            return f"{value / limit:.2f} {unit}"
+    return f"{value:.0f}"
+
+
+def size(value: float) -> str:
+    """Return bytes with a binary prefix.
+
+    >>> size(3 * 2**20)
+    '3.0 MiB'
+    """
+    for limit, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if value >= limit:
+            return f"{value / limit:.1f} {unit}"
+    return f"{value:.0f} B"
+
+
+def seconds(*values: float) -> str:
+    """Return durations in the unit of the first, those after it as a range in parentheses.
+
+    >>> seconds(0.00042), seconds(0.002, 0.0019, 0.0021)
+    ('420 µs', '2.00 ms (1.90–2.10)')
+    """
+    scale, digits, unit = next(
+        choice for choice in ((1.0, 1, "s"), (1e3, 2, "ms"), (1e6, 0, "µs")) if values[0] * choice[0] >= 1 or choice[0] == 1e6
+    )
+    first, *others = (f"{value * scale:.{digits}f}" for value in values)
+    return f"{first} {unit}" + (f" ({'–'.join(others)})" if others else "")

@@ -1,0 +1,176 @@
+"""The report as one HTML page that needs no network, and as tables for a Markdown page."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from midl.errors import MIDLError
+from midl.lab.files import write_text
+from midl.lab.report import charts, tables
+from midl.lab.report.charts import Chart
+from midl.lab.report.claims import Judged, judge_claims
+from midl.lab.report.records import Results
+from midl.lab.report.table import Table, to_markdown
+from midl.lab.report.verdicts import RULES, Verdict
+
+__all__ = ["BEGIN", "END", "to_html", "to_report_markdown", "update_markdown"]
+
+BEGIN, END = "<!-- midl report: begin -->", "<!-- midl report: end -->"
+"""The report's place in a Markdown page."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Panel:
+    """All about one data set."""
+
+    dataset: str
+    route: str | None
+    tables: list[Table]
+    accuracy: list[Chart]
+    robustness: list[Chart]
+    smi: list[Chart]
+    activity: list[Chart]
+    gates: list[Chart]
+    legend: list[tuple[str, str]]
+
+
+def to_html(results: Results, command: str) -> str:
+    """Return the page.
+
+    Args:
+        results: what was run.
+        command: that made the page, to be shown.
+    """
+    import jinja2
+    from markupsafe import Markup
+
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["plain"] = Markup
+    folder = files("midl.lab.report")
+    judged = judge_claims(results)
+    template = environment.from_string((folder / "page.html.jinja").read_text())
+    return template.render(
+        style=Markup((folder / "page.css").read_text()),
+        script=Markup((folder / "page.js").read_text()),
+        results=results,
+        command=command,
+        judged=judged,
+        Verdict=Verdict,
+        failing=_with_verdict(judged, Verdict.FAILS),
+        undecided=_with_verdict(judged, Verdict.UNDECIDED),
+        rules=RULES,
+        coverage=tables.coverage_table(results),
+        panels=[_panel(results, dataset) for dataset in results.datasets],
+        overfitting=_overfitting(results),
+        set_legend=charts.legend(["selected", "unselected", "random"]),
+        environments=_environments(results),
+        reproduce=_reproduce(results),
+    )
+
+
+def to_report_markdown(results: Results, command: str) -> str:
+    """Return verdicts and tables as Markdown."""
+    judged = judge_claims(results)
+    lines = [
+        f"    {_reproduce(results)}", f"    {command}", "",
+        f"Profile `{results.profile}`. {RULES} Differences to dense are paired by seed; bold where "
+        "Student's 95 % interval excludes zero.", "",
+    ]  # fmt: skip
+    for heading, found in (
+        ("Does not hold", _with_verdict(judged, Verdict.FAILS)),
+        ("Undecided", _with_verdict(judged, Verdict.UNDECIDED)),
+    ):
+        if found:
+            lines += [f"### {heading}", "", *(f"- {text}" for text in found), ""]
+    lines += ["### Claims", "", to_markdown(tables.claims_table(results, judged)), ""]
+    lines += ["### What was run", "", to_markdown(tables.coverage_table(results)), ""]
+    for dataset in results.datasets:
+        lines += [f"### {dataset}: methods", ""]
+        for table in (*_tables(results, dataset), tables.overfitting_table(results, dataset)):
+            if table is not None:
+                lines += [table.caption.removeprefix(f"{dataset}: ").capitalize() + ":", "", to_markdown(table), ""]
+    for environment in _environments(results):
+        lines += [f"Environment: {environment['summary']}.", ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def update_markdown(path: Path, content: str) -> None:
+    """Put the report between its marks in a Markdown page; a page that does not exist is made.
+
+    Raises:
+        MIDLError: the page has no such marks.
+    """
+    text = path.read_text() if path.exists() else f"# Results\n\n{BEGIN}\n{END}\n"
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise MIDLError(f"report: {path} has no place for the report, expected the lines {BEGIN} and {END}")
+    write_text(path, f"{before}{BEGIN}\n\n{content}\n{END}{after}")
+
+
+def _with_verdict(judged: list[Judged], verdict: Verdict) -> list[str]:
+    """Return one sentence per claim and data set with that verdict."""
+    return [
+        f"{item.claim.title}: {evidence.dataset}, {evidence.text}"
+        for item in judged
+        for evidence in item.evidence
+        if evidence.verdict is verdict
+    ]
+
+
+def _tables(results: Results, dataset: str) -> list[Table]:
+    route = results.best_route(dataset)
+    found = [
+        tables.accuracy_table(results, dataset),
+        tables.cost_table(results, dataset),
+        tables.latency_table(results, dataset),
+        tables.robustness_table(results, dataset),
+        tables.smi_table(results, dataset, route) if route else None,
+    ]
+    return [table for table in found if table is not None]
+
+
+def _panel(results: Results, dataset: str) -> Panel:
+    route = results.best_route(dataset)
+    record = next(iter(results.seeds(dataset, route).values())) if route else {}
+    return Panel(
+        dataset, route, _tables(results, dataset), charts.accuracy_charts(results, dataset),
+        charts.robustness_charts(results, dataset), charts.smi_charts(record, dataset),
+        charts.activity_charts(record, dataset), charts.gate_charts(record, dataset),
+        charts.legend(results.methods(dataset)),
+    )  # fmt: skip
+
+
+def _overfitting(results: Results) -> list[Table]:
+    found = (tables.overfitting_table(results, dataset) for dataset in results.datasets)
+    return [table for table in found if table is not None]
+
+
+def _reproduce(results: Results) -> str:
+    return f"midl reproduce --profile {results.profile} --data {','.join(results.datasets)}"
+
+
+def _environments(results: Results) -> list[dict[str, Any]]:
+    """Return the different environments of the runs: a summary and everything as JSON."""
+    found: dict[str, dict[str, Any]] = {}
+    for run in results.runs:
+        environment = {k: v for k, v in run.record.get("environment", {}).items() if k != "command"}
+        key = json.dumps(environment, sort_keys=True)
+        found.setdefault(key, {"environment": environment, "runs": 0})["runs"] += 1
+    out = []
+    for entry in found.values():
+        machine, versions = (entry["environment"].get(name) or {} for name in ("machine", "versions"))
+        summary = ", ".join(
+            str(text)
+            for text in (
+                machine.get("cpu"), f"{machine.get('threads')} threads", machine.get("instruction_set"),
+                machine.get("system"), f"torch {versions.get('torch')}", f"midl {versions.get('midl')}",
+                f"commit {str(entry['environment'].get('commit'))[:20]}", f"{entry['runs']} runs",
+            )
+        )  # fmt: skip
+        out.append({"summary": summary, "json": json.dumps(entry["environment"], indent=1, sort_keys=True)})
+    return out

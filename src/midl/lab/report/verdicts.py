@@ -1,0 +1,86 @@
+"""Verdicts on claims: by fixed rules, from numbers with intervals."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable, Mapping
+
+from midl.lab.statistics import Estimate
+
+__all__ = ["MARGIN", "RULES", "Verdict", "combine", "judge_better", "judge_bound", "judge_faster", "judge_not_worse"]
+
+MARGIN = 0.5
+"""Points of accuracy that count as no loss."""
+
+RULES = (
+    f"As good: holds if the mean paired difference is at least 0 and Student's 95 % interval stays above -{MARGIN} "
+    "points; does not hold if the whole interval is below 0. Better: holds if the whole interval is above 0, does not "
+    "hold if it is below 0. Faster: the quartiles of the two timings do not overlap. Counted numbers (active neurons, "
+    "FLOPs, bytes) need no interval. Everything between is undecided; a single seed decides nothing."
+)
+"""The rules in words."""
+
+
+class Verdict(enum.Enum):
+    """What the numbers say of a claim."""
+
+    HOLDS = "holds"
+    FAILS = "does not hold"
+    UNDECIDED = "undecided"
+    MISSING = "not run"
+
+
+def judge_not_worse(difference: Estimate | None, margin: float = MARGIN) -> Verdict:
+    """Judge the claim that a difference is not below zero, give or take ``margin``.
+
+    >>> from midl.lab.statistics import estimate_mean
+    >>> judge_not_worse(estimate_mean([0.1, 0.0, 0.2])).value
+    'holds'
+    """
+    if difference is None:
+        return Verdict.MISSING
+    if difference.low is None or difference.high is None:
+        return Verdict.UNDECIDED
+    if difference.mean >= 0 and difference.low >= -margin:
+        return Verdict.HOLDS
+    return Verdict.FAILS if difference.high < 0 else Verdict.UNDECIDED
+
+
+def judge_better(*differences: Estimate | None) -> Verdict:
+    """Judge the claim that every difference is above zero."""
+    if any(difference is None for difference in differences):
+        return Verdict.MISSING
+    known = [difference for difference in differences if difference is not None]
+    if any(d.high is not None and d.high < 0 for d in known):
+        return Verdict.FAILS
+    return Verdict.HOLDS if all(d.low is not None and d.low > 0 for d in known) else Verdict.UNDECIDED
+
+
+def judge_bound(value: float | None, *, least: float | None = None, most: float | None = None) -> Verdict:
+    """Judge the claim that a counted number keeps a bound."""
+    if value is None:
+        return Verdict.MISSING
+    kept = (least is None or value >= least) and (most is None or value <= most)
+    return Verdict.HOLDS if kept else Verdict.FAILS
+
+
+def judge_faster(ours: Mapping[str, float] | None, theirs: Mapping[str, float] | None) -> Verdict:
+    """Judge the claim that we take less time, from quartiles ``low`` and ``high``."""
+    if not ours or not theirs:
+        return Verdict.MISSING
+    if ours["high"] < theirs["low"]:
+        return Verdict.HOLDS
+    return Verdict.FAILS if ours["low"] > theirs["high"] else Verdict.UNDECIDED
+
+
+def combine(verdicts: Iterable[Verdict]) -> Verdict:
+    """Return the verdict on all data sets together: it holds if it holds on each that was run, fails if on any.
+
+    >>> combine([Verdict.HOLDS, Verdict.MISSING, Verdict.HOLDS]).value
+    'holds'
+    """
+    run = [verdict for verdict in verdicts if verdict is not Verdict.MISSING]
+    for verdict in (Verdict.FAILS, Verdict.UNDECIDED, Verdict.HOLDS):
+        if verdict in run:
+            return verdict
+    return Verdict.MISSING

@@ -1,0 +1,221 @@
+"""The report of made-up results: reading, claims, tables, the page and the Markdown."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from synthetic import METHODS, make_record, write_sweep
+from typer.testing import CliRunner
+
+from midl.errors import MIDLError
+from midl.lab.commands import app
+from midl.lab.report import Results, read_results, to_html, to_report_markdown, update_markdown
+from midl.lab.report.claims import judge_claims
+from midl.lab.report.page import BEGIN, END
+from midl.lab.report.tables import accuracy_table, coverage_table, overfitting_table, robustness_table
+from midl.lab.report.verdicts import Verdict
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_sweep(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="module")
+def results(sweep: Path) -> Results:
+    return read_results(sweep)
+
+
+@pytest.fixture(scope="module")
+def page(results: Results) -> str:
+    return to_html(results, "midl report runs")
+
+
+def test_reading_a_sweep(results: Results) -> None:
+    assert results.datasets == ["mnist", "adult"]
+    assert results.methods("adult") == list(METHODS)
+    assert results.profile == "paper"
+    assert sorted(results.values("mnist", "dense", "accuracy")) == [0, 1, 2]
+    assert results.variants("mnist") == [(1.0, 0.0), (0.1, 0.0), (0.01, 0.0), (1.0, 0.4)]
+    assert results.best_route("mnist") == "converted"
+
+
+def test_compact_results_give_the_same_tables(sweep: Path, results: Results, tmp_path: Path) -> None:
+    for dataset in results.datasets:
+        runs = [run.record for run in results.runs if run.dataset == dataset]
+        latency = json.loads((sweep / dataset / "latency.json").read_text())
+        (tmp_path / f"{dataset}.json").write_text(json.dumps({"runs": runs, "latency": latency}))
+    assert to_report_markdown(read_results(tmp_path), "x") == to_report_markdown(results, "x")
+
+
+def test_another_profile_is_left_out_and_the_youngest_of_equal_runs_counts(sweep: Path, tmp_path: Path) -> None:
+    records = [make_record("mnist", "dense", 0), make_record("mnist", "dense", 0)]
+    records[1]["accuracy"] = 12.0
+    records += [make_record("mnist", "dense", seed, profile="smoke") for seed in range(5)]
+    (tmp_path / "mnist.json").write_text(json.dumps({"runs": records}))
+    results = read_results(tmp_path)
+    assert (len(results.runs), results.superseded) == (1, 1)
+    assert results.values("mnist", "dense", "accuracy") == {0: 12.0}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "holds no results"), ("{", "mnist.json cannot be read"), ('{"runs": [{"spec": {}}]}', "a record without")],
+)
+def test_unreadable_results_are_errors(content: str | None, message: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "mnist.json").write_text(content)
+    with pytest.raises(MIDLError, match=message):
+        read_results(tmp_path)
+
+
+def test_the_claims_on_known_differences(results: Results) -> None:
+    verdicts = {judged.claim.title: judged for judged in judge_claims(results)}
+    assert verdicts["As accurate as dense"].verdict is Verdict.HOLDS
+    assert verdicts["As accurate as dense"].evidence[0].text.startswith("converted: +0.3")
+    assert verdicts["At most 45 % of the neurons active"].verdict is Verdict.HOLDS
+    assert verdicts["1.7x fewer FLOPs, whole network"].verdict is Verdict.HOLDS
+    assert verdicts["Faster than dense at batch 32"].verdict is Verdict.HOLDS
+    assert verdicts["Each input selects informative neurons (SMI)"].verdict is Verdict.HOLDS
+    assert verdicts["Neurons often selected are informative (SMI)"].verdict is Verdict.FAILS
+    assert verdicts["Better than a narrow dense network of the same FLOPs"].verdict is Verdict.HOLDS
+    overfitting = verdicts["Smaller train/test gap with few or false labels"]
+    assert [evidence.verdict for evidence in overfitting.evidence] == [Verdict.HOLDS, Verdict.MISSING]
+    assert overfitting.tally == "1 of 1 data sets"
+
+
+def test_results_without_measures_or_latency_still_make_a_report(tmp_path: Path) -> None:
+    records = [make_record("mnist", method, 0) for method in ("dense", "scratch")]
+    for record in records:
+        record["measures"] = {}
+    (tmp_path / "mnist.json").write_text(json.dumps({"runs": records}))
+    results = read_results(tmp_path)
+    verdicts = {judged.claim.title: judged.verdict for judged in judge_claims(results)}
+    assert verdicts["As accurate as dense"] is Verdict.UNDECIDED  # one seed
+    assert verdicts["Faster than dense at batch 1"] is Verdict.MISSING
+    assert verdicts["More accurate on corrupted inputs"] is Verdict.MISSING
+    assert "not run" in to_html(results, "x")
+    assert to_report_markdown(results, "x")
+
+
+def test_a_sweep_without_dense_or_without_mid_layers_still_makes_a_report(tmp_path: Path) -> None:
+    for method in ("dense", "scratch"):
+        (tmp_path / "mnist.json").write_text(json.dumps({"runs": [make_record("mnist", method, 0)]}))
+        assert to_html(read_results(tmp_path), "x")
+
+
+def test_bold_is_only_what_excludes_zero(results: Results) -> None:
+    for row in accuracy_table(results, "mnist").rows:
+        difference = row[2]
+        if not difference.text:
+            continue
+        low, high = (float(v.replace("−", "-")) for v in re.findall(r"[+−]?\d+\.\d+", difference.text)[1:])
+        assert difference.strong == (low > 0 or high < 0)
+
+
+def test_tables_have_as_many_cells_as_columns(results: Results) -> None:
+    tables = [
+        accuracy_table(results, "mnist"), overfitting_table(results, "mnist"), robustness_table(results, "mnist"),
+        coverage_table(results),
+    ]  # fmt: skip
+    for table in tables:
+        assert table is not None
+        assert table.rows
+        assert all(len(row) == len(table.columns) for row in table.rows)
+    assert overfitting_table(results, "adult") is None
+
+
+def test_svhn_and_what_has_not_run_are_listed(results: Results) -> None:
+    rows = {row[0].text: row[1].text for row in coverage_table(results).rows}
+    assert rows["svhn"] == "not run here: the data could not be had offline"
+    assert rows["imdb"] == "not run"
+    assert rows["mnist"].startswith("dense 3, ")
+
+
+class _Tags(HTMLParser):
+    """Checks that tags are closed in order, and collects attributes."""
+
+    VOID = frozenset({"meta", "link", "br", "img"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: list[tuple[str, dict[str, str | None]]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_well_formed_and_needs_nothing_from_outside(page: str) -> None:
+    tags = _Tags()
+    tags.feed(page)
+    assert tags.open == []
+    for tag, attributes in tags.seen:
+        for name in ("src", "href"):
+            address = attributes.get(name) or "#"
+            assert tag == "a" or address.startswith(("#", "data:")), (tag, address)
+    assert "url(" not in page
+    assert "@import" not in page
+    assert "A &lt;processor&gt; &amp; more" in page  # escaped
+
+
+def test_every_chart_has_words_and_a_table(page: str) -> None:
+    charts = page.count('role="img"')
+    assert charts == page.count("<figure>") == page.count("<details><summary>Table</summary>") > 20
+    assert all(len(words) > 30 for words in re.findall(r'role="img" aria-label="([^"]*)"', page))
+    drawn = "".join(re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL))
+    assert not re.search(r"[\s,\"MLHV](nan|inf)\b", re.sub(r"base64,[^\"]*", "", drawn))
+
+
+def test_what_fails_comes_first(page: str) -> None:
+    against = page.index("What does not hold")
+    assert (
+        against
+        < page.index("Neurons often selected are informative (SMI): mnist")
+        < page.index('<section id="claims">')
+    )
+
+
+def test_the_page_is_the_same_each_time(results: Results, page: str) -> None:
+    assert to_html(results, "midl report runs") == page
+
+
+def test_markdown_goes_between_its_marks(tmp_path: Path, results: Results) -> None:
+    file = tmp_path / "results.md"
+    file.write_text(f"# Mine\n\nbefore\n\n{BEGIN}\nfrom yesterday\n{END}\n\nafter\n")
+    content = to_report_markdown(results, "midl report runs")
+    for _ in range(2):
+        update_markdown(file, content)
+        text = file.read_text()
+        assert text.startswith("# Mine\n\nbefore\n")
+        assert text.endswith("\n\nafter\n")
+        assert "from yesterday" not in text
+    lines = [line for line in content.splitlines() if line.startswith("|")]
+    assert len(lines) > 60
+    other = tmp_path / "other.md"
+    other.write_text("# No marks\n")
+    with pytest.raises(MIDLError, match="has no place for the report"):
+        update_markdown(other, content)
+
+
+def test_the_command(sweep: Path, tmp_path: Path) -> None:
+    out, markdown = tmp_path / "a" / "report.html", tmp_path / "results.md"
+    run = CliRunner().invoke(app, ["report", str(sweep), "--out", str(out), "--markdown", str(markdown)])
+    assert run.exit_code == 0, run.output
+    assert out.read_text().startswith("<!doctype html>")
+    assert "### Claims" in markdown.read_text()
+    nothing = CliRunner().invoke(app, ["report", str(tmp_path / "nothing")])
+    assert nothing.exit_code == 1
+    assert "holds no results" in nothing.output
