@@ -10,6 +10,7 @@ from midl.lab.compare import LATENCY_BATCHES, Comparison, Row
 from midl.lab.files import write_json, write_text
 from midl.lab.methods import find
 from midl.lab.plots import plot_accuracy
+from midl.lab.report.numbers import count, seconds
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -89,10 +90,10 @@ def _body(comparison: Comparison) -> list[list[str]]:
         line("vs dense, points", lambda r: "" if r is dense else f"{r.accuracy - dense.accuracy:+.2f}"),
         line("active neurons", lambda r: f"{r.active_neurons:.0f} of {r.neurons}"),
         line("active %", lambda r: f"{100 * r.active_neurons / r.neurons:.1f}"),
-        line("FLOPs per input", lambda r: _si(r.flops)),
+        line("FLOPs per input", lambda r: count(r.flops)),
         line("fewer, network", lambda r: f"{dense.flops / r.flops:.2f}x"),
         line("fewer, hidden", lambda r: f"{dense.hidden_flops / r.hidden_flops:.2f}x"),
-        line("parameters", lambda r: _si(r.parameters)),
+        line("parameters", lambda r: count(r.parameters)),
     ]
     for batch in LATENCY_BATCHES:
         lines += _latency_lines(line, batch, dense)
@@ -102,22 +103,6 @@ def _body(comparison: Comparison) -> list[list[str]]:
 def _latency_lines(line: Callable[[str, Callable[[Row], str]], list[str]], batch: int, dense: Row) -> list[list[str]]:
     reference = dense.latency[batch]["median"]
     return [
-        line(f"latency batch {batch}", lambda r: _seconds(r.latency[batch]["median"])),
+        line(f"latency batch {batch}", lambda r: seconds(r.latency[batch]["median"])),
         line("of dense", lambda r: f"{r.latency[batch]['median'] / reference:.2f}x"),
     ]
-
-
-def _si(value: float) -> str:
-    """Return a count with a unit prefix.
-
-    >>> _si(3_723_264)
-    '3.72 M'
-    """
-    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= limit:
-            return f"{value / limit:.2f} {unit}"
-    return f"{value:.0f}"
-
-
-def _seconds(value: float) -> str:
-    return f"{value * 1e3:.2f} ms" if value >= 1e-3 else f"{value * 1e6:.0f} µs"

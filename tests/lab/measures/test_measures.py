@@ -267,6 +267,13 @@ def test_the_sampled_rows_are_of_every_class_and_the_same_each_time() -> None:
     assert torch.equal(labels, torch.cat([y for _, y in sample_test_rows(dataset, 60)]))
 
 
+def test_an_ffn_block_has_activity_and_gates_but_no_outputs_of_single_neurons() -> None:
+    model = nn.Sequential(midl.MIDFFN(8, 32, active=0.5, rank=3, group_size=4), nn.Linear(8, 3))
+    measures = measure_all(model, make_dataset((8,)), rows=50)
+    assert measures["activity"]["layers"].keys() == measures["gate"]["layers"].keys() == {"0"}
+    assert measures["smi"]["layers"] == {}
+
+
 @pytest.mark.parametrize(
     ("choice", "message"), [({"rows": 0}, "rows=0, expected at least 1"), ({"names": ["speed"]}, r"has \['speed'\]")]
 )

@@ -33,7 +33,7 @@ from midl.lab.data import Dataset
 from midl.lab.measures.mutual_information import estimate_mutual_information
 from midl.lab.measures.watching import evaluating, mid_layers, sample_test_rows, watch_layers
 from midl.lab.statistics import bootstrap_mean
-from midl.layers import MIDConv2d, MIDLayer
+from midl.layers import MIDConv2d, MIDLayer, MIDLinear
 from midl.selection import selection_mask
 
 __all__ = ["SETS", "measure_smi", "sliced_mutual_information"]
@@ -68,7 +68,8 @@ def measure_smi(model: nn.Module, dataset: Dataset, rows: int = 1000, slices: in
     ``"selected-random"``, ``mean``, ``low`` and ``high`` (95 % over slices), in nats; ``overall[view]`` the differences
     averaged over the layers. Empty for a model without MID-L layers.
     """
-    layers = mid_layers(model)
+    # A MIDFFN's neurons are inside the block, where no next layer sees them.
+    layers = {name: layer for name, layer in mid_layers(model).items() if isinstance(layer, (MIDLinear, MIDConv2d))}
     pools = {name: _Pool(layer) for name, layer in layers.items()}
     batches = sample_test_rows(dataset, rows)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -47,7 +47,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def watch_layers(layers: dict[str, MIDLayer], see: Callable[[str, Tensor, Tensor, Tensor], None]) -> Iterator[None]:
+def watch_layers(layers: Mapping[str, MIDLayer], see: Callable[[str, Tensor, Tensor, Tensor], None]) -> Iterator[None]:
     """Inside the block, call ``see(name, inputs, outputs, selected)`` after each forward pass of every layer.
 
     ``selected`` is (rows, choices, k): each input row makes one choice, or one for every block of positions.

@@ -67,7 +67,9 @@ def seconds(*values: float) -> str:
     ('420 µs', '2.00 ms (1.90–2.10)')
     """
     scale, digits, unit = next(
-        choice for choice in ((1.0, 1, "s"), (1e3, 2, "ms"), (1e6, 0, "µs")) if values[0] * choice[0] >= 1 or choice[0] == 1e6
+        choice
+        for choice in ((1.0, 1, "s"), (1e3, 2, "ms"), (1e6, 0, "µs"))
+        if values[0] * choice[0] >= 1 or choice[0] == 1e6
     )
     first, *others = (f"{value * scale:.{digits}f}" for value in values)
     return f"{first} {unit}" + (f" ({'–'.join(others)})" if others else "")

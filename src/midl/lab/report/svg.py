@@ -31,7 +31,7 @@ class Axis:
     """Maps numbers to pixels and chooses ticks.
 
     >>> Axis([0, 9.7], 0, 100).ticks
-    [0.0, 2.0, 4.0, 6.0, 8.0]
+    [0, 2, 4, 6, 8]
     """
 
     def __init__(self, values: Sequence[float], start: float, end: float, pad: float = 0.0) -> None:
