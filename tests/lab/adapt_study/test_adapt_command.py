@@ -8,6 +8,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("typer")
 pytest.importorskip("safetensors")
 
+from torch import nn
 from typer.testing import CliRunner
 
 import midl
@@ -15,8 +16,16 @@ from midl.lab.commands import app
 from midl.lab.models import architecture_for
 
 
-def run(*arguments):
-    return CliRunner().invoke(app, ["adapt", "digits", *arguments])
+def run(*arguments, command="adapt"):
+    return CliRunner().invoke(app, [command, "digits", *arguments])
+
+
+def small_network():
+    return nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 96), nn.ReLU(), nn.Linear(96, 10))
+
+
+def no_network():
+    return "a network"
 
 
 def test_adapts_saves_and_reports(tmp_path):
@@ -41,3 +50,32 @@ def test_a_budget_that_cannot_be_met_is_one_line(tmp_path):
     result = run("--epochs", "1", "--budget", "40", "--threads", "1", "--out", str(tmp_path))
     assert result.exit_code == 1
     assert "budget=40 cannot be met, expected at most" in result.output
+
+
+def test_a_curve_of_ones_own_model(tmp_path):
+    result = run(
+        "--model", f"{__name__}:small_network", "--epochs", "2", "--distil-epochs", "1", "--active", "0.25,1",
+        "--group-size", "8", "--threads", "1", "--out", str(tmp_path), command="curve",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    curve = json.loads((tmp_path / "curve.json").read_text())
+    low, high = curve["points"]
+    assert (low["active"], high["active"]) == (0.25, 1.0)
+    assert low["flops_ratio"] > 1 > high["flops_ratio"]
+    assert high["accuracy"] > curve["dense_accuracy"] - 5
+    assert (tmp_path / "curve.png").stat().st_size > 1000
+    model = small_network()
+    midl.load_(model, tmp_path / "elastic.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--model", "no_such_module:f"), "cannot be imported"),
+        (("--model", f"{__name__}:no_network"), "returned a str, expected torch.nn.Module"),
+    ],
+)
+def test_a_factory_that_makes_no_model_is_one_line(tmp_path, arguments, message):
+    result = run(*arguments, "--out", str(tmp_path))
+    assert result.exit_code == 1
+    assert message in result.output

@@ -1,6 +1,5 @@
-"""The study's comparisons by hand, and one small run."""
+"""The study's comparisons by hand, and small runs that are stopped and go on."""
 
-import json
 import sys
 
 import pytest
@@ -8,12 +7,17 @@ import torch
 from torch import nn
 
 pytest.importorskip("sklearn")
+pytest.importorskip("safetensors")
 
 import midl
+from midl.errors import MIDLError
 from midl.lab.adapt_study import __main__ as command
+from midl.lab.adapt_study import ablation, elastic
 from midl.lab.adapt_study.low_rank import factorise
 from midl.lab.adapt_study.oracle import select_by_oracle
+from midl.lab.adapt_study.render import render
 from midl.lab.adapt_study.study import Settings, run_study
+from midl.lab.data import load
 
 
 def test_the_oracle_selects_what_changes_the_next_layers_input_most():
@@ -28,28 +32,96 @@ def test_the_oracle_selects_what_changes_the_next_layers_input_most():
         best = change[row].topk(2).indices
         expected[row, best] = full[row, best]
     gated = layer(x)
-    with select_by_oracle(model):
+    with select_by_oracle(model, x):
         torch.testing.assert_close(layer(x), expected)
     assert torch.equal(layer(x), gated)
+    assert not layer.training or layer.config.noise == 0
 
 
-def test_factorising_meets_the_budget_of_the_whole_model():
-    model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
-    x = torch.randn(100, 32)
-    before = midl.count_flops(model, x)
-    factorise(model, ["0", "2"], [x], 2.0)
-    assert 2.0 <= before / midl.count_flops(model, x) < 2.1
-    assert model(x).shape == (100, 10)
+def test_the_oracle_sees_through_normalisation_in_a_convolutional_network():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 4, 1)
+    ).eval()
+    with torch.no_grad():
+        model[1].weight.uniform_(0.5, 3)
+        model[1].running_mean.normal_()
+    midl.convert_(model, midl.MIDConfig(rank=2, active=0.5, group_size=2), overrides={"4": None})
+    layer, x = model[0], torch.randn(5, 3, 6, 6)
+    code = torch.nn.functional.conv2d(x, layer.light_down, padding=1)
+    light = torch.einsum("brhw,nr->bnhw", code, layer.light_up)
+    full = torch.nn.functional.conv2d(x, layer.weight, padding=1)
+    change = (model[1](full).relu() - model[1](light).relu()).square()
+    change = (change * model[4].weight.square().sum(0)).unflatten(1, (4, 2)).sum(2)
+    chosen = torch.zeros_like(change).scatter_(1, change.topk(2, 1).indices, 1.0)
+    logits = torch.einsum("brhw,gr->bghw", code, layer.gate_weight) + layer.gate_bias[:, None, None]
+    weight = (chosen * logits.sigmoid()).repeat_interleave(2, 1)
+    with select_by_oracle(model, x):
+        torch.testing.assert_close(layer(x), light + weight * (full - light))
+
+
+@pytest.mark.parametrize(
+    ("model", "names", "shape"),
+    [
+        (
+            nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)),
+            ["0", "2"],
+            (32,),
+        ),
+        (
+            nn.Sequential(nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, bias=False)),
+            ["0", "2"],
+            (16, 12, 12),
+        ),
+    ],
+)
+def test_factorising_meets_the_budget_of_the_whole_model(model, names, shape):
+    x = torch.randn(100, *shape)
+    before, expected = midl.count_flops(model, x), model(x).shape
+    factorise(model, names, [x], 2.0)
+    assert 2.0 <= before / midl.count_flops(model, x) < 2.2
+    assert model(x).shape == expected
+
+
+def test_a_budget_below_rank_one_is_an_error():
+    with pytest.raises(MIDLError, match=r"budget=30 cannot be met, expected at most \d"):
+        factorise(nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 32)), ["0"], [torch.randn(50, 32)], 30.0)
+
+
+def test_annealing_ends_at_the_configured_fraction():
+    model = nn.Sequential(midl.MIDLinear(16, 32, rank=2, active=0.25))
+    step = ablation._annealing(model)
+    seen = [model[0].active]
+    for done in range(1, 9):
+        step(done, 8)
+        seen.append(model[0].active)
+    assert seen == pytest.approx([1.0, 0.8125, 0.625, 0.4375, 0.25, 0.25, 0.25, 0.25, 0.25])
 
 
 @pytest.mark.slow
-def test_a_small_run_writes_every_row(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        command, "run_study", lambda data, settings, keep: run_study(data, Settings((1.5,), (8,), 2, 1), keep)
-    )
-    out = tmp_path / "study.json"
-    monkeypatch.setattr(sys, "argv", ["adapt_study", "digits", "--epochs", "2", "--out", str(out)])
+def test_every_study_runs_goes_on_and_is_rendered(tmp_path, monkeypatch, capsys):
+    digits = load("digits")
+    first = run_study(digits, Settings((1.5,), (8,), 1, 2), tmp_path)
+    both = run_study(digits, Settings((1.5,), (8, 16), 1, 2), tmp_path)
+    assert both[0] == first[0]
+    assert len(both) == 2
+    assert all(row["flops_ratio"] >= 1.5 for row in both)
+    names = ("dense", "plain", "calibrated", "oracle", "distilled", "uniform", "low_rank", "low_rank_distilled")
+    assert all(10 < row[name] <= 100 for row in both for name in names)
+    monkeypatch.setattr(elastic, "BUDGETS", (0.5, 1.0))
+    assert len(elastic.run_elastic(digits, 0, tmp_path, distil_epochs=1)) == 2
+    few = {name: ablation.VARIANTS[name] for name in ("base", "annealed active", "random start", "distilled")}
+    monkeypatch.setattr(ablation, "VARIANTS", few)
+    for mode in ("scratch", "converted"):
+        assert len(ablation.run_ablation(digits, 0, tmp_path, mode=mode, epochs=1)) == 4
+    monkeypatch.setattr(sys, "argv", ["adapt_study", "render", "--out", str(tmp_path)])
     command.main()
-    (row,) = json.loads(out.read_text())["rows"]
-    assert row["flops_ratio"] >= 1.5
-    assert all(10 < row[name] <= 100 for name in ("dense", "adapted", "oracle", "distilled", "plain", "low_rank"))
+    text = capsys.readouterr().out
+    assert text.strip() == render(tmp_path).strip()
+    assert "| 1.5x | 8 | 1 |" in text
+    assert "ablation, converted" in text
+
+
+def test_a_folder_without_results_is_an_error(tmp_path):
+    with pytest.raises(MIDLError, match="has no results"):
+        render(tmp_path)

@@ -1,44 +1,69 @@
-"""``python -m midl.lab.adapt_study mnist --seed 0 --out FILE.json``."""
+"""``python -m midl.lab.adapt_study budgets cifar10 --seeds 0,1,2 --out FOLDER``."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from midl.lab.adapt_study.study import Row, Settings, run_study
+import torch
+
+from midl.lab.adapt_study.ablation import run_ablation
+from midl.lab.adapt_study.elastic import run_elastic
+from midl.lab.adapt_study.render import render
+from midl.lab.adapt_study.study import Settings, run_study
 from midl.lab.data import load
-from midl.lab.environment import describe_environment
+
+_STUDIES = ("budgets", "elastic", "scratch", "converted")
 
 
 def main() -> None:
-    """Run the study on one data set and seed; print every row and write them all."""
-    parser = argparse.ArgumentParser(description="Adapt a trained MLP to two budgets, beside low rank and the oracle.")
-    parser.add_argument("dataset")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--epochs", type=int, default=Settings.epochs)
-    parser.add_argument("--distil-epochs", type=int, default=Settings.distil_epochs)
+    """Run one study on one data set, seed by seed; print every row, keep all in the folder and go on from there."""
+    parser = argparse.ArgumentParser(prog="python -m midl.lab.adapt_study", description=main.__doc__)
+    parser.add_argument("study", choices=(*_STUDIES, "render"), help="scratch and converted are the ablation's halves")
+    parser.add_argument("dataset", nargs="?", default="digits")
+    parser.add_argument("--seeds", default="0,1,2", help="separated by commas")
+    parser.add_argument("--epochs", type=int, help="of the dense training; default: the recipe's")
+    parser.add_argument("--distil-epochs", type=int, help="of distillation, or of each of the ablation's variants")
+    parser.add_argument("--budgets", default="1.7,2.5")
+    parser.add_argument("--group-sizes", default="1,16,32")
+    parser.add_argument("--threads", type=int)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    settings = Settings(seed=arguments.seed, epochs=arguments.epochs, distil_epochs=arguments.distil_epochs)
-    rows: list[Row] = []
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    if arguments.study == "render":
+        print(render(arguments.out))
+        return
+    dataset = load(arguments.dataset)
+    for seed in map(int, arguments.seeds.split(",")):
+        _run(arguments, dataset, seed, _print)
 
-    def keep(row: Row) -> None:
-        rows.append(row)
-        print(
-            f"{arguments.dataset} {row.budget:g}x G={row.group_size} ({row.flops_ratio:.2f}x): dense {row.dense:.2f}, "
-            f"low rank {row.low_rank:.2f} distilled {row.low_rank_distilled:.2f}, plain conversion {row.plain:.2f}, "
-            f"adapted {row.adapted:.2f} oracle {row.oracle:.2f} distilled {row.distilled:.2f}",
-            flush=True,
-        )
-        result = {
-            "dataset": arguments.dataset, "settings": dataclasses.asdict(settings),
-            "environment": describe_environment(), "rows": [dataclasses.asdict(r) for r in rows],
-        }  # fmt: skip
-        arguments.out.write_text(json.dumps(result, indent=1))
 
-    run_study(load(arguments.dataset), settings, keep)
+def _run(arguments: Any, dataset: Any, seed: int, on_row: Callable[[dict[str, Any]], None]) -> None:
+    if arguments.study == "budgets":
+        settings = Settings(
+            budgets=tuple(map(float, arguments.budgets.split(","))),
+            group_sizes=tuple(map(int, arguments.group_sizes.split(","))),
+            distil_epochs=arguments.distil_epochs or Settings.distil_epochs, epochs=arguments.epochs, seed=seed,
+        )  # fmt: skip
+        run_study(dataset, settings, arguments.out, on_row)
+    elif arguments.study == "elastic":
+        choices = {} if arguments.distil_epochs is None else {"distil_epochs": arguments.distil_epochs}
+        run_elastic(dataset, seed, arguments.out, dense_epochs=arguments.epochs, on_row=on_row, **choices)
+    else:
+        run_ablation(
+            dataset, seed, arguments.out, mode=arguments.study, epochs=arguments.distil_epochs,
+            dense_epochs=arguments.epochs, on_row=on_row,
+        )  # fmt: skip
+
+
+def _print(row: dict[str, Any]) -> None:
+    cells = (
+        f"{k} {v:.2f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items() if k not in ("layers", "latency")
+    )
+    print(", ".join(cells), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Batches of a data set's training rows in a new order every epoch."""
+"""Batches of a data set's training rows in a new order every epoch, augmented where the data set says so."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["ShuffledBatches"]
 
 
 class ShuffledBatches:
-    """Inputs and labels of the training rows, augmented; the orders follow from ``seed`` alone.
+    """Inputs and labels of the training rows; orders and augmentation follow from ``seed`` alone.
 
     >>> from midl.lab.data import load
     >>> batches = ShuffledBatches(load("digits"), seed=0, batch_size=100)
@@ -23,12 +23,16 @@ class ShuffledBatches:
 
     def __init__(self, dataset: Dataset, seed: int, batch_size: int = 128) -> None:
         self.dataset, self.batch_size = dataset, batch_size
-        self.random = torch.Generator().manual_seed(seed)
+        self.seeds = torch.Generator().manual_seed(seed)
 
     def __len__(self) -> int:
         return -(-len(self.dataset.train) // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        order = torch.randperm(len(self.dataset.train), generator=self.random)
-        for rows in order.split(self.batch_size):
-            yield self.dataset.training_batch(rows)
+        seed = int(torch.randint(2**31, (), generator=self.seeds))
+        order = torch.randperm(len(self.dataset.train), generator=torch.Generator().manual_seed(seed))
+        for i, rows in enumerate(order.split(self.batch_size)):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed + i)
+                batch = self.dataset.training_batch(rows)
+            yield batch

@@ -18,25 +18,57 @@ __all__ = ["factorise"]
 
 @torch.no_grad()
 def factorise(model: nn.Module, names: Sequence[str], batches: Sequence[Any], budget: float) -> None:
-    """Replace the named nn.Linear layers by two thinner ones, fitted to real inputs, all shrunk by the same ratio.
+    """Replace the named layers by two thinner ones, fitted to real inputs, all shrunk by the same ratio.
+
+    A convolution becomes one to few channels with its kernel and a 1 x 1 behind it.
+
+    Args:
+        model: whose nn.Linear and nn.Conv2d layers are replaced in place.
+        names: qualified names of the layers.
+        batches: inputs of the model to fit to.
+        budget: FLOPs of the whole model before, divided by those after, at least.
 
     Raises:
         MIDLError: the budget cannot be met.
     """
     layers = {name: model.get_submodule(name) for name in names}
-    moments = calibrate(model, batches, layers)
+    principal = {name: found.principal_outputs() for name, found in calibrate(model, batches, layers).items()}
     dense = count_flops(model, batches[0])
-    own = sum(2 * len(batches[0]) * weight_of(layer).numel() for layer in layers.values())
-    share = (dense / budget - (dense - own)) / own
-    if share <= 0:
-        raise MIDLError(f"factorise: budget={budget:g}, the other layers alone cost more")
-    for name, layer in layers.items():
-        assert isinstance(layer, nn.Linear)
-        n, d = layer.weight.shape
-        rank = max(1, int(share * n * d / (n + d)))
-        path = fit_light_path(layer.weight, *moments[name].principal_outputs(), rank)
-        down, up = nn.Linear(d, rank, bias=False), nn.Linear(rank, n)
-        down.weight.copy_(path.down)
-        up.weight.copy_(path.up)
-        up.bias.copy_(layer.bias)
-        model.set_submodule(name, nn.Sequential(down, up))
+
+    def thin(share: float) -> int:
+        """Give every layer this share of its multiply-adds; return what the model then needs."""
+        for name, layer in layers.items():
+            n, fan_in = weight_of(layer).shape
+            rank = min(n, fan_in, max(1, int(share * n * fan_in / (n + fan_in))))
+            path = fit_light_path(weight_of(layer), *principal[name], rank)
+            model.set_submodule(name, _factors(layer, path.down, path.up))
+        return count_flops(model, batches[0])
+
+    low, high = 0.0, 1.0
+    least = thin(low)
+    if least > dense / budget:
+        raise MIDLError(f"factorise: budget={budget:g} cannot be met, expected at most {dense / least:.3f}")
+    for _ in range(12):
+        middle = (low + high) / 2
+        low, high = (middle, high) if thin(middle) <= dense / budget else (low, middle)
+    thin(low)
+
+
+def _factors(layer: nn.Module, down_weight: torch.Tensor, up_weight: torch.Tensor) -> nn.Sequential:
+    rank, n = len(down_weight), len(up_weight)
+    bias = layer.bias is not None
+    down: nn.Module
+    up: nn.Module
+    if isinstance(layer, nn.Conv2d):
+        down = nn.Conv2d(
+            layer.in_channels, rank, layer.kernel_size, layer.stride, layer.padding, layer.dilation, bias=False,  # type: ignore[arg-type]
+            padding_mode=layer.padding_mode,  # type: ignore[arg-type]
+        )  # fmt: skip
+        up = nn.Conv2d(rank, n, 1, bias=bias)
+    else:
+        down, up = nn.Linear(down_weight.shape[1], rank, bias=False), nn.Linear(rank, n, bias=bias)
+    down.weight.copy_(down_weight.view_as(down.weight))  # type: ignore[operator, arg-type]
+    up.weight.copy_(up_weight.view_as(up.weight))  # type: ignore[operator, arg-type]
+    if bias:
+        up.bias.copy_(layer.bias)  # type: ignore[union-attr, operator, arg-type]
+    return nn.Sequential(down, up).train(layer.training)

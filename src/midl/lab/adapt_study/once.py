@@ -1,30 +1,38 @@
-"""One adaptation of one network: what ``midl adapt`` runs."""
+"""One adaptation of one network: what ``midl adapt`` and ``midl curve`` run."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import json
+import importlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 import midl
+from midl.adaptation import soft_cross_entropy
+from midl.errors import MIDLError
 from midl.lab.adapt_study.batches import ShuffledBatches
-from midl.lab.data import load
+from midl.lab.curve import Point, measure_curve, plot_curve
+from midl.lab.data import Dataset, load
 from midl.lab.environment import describe_environment
+from midl.lab.files import write_json
 from midl.lab.measure import measure_accuracy, measure_latency
 from midl.lab.models import architecture_for
 from midl.lab.recipes import recipes_for
 from midl.lab.training import train
 
-__all__ = ["AdaptSettings", "adapt_once"]
+__all__ = ["AdaptSettings", "adapt_once", "draw_curve"]
+
+_LATENCY_BATCHES = (1, 64)
 
 
 @dataclasses.dataclass(frozen=True)
 class AdaptSettings:
-    """What to adapt; the fields are the options of ``midl adapt``."""
+    """What to adapt; the fields are the options of ``midl adapt`` and ``midl curve``."""
 
     dataset: str
     budget: float = 1.7
@@ -33,38 +41,27 @@ class AdaptSettings:
     distil_epochs: int = 1
     seed: int = 0
     threads: int | None = None
+    model: str | None = None
 
 
 def adapt_once(settings: AdaptSettings, out: Path, checkpoint: Path | None = None) -> Iterator[str]:
-    """Train or load the data set's MLP, adapt it, write both and a report to ``out``; yield lines for the console.
+    """Train or load a dense network, adapt it, write both, a report and a plot to ``out``; yield lines for the console.
 
     Raises:
-        MIDLError: a data set, checkpoint or budget that cannot be had.
+        MIDLError: a data set, model factory, checkpoint or budget that cannot be had.
     """
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
-    dataset = load(settings.dataset)
-    torch.manual_seed(settings.seed)
-    dense = architecture_for(dataset.name, dataset.input_shape, dataset.num_classes).build()
-    out.mkdir(parents=True, exist_ok=True)
-    if checkpoint is None:
-        recipe = recipes_for(settings.dataset, settings.epochs).train
-        train(dense, dataset, recipe, seed=settings.seed)
-        midl.save(dense, out / "dense.safetensors")
-    else:
-        midl.load_(dense, checkpoint)
-    dense.eval()
+    dataset, dense = _dense(settings, out, checkpoint)
     model = copy.deepcopy(dense)
     report = midl.adapt(
         model, ShuffledBatches(dataset, settings.seed), settings.budget, group_size=settings.group_size,
-        epochs=settings.distil_epochs, seed=settings.seed,
+        epochs=settings.distil_epochs, loss=soft_cross_entropy(), seed=settings.seed,
     )  # fmt: skip
     midl.save(model, out / "adapted.safetensors")
     yield str(report)
     accuracy = {"dense": measure_accuracy(dense, dataset)[0], "adapted": measure_accuracy(model, dataset)[0]}
     yield f"accuracy {accuracy['dense']:.2f} % dense, {accuracy['adapted']:.2f} % adapted"
     latency = {}
-    for batch in (1, 64):
+    for batch in _LATENCY_BATCHES:
         x = dataset.batch(dataset.test, slice(0, batch))[0]
         latency[batch] = measure_latency({"dense": dense, "adapted": model}, x)
         before, after = (latency[batch][name]["median"] for name in ("dense", "adapted"))
@@ -73,5 +70,76 @@ def adapt_once(settings: AdaptSettings, out: Path, checkpoint: Path | None = Non
         "settings": dataclasses.asdict(settings), "environment": describe_environment(),
         "report": dataclasses.asdict(report), "accuracy": accuracy, "latency": latency,
     }  # fmt: skip
-    (out / "report.json").write_text(json.dumps(result, indent=1))
+    write_json(out / "report.json", result)
+    points = measure_curve(model, dense, dataset, (0.15, 0.3, 0.45, 0.7, 1.0), batches=())
+    plot_curve(points, accuracy["dense"], f"{dataset.name}, adapted to {settings.budget:g}x", out / "accuracy.png")
     yield f"Folder: {out}"
+
+
+def draw_curve(
+    settings: AdaptSettings, budgets: tuple[float, ...], out: Path, checkpoint: Path | None = None
+) -> Iterator[str]:
+    """Make one network serve all ``budgets``, measure it at each, write ``out``; yield lines for the console.
+
+    Raises:
+        MIDLError: a data set, model factory, checkpoint or budget that cannot be had.
+    """
+    dataset, dense = _dense(settings, out, checkpoint)
+    model = copy.deepcopy(dense)
+    midl.adapt(
+        model, ShuffledBatches(dataset, settings.seed), settings.budget, group_size=settings.group_size,
+        allocation="uniform", epochs=settings.distil_epochs, loss=soft_cross_entropy(),
+        elastic=(min(budgets), max(budgets)), seed=settings.seed,
+    )  # fmt: skip
+    midl.save(model, out / "elastic.safetensors")
+    accuracy = measure_accuracy(dense, dataset)[0]
+    yield f"dense: {accuracy:.2f} %"
+    yield "active   FLOPs     accuracy" + "".join(f"   batch {batch}" for batch in _LATENCY_BATCHES)
+    points = []
+    for point in measure_curve(model, dense, dataset, budgets, _LATENCY_BATCHES):
+        points.append(point)
+        yield _line(point)
+    result = {
+        "settings": dataclasses.asdict(settings), "environment": describe_environment(), "dense_accuracy": accuracy,
+        "points": [dataclasses.asdict(point) for point in points],
+    }  # fmt: skip
+    write_json(out / "curve.json", result)
+    plot_curve(points, accuracy, f"{dataset.name}, one elastic network", out / "curve.png")
+    yield f"Folder: {out} (latencies are those of the dense network divided by the elastic one's: above 1 it is faster)"
+
+
+def _line(point: Point) -> str:
+    speeds = "".join(f"{point.latency_dense[b] / point.latency[b]:9.2f}x" for b in point.latency)
+    return f"{point.active:6.0%}   {point.flops_ratio:.2f}x less   {point.accuracy:6.2f} %{speeds}"
+
+
+def _dense(settings: AdaptSettings, out: Path, checkpoint: Path | None) -> tuple[Dataset, nn.Module]:
+    """Return the data set and its trained dense network, loaded or trained and saved."""
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    dataset = load(settings.dataset)
+    torch.manual_seed(settings.seed)
+    if settings.model is None:
+        model = architecture_for(dataset.name, dataset.input_shape, dataset.num_classes).build()
+    else:
+        model = _call_factory(settings.model)
+    out.mkdir(parents=True, exist_ok=True)
+    if checkpoint is None:
+        train(model, dataset, recipes_for(settings.dataset, settings.epochs).train, seed=settings.seed)
+        midl.save(model, out / "dense.safetensors")
+    else:
+        midl.load_(model, checkpoint)
+    return dataset, model.eval()
+
+
+def _call_factory(name: str) -> nn.Module:
+    """Return what the function ``module:function`` makes."""
+    module, _, function = name.partition(":")
+    try:
+        factory: Any = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise MIDLError(f"model={name!r} cannot be imported ({error}), expected module:function") from error
+    made = factory()
+    if not isinstance(made, nn.Module):
+        raise MIDLError(f"model={name!r} returned a {type(made).__name__}, expected torch.nn.Module")
+    return made

@@ -1,10 +1,12 @@
-"""One run of the study: train dense, adapt to every budget and group size, score what was trained and what was not."""
+"""The rows behind docs/adapt.md: networks adapted to budgets, beside low rank, the uniform budget and the oracle."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,121 +14,156 @@ from torch import Tensor, nn
 
 import midl
 from midl.adaptation import adapt, distil
-from midl.adaptation.calibrate import weight_of
+from midl.adaptation.distil import soft_cross_entropy
 from midl.errors import MIDLError
 from midl.lab.adapt_study.batches import ShuffledBatches
 from midl.lab.adapt_study.low_rank import factorise
 from midl.lab.adapt_study.oracle import select_by_oracle
+from midl.lab.adapt_study.trained import train_dense
 from midl.lab.data import Dataset
-from midl.lab.measure import measure_accuracy, measure_latency
-from midl.lab.models import MLP, architecture_for
-from midl.lab.training import Recipe, train
+from midl.lab.files import write_json
+from midl.lab.measure import layer_flops, measure_accuracy, measure_latency
+from midl.lab.models import architecture_for
 
-__all__ = ["Row", "Settings", "run_study"]
+__all__ = ["Settings", "run_study"]
 
-_CALIBRATION = 4096
+_CALIBRATION = 2048
+_LATENCY_BATCHES = (1, 32, 256)
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What to run: ``distil_epochs`` is at most a fifth of ``epochs`` in what the docs report."""
+    """What to run, per seed.
+
+    Args:
+        budgets: FLOPs of the dense network, divided by those of the adapted one.
+        group_sizes: neurons selected together.
+        distil_epochs: of distillation; the docs report at most a fifth of the dense training's epochs.
+        epochs: of the dense training; ``None`` for the recipe's.
+        seed: of everything.
+    """
 
     budgets: tuple[float, ...] = (1.7, 2.5)
     group_sizes: tuple[int, ...] = (1, 16, 32)
-    epochs: int = 8
-    distil_epochs: int = 1
+    distil_epochs: int = 2
+    epochs: int | None = None
     seed: int = 0
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One adapted network. Accuracies are test accuracies in percent.
+Row = dict[str, Any]
+"""One adapted network. Accuracies are test accuracies in percent: ``dense``; ``plain``: converted without data, the
+same ratio in every layer; ``calibrated``: adapted without training; ``oracle``: the same with the best selection;
+``distilled``; ``uniform``: calibrated, with every layer at the same density and rank share; ``low_rank`` and
+``low_rank_distilled``: low rank alone at the same FLOPs. ``latency``: batch to median seconds, dense and distilled."""
 
-    Attributes:
-        dense: of the dense network.
-        low_rank: of all hidden layers factorised at the same budget, fitted to real inputs, no training.
-        plain: of ``convert_`` with the weight's SVD and the light gate, the same budget in every layer, no training.
-        adapted: of ``midl.adapt`` without training.
-        oracle: of that network with the best selection.
-        distilled: of that network after distillation.
-        low_rank_distilled: of ``low_rank`` after the same distillation.
-        latency: median seconds of a batch of 128, dense and adapted, interleaved.
-        layers: active, rank, gate, captured and oracle energy per layer.
+
+def run_study(
+    dataset: Dataset, settings: Settings, folder: Path, on_row: Callable[[Row], None] = lambda row: None
+) -> list[Row]:
+    """Return a row per budget and group size; finished ones are taken from ``folder``, so a stopped run goes on.
+
+    Args:
+        dataset: to train and test on.
+        settings: what to run.
+        folder: of ``<dataset>-seed<seed>.json`` and the trained dense networks.
+        on_row: called with each row as it is done or found.
     """
-
-    budget: float
-    group_size: int
-    flops_ratio: float
-    dense: float
-    low_rank: float
-    low_rank_distilled: float
-    plain: float
-    adapted: float
-    oracle: float
-    distilled: float
-    latency: dict[str, float]
-    layers: list[dict[str, Any]]
-
-
-def run_study(dataset: Dataset, settings: Settings, on_row: Callable[[Row], None]) -> list[Row]:
-    """Return a row per budget and group size; ``on_row`` is called as each is done."""
-    architecture = architecture_for(dataset.name, dataset.input_shape, dataset.num_classes)
-    if not isinstance(architecture, MLP):  # the oracle looks one ReLU ahead
-        raise MIDLError(f"adapt_study: dataset={dataset.name!r} has a {type(architecture).__name__}, expected an MLP")
-    torch.manual_seed(settings.seed)
-    dense = architecture.build()
-    train(dense, dataset, Recipe(epochs=settings.epochs), seed=settings.seed)
-    dense.eval()
+    file = folder / f"{dataset.name}-seed{settings.seed}.json"
+    rows: list[Row] = json.loads(file.read_text()) if file.exists() else []
+    dense = train_dense(dataset, settings.seed, folder, settings.epochs)
     order = torch.randperm(len(dataset.train), generator=torch.Generator().manual_seed(settings.seed))
-    batches = [dataset.batch(dataset.train, rows)[0].flatten(1) for rows in order[:_CALIBRATION].split(128)]
-    rows = []
+    batches = [dataset.batch(dataset.train, rows)[0] for rows in order[:_CALIBRATION].split(256)]
+    study = _Study(dataset, settings, dense, batches)
     for budget in settings.budgets:
-        low_rank = copy.deepcopy(dense)
-        factorise(low_rank, architecture.layer_names, batches, budget)
-        before = measure_accuracy(low_rank, dataset)[0]
-        distil(
-            low_rank, dense, ShuffledBatches(dataset, settings.seed), epochs=settings.distil_epochs, seed=settings.seed
-        )
-        factorised = (before, measure_accuracy(low_rank, dataset)[0])
         for group_size in settings.group_sizes:
-            rows.append(_row(dense, architecture, dataset, batches, budget, group_size, factorised, settings))
-            on_row(rows[-1])
+            known = [row for row in rows if (row["budget"], row["group_size"]) == (budget, group_size)]
+            if not known:
+                same_budget = next((row for row in rows if row["budget"] == budget), None)
+                rows.append(study.row(budget, group_size, same_budget))
+                write_json(file, rows)
+            on_row((known or rows[-1:])[0])
     return rows
 
 
-def _row(
-    dense: nn.Sequential,
-    architecture: MLP,
-    dataset: Dataset,
-    batches: Sequence[Tensor],
-    budget: float,
-    group_size: int,
-    low_rank: tuple[float, float],
-    settings: Settings,
-) -> Row:
-    model = copy.deepcopy(dense)
-    report = adapt(model, batches, budget, group_size=group_size, samples=_CALIBRATION, seed=settings.seed)
-    adapted = measure_accuracy(model, dataset)[0]
-    with select_by_oracle(model):
-        oracle = measure_accuracy(model, dataset)[0]
-    latency = measure_latency({"dense": dense, "adapted": model}, batches[0])
-    distil(model, dense, ShuffledBatches(dataset, settings.seed), epochs=settings.distil_epochs, seed=settings.seed)
-    return Row(
-        budget, group_size, report.flops_ratio, measure_accuracy(dense, dataset)[0], *low_rank,
-        _plain(dense, architecture, dataset, budget, group_size), adapted, oracle, measure_accuracy(model, dataset)[0],
-        {name: times["median"] for name, times in latency.items()},
-        [dataclasses.asdict(layer) for layer in report.layers],
-    )  # fmt: skip
+@dataclasses.dataclass(frozen=True)
+class _Study:
+    dataset: Dataset
+    settings: Settings
+    dense: nn.Module
+    batches: Sequence[Tensor]
+
+    def row(self, budget: float, group_size: int, same_budget: Row | None) -> Row:
+        """Return one row; low rank knows no groups, so it is taken from a row of the same budget."""
+        adapted, report = self._adapt(budget, group_size)
+        calibrated = self._accuracy(adapted)
+        with select_by_oracle(adapted, self.batches[0]):
+            oracle = self._accuracy(adapted)
+        latency = {}
+        for batch in _LATENCY_BATCHES:
+            x = self.dataset.batch(self.dataset.test, slice(0, batch))[0]
+            times = measure_latency({"dense": self.dense, "adapted": adapted}, x)
+            latency[str(batch)] = {name: found["median"] for name, found in times.items()}
+        uniform = self._accuracy(self._adapt(budget, group_size, allocation="uniform")[0])
+        self._distil(adapted)
+        row: Row = {
+            "dataset": self.dataset.name, "seed": self.settings.seed, "budget": budget, "group_size": group_size,
+            "flops_ratio": report.flops_ratio, "dense": self._accuracy(self.dense),
+            "plain": self._plain(budget, group_size), "calibrated": calibrated, "uniform": uniform, "oracle": oracle,
+            "distilled": self._accuracy(adapted),
+        }  # fmt: skip
+        if same_budget is None:
+            low_rank = copy.deepcopy(self.dense)
+            factorise(low_rank, self._names(), self.batches, budget)
+            row["low_rank"] = self._accuracy(low_rank)
+            self._distil(low_rank)
+            row["low_rank_distilled"] = self._accuracy(low_rank)
+        else:
+            row |= {name: same_budget[name] for name in ("low_rank", "low_rank_distilled")}
+        layers = [dataclasses.asdict(layer) for layer in report.layers]
+        return row | {"latency": latency, "threads": torch.get_num_threads(), "layers": layers}
+
+    def _adapt(self, budget: float, group_size: int, **choices: Any) -> tuple[nn.Module, Any]:
+        model = copy.deepcopy(self.dense)
+        names = self._names()
+        report = adapt(
+            model, self.batches, budget, group_size=group_size, samples=_CALIBRATION, seed=self.settings.seed,
+            filter_fn=lambda module, name: name in names, **choices,
+        )  # fmt: skip
+        return model, report
+
+    def _distil(self, model: nn.Module) -> None:
+        batches = ShuffledBatches(self.dataset, self.settings.seed)
+        epochs, seed = self.settings.distil_epochs, self.settings.seed
+        distil(model, self.dense, batches, epochs=epochs, loss=soft_cross_entropy(), seed=seed)
+
+    def _plain(self, budget: float, group_size: int) -> float | None:
+        """Return the accuracy of a conversion without data: every layer the same ratio, light path by SVD."""
+        model = copy.deepcopy(self.dense)
+        names = self._names()
+        for active in (
+            0.45 * 1.7 / budget,
+            0.3 / budget,
+        ):  # the second where the first leaves nothing for the light path
+            ratio = _layer_ratio(model, names, self.batches[0][:1], budget)
+            config = midl.MIDConfig(
+                active=active, flops_ratio=ratio, group_size=group_size, gate="light", interpolation="hard"
+            )
+            try:
+                midl.convert_(model, config, overrides=dict.fromkeys(names, config), filter_fn=lambda m, n: n in names)
+            except MIDLError:
+                continue
+            return self._accuracy(model)
+        return None
+
+    def _accuracy(self, model: nn.Module) -> float:
+        return measure_accuracy(model, self.dataset)[0]
+
+    def _names(self) -> list[str]:
+        d = self.dataset
+        return architecture_for(d.name, d.input_shape, d.num_classes).layer_names
 
 
-def _plain(dense: nn.Sequential, architecture: MLP, dataset: Dataset, budget: float, group_size: int) -> float:
-    """Return the accuracy of a conversion without data: every hidden layer the same ratio, 45 % active at 1.7x."""
-    model = copy.deepcopy(dense)
-    total = midl.count_flops(dense, architecture.example())
-    hidden = 2 * sum(weight_of(dense.get_submodule(name)).numel() for name in architecture.layer_names)
-    ratio = hidden / (total / budget - (total - hidden))
-    config = midl.MIDConfig(
-        active=0.45 * 1.7 / ratio, flops_ratio=ratio, group_size=group_size, gate="light", interpolation="hard"
-    )
-    midl.convert_(model, config, overrides=dict.fromkeys(architecture.layer_names, config) | {"head": None})
-    return measure_accuracy(model, dataset)[0]
+def _layer_ratio(model: nn.Module, names: Sequence[str], x: Tensor, budget: float) -> float:
+    """Return the ratio by which the named layers must shrink so that the whole model shrinks by ``budget``."""
+    total, own = midl.count_flops(model, x), sum(layer_flops(model, x, list(names)).values())
+    return own / (total / budget - (total - own))

@@ -5,6 +5,7 @@ import typer
 from midl.lab.commands.adapt import adapt
 from midl.lab.commands.bench import bench
 from midl.lab.commands.compare import compare
+from midl.lab.commands.curve import curve
 from midl.lab.commands.info import info
 from midl.lab.commands.report import report
 from midl.lab.commands.reproduce import reproduce
@@ -21,6 +22,7 @@ app = typer.Typer(
 app.command()(adapt)
 app.command()(bench)
 app.command()(compare)
+app.command()(curve)
 app.command()(info)
 app.command()(report)
 app.command()(reproduce)

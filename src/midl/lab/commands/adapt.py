@@ -19,23 +19,26 @@ def adapt(
     checkpoint: Annotated[
         Path | None, typer.Option(help="Dense network, as midl.save wrote it.  [default: train one]")
     ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Factory of the dense network, module:function.  [default: the data set's]")
+    ] = None,
     epochs: Annotated[
         int | None, typer.Option(help="Training epochs of the dense network.  [default: the data set's]")
     ] = None,
     distil_epochs: Annotated[int, typer.Option(help="Epochs of distillation; 0: none.")] = 1,
     seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
-    out: Annotated[Path, typer.Option(help="Folder for dense.safetensors, adapted.safetensors, report.json.")] = Path(
-        "adapted"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="Folder for dense.safetensors, adapted.safetensors, report.json, accuracy.png.")
+    ] = Path("adapted"),
     threads: Annotated[int | None, typer.Option(help="Threads.  [default: torch's]")] = None,
 ) -> None:
     """Adapt a network to a FLOPs budget; print what happened to every layer, accuracy and latency; save the result.
 
-    The network is the data set's MLP of ``midl compare``.
+    The network is the data set's of ``midl compare``, or what ``--model`` makes, trained here or loaded.
     """
     from midl.lab.adapt_study.once import AdaptSettings, adapt_once
 
     with readable_errors():
-        settings = AdaptSettings(dataset, budget, group_size, epochs, distil_epochs, seed, threads)
+        settings = AdaptSettings(dataset, budget, group_size, epochs, distil_epochs, seed, threads, model)
         for line in adapt_once(settings, out, checkpoint):
             typer.echo(line)

@@ -1,0 +1,105 @@
+"""The study's folders as Markdown tables: means over seeds, differences paired by seed with 95 % intervals."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from midl.errors import MIDLError
+from midl.lab.statistics import Estimate, estimate_mean, paired_difference
+
+__all__ = ["render"]
+
+_BUDGETS = (
+    ("dense", "dense"), ("plain", "converted without data"), ("calibrated", "calibrated"), ("oracle", "oracle"),
+    ("distilled", "distilled"), ("low_rank_distilled", "low rank alone, distilled"),
+)  # fmt: skip
+
+
+def render(folder: Path) -> str:
+    """Return the tables of everything that a folder of :mod:`midl.lab.adapt_study` holds, as Markdown.
+
+    Raises:
+        MIDLError: there is nothing in it.
+    """
+    rows = [row for file in sorted(folder.glob("*-seed*.json")) for row in json.loads(file.read_text())]
+    if not rows:
+        raise MIDLError(f"render: {folder} has no results, expected <data set>-seed<seed>.json files")
+    parts: list[str] = []
+    for dataset in sorted({row["dataset"] for row in rows}):
+        own = [row for row in rows if row["dataset"] == dataset]
+        parts += _budget_tables(dataset, [row for row in own if "budget" in row])
+        parts += _elastic_table(dataset, [row for row in own if "elastic" in row])
+        for mode in ("scratch", "converted"):
+            parts += _ablation_table(dataset, mode, [row for row in own if row.get("mode") == mode])
+    return "\n".join(parts)
+
+
+def _budget_tables(dataset: str, rows: Sequence[dict[str, Any]]) -> Iterable[str]:
+    if not rows:
+        return
+    yield f"### {dataset}: adapted to a budget\n"
+    batches = list(rows[0]["latency"])
+    speeds = "".join(f" speed, batch {batch} |" for batch in batches)
+    heads = " | ".join(title for _, title in _BUDGETS)
+    yield f"| budget | G | seeds | {heads} | distilled - dense | layer-wise - uniform, calibrated |{speeds}"
+    yield "|" + "---|" * (5 + len(_BUDGETS) + len(batches))
+    for budget, group_size in sorted({(row["budget"], row["group_size"]) for row in rows}):
+        same = [row for row in rows if (row["budget"], row["group_size"]) == (budget, group_size)]
+        cells = [_mean(same, name) for name, _ in _BUDGETS]
+        cells += [_difference(same, "distilled", "dense"), _difference(same, "calibrated", "uniform")]
+        for batch in batches:
+            ratios = [row["latency"][batch]["dense"] / row["latency"][batch]["adapted"] for row in same]
+            cells.append(f"{estimate_mean(ratios).mean:.2f}x")
+        yield f"| {budget:g}x | {group_size} | {len(same)} | " + " | ".join(cells) + " |"
+    yield ""
+
+
+def _elastic_table(dataset: str, rows: Sequence[dict[str, Any]]) -> Iterable[str]:
+    if not rows:
+        return
+    yield f"### {dataset}: one elastic network against one network per budget\n"
+    yield "| active | seeds | dense | elastic | made for this budget | elastic - alone |"
+    yield "|---|---|---|---|---|---|"
+    for active in sorted({row["active"] for row in rows}):
+        same = [row for row in rows if row["active"] == active]
+        cells = [_mean(same, name) for name in ("dense", "elastic", "alone")]
+        yield f"| {active:.0%} | {len(same)} | " + " | ".join([*cells, _difference(same, "elastic", "alone")]) + " |"
+    yield ""
+
+
+def _ablation_table(dataset: str, mode: str, rows: Sequence[dict[str, Any]]) -> Iterable[str]:
+    if not rows:
+        return
+    yield f"### {dataset}: ablation, {mode}\n"
+    yield "| variant | seeds | before training | accuracy | against base |"
+    yield "|---|---|---|---|---|"
+    base = {row["seed"]: row["accuracy"] for row in rows if row["variant"] == "base"}
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        same = [row for row in rows if row["variant"] == variant]
+        against = (
+            "" if variant == "base" else _signed(paired_difference({r["seed"]: r["accuracy"] for r in same}, base))
+        )
+        yield f"| {variant} | {len(same)} | {_mean(same, 'before')} | {_mean(same, 'accuracy')} | {against} |"
+    yield ""
+
+
+def _mean(rows: Sequence[dict[str, Any]], name: str) -> str:
+    values = [row[name] for row in rows if row[name] is not None]
+    return f"{estimate_mean(values).mean:.2f}" if values else "cannot be met"
+
+
+def _difference(rows: Sequence[dict[str, Any]], ours: str, theirs: str) -> str:
+    return _signed(
+        paired_difference({row["seed"]: row[ours] for row in rows}, {row["seed"]: row[theirs] for row in rows})
+    )
+
+
+def _signed(difference: Estimate | None) -> str:
+    if difference is None:
+        return ""
+    interval = "" if difference.low is None else f" ({difference.low:+.2f} to {difference.high:+.2f})"
+    text = f"{difference.mean:+.2f}{interval}"
+    return f"**{text}**" if difference.excludes_zero else text
