@@ -4,6 +4,7 @@ from midl.adaptation.adapt import adapt
 from midl.adaptation.allocate import Option, allocate
 from midl.adaptation.calibrate import Moments, calibrate
 from midl.adaptation.distil import distil, soft_cross_entropy, squared_error
+from midl.adaptation.ffn import FFNStart, fit_ffn
 from midl.adaptation.gate import captured_energy, fit_gate
 from midl.adaptation.group import Chain, find_chains, group_neurons, order_neurons, permute
 from midl.adaptation.initialise import Start, initialise
@@ -15,6 +16,7 @@ __all__ = [
     "AdaptReport",
     "AdaptedLayer",
     "Chain",
+    "FFNStart",
     "LightPath",
     "Moments",
     "Option",
@@ -26,6 +28,7 @@ __all__ = [
     "captured_energy",
     "distil",
     "find_chains",
+    "fit_ffn",
     "fit_gate",
     "fit_light_path",
     "group_neurons",

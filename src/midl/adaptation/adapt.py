@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from midl.adaptation.batches import Data, collect, run, size_of
+from midl.adaptation.blocks import Block, find_blocks_to_adapt, group_units, list_block_choices, sample_inputs
 from midl.adaptation.calibrate import calibrate
 from midl.adaptation.distil import Loss, distil, squared_error
 from midl.adaptation.group import group_neurons
@@ -20,7 +21,8 @@ from midl.adaptation.plan import Choice, choose, find_layers, list_choices
 from midl.adaptation.report import AdaptedLayer, AdaptReport
 from midl.analysis.flops import count_flops, evaluation_mode
 from midl.config import check_positive_int
-from midl.conversion.convert import make_layer, replace_modules
+from midl.conversion.blocks import FFNBlock
+from midl.conversion.convert import make_layer, replace_modules, shared_parameters
 from midl.conversion.families import family_of
 from midl.errors import MIDLError
 
@@ -38,6 +40,7 @@ def adapt(
     group: bool = True,
     allocation: str = "layerwise",
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    ffn: bool | Sequence[FFNBlock] = False,
     samples: int = 2048,
     epochs: int = 0,
     optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
@@ -69,6 +72,7 @@ def adapt(
         allocation: ``"layerwise"``: each layer its own density and rank, by what it loses; ``"uniform"``: the same
             density and the same share of light path for all, for comparison.
         filter_fn: called with (module, qualified name); False keeps a layer dense.
+        ffn: whether two-layer FFNs become :class:`midl.MIDFFN` blocks: True, or your own, as for :func:`midl.convert_`.
         samples: inputs to calibrate and measure on, from the start of ``data``.
         epochs: of distillation on all of ``data``; 0: none.
         optimizer: from parameters to the optimizer of the distillation; default as for ``distil``.
@@ -83,34 +87,51 @@ def adapt(
     _check(model, data, budget, group_size, allocation, samples, epochs)
     batches = collect(data, samples)
     layers, kept = find_layers(model, group_size, filter_fn)
-    names = [name for name, module in model.named_modules() if name in layers or name in kept]
+    blocks, no_blocks = find_blocks_to_adapt(model, ffn, group_size, filter_fn, shared_parameters(model))
+    for block in blocks.values():
+        for name in block.originals():
+            layers.pop(name, None)
+            kept.pop(name, None)
+    kept |= no_blocks
+    names = [name for name, _ in model.named_modules() if name in layers or name in kept or name in blocks]
+    inputs = sample_inputs(model, blocks, batches, seed=seed)
+    for name in [name for name in blocks if name not in inputs]:
+        del blocks[name]
+        kept[name] = "not reached by the data"
     moments = calibrate(model, batches, layers)
     for name, found in moments.items():
         if found.rows == 0:
             del layers[name]
             kept[name] = f"all its {found.dropped} rows have NaN or Inf" if found.dropped else "not reached by the data"
-    if not layers:
+    if not layers and not blocks:
         reasons = "; ".join(f"{name}: {kept[name]}" for name in names[:8]) or "it has no dense layers"
         raise MIDLError(f"adapt: nothing in the {type(model).__name__} could be converted: {reasons}")
     measured = _first(batches, _MEASURED)
     expected = dense_outputs(model, measured)
     dense_flops = count_flops(model, batches[0])
-    rows = _count_rows(model, layers, batches[0])
+    rows = _count_rows(model, {**layers, **{name: block.parts["up"] for name, block in blocks.items()}}, batches[0])
     modes = {name: module.training for name, module in model.named_modules()}
     before = [(t, t.detach().clone()) for t in (*model.parameters(), *model.buffers())]
     try:
         regrouped = set()
         if group and group_size > 1:
             regrouped = group_neurons(model, layers, moments, batches, expected, group_size=group_size, seed=seed)
+            for name, block in blocks.items():
+                group_units(block, inputs[name], group_size)
+                regrouped.add(name)
         choices = {
             name: list_choices(
                 model, name, layer, moments[name], batches, expected, rows=rows[name], group_size=group_size, seed=seed
             )
             for name, layer in layers.items()
         }
+        for name, block in blocks.items():
+            choices[name] = list_block_choices(
+                model, block, inputs[name], batches, expected, rows=rows[name], group_size=group_size
+            )
         plan = choose(choices, dense_flops, budget, uniform=allocation == "uniform")
         teacher = copy.deepcopy(model) if epochs else None
-        _convert(model, layers, plan)
+        _convert(model, layers, blocks, plan)
         error = error_initialised = output_error(model, measured, expected)
         losses: list[float] = []
         if teacher is not None:
@@ -121,19 +142,21 @@ def adapt(
             error = output_error(model, measured, expected)
         flops = count_flops(model, batches[0])
     except BaseException:
-        _restore(model, layers, before)
+        originals = [block.originals() for block in blocks.values()]
+        _restore(model, {**layers, **{name: m for found in originals for name, m in found.items()}}, before)
         raise
     finally:
         for name, module in model.named_modules():
-            module.training = modes[name]
-    inputs = size_of(batches[0])
+            module.training = modes.get(name, module.training)
+    count = size_of(batches[0])
+    dropped = {name: found.dropped for name, found in moments.items()}
+    dropped |= {name: int((~x.isfinite().all(-1)).sum()) for name, x in inputs.items()}
     described = {
-        name: _describe(name, plan[name], choices[name], inputs, name in regrouped, moments[name].dropped)
-        for name in plan
+        name: _describe(name, plan[name], choices[name], count, name in regrouped, dropped[name]) for name in plan
     }
     return AdaptReport(
         tuple(described.get(name) or AdaptedLayer(name, False, kept[name]) for name in names),
-        dense_flops / inputs, flops / inputs, error_initialised, error, tuple(losses),
+        dense_flops / count, flops / count, error_initialised, error, tuple(losses),
     )  # fmt: skip
 
 
@@ -184,15 +207,18 @@ def _count_rows(model: nn.Module, layers: Mapping[str, nn.Module], batch: Any) -
     return rows
 
 
-def _convert(model: nn.Module, layers: Mapping[str, nn.Module], plan: Mapping[str, Choice]) -> None:
-    """Replace the layers that the plan makes sparse by MID-L layers with their starts."""
-    replacements = {}
+def _convert(
+    model: nn.Module, layers: Mapping[str, nn.Module], blocks: Mapping[str, Block], plan: Mapping[str, Choice]
+) -> None:
+    """Replace what the plan makes sparse by MID-L layers with their starts."""
+    replacements: dict[int, nn.Module] = {}
     for name, choice in plan.items():
         if choice.start is None:
             continue
-        layer = make_layer(layers[name], choice.start.config(choice.active))
+        config = choice.start.config(choice.active)
+        layer: Any = blocks[name].sparse(config) if name in blocks else make_layer(layers[name], config)
         choice.start.write(layer)
-        replacements[id(layers[name])] = layer
+        replacements.update(blocks[name].replacements(layer) if name in blocks else {id(layers[name]): layer})
     replace_modules(model, replacements)
 
 

@@ -24,8 +24,8 @@ __all__ = ["Choice", "choose", "find_layers", "list_choices"]
 
 # Light paths, as shares of the dense layer's multiply-adds, and active fractions at which every layer is measured;
 # between two fractions the error is interpolated in steps of _STEP.
-_LIGHT_SHARES = (0.03, 0.06, 0.1, 0.16)
-_ACTIVE = (0.05, 0.15, 0.3, 0.5, 0.75)
+LIGHT_SHARES = (0.03, 0.06, 0.1, 0.16)
+ACTIVE = (0.05, 0.15, 0.3, 0.5, 0.75)
 _STEP = 0.01
 
 
@@ -36,14 +36,14 @@ class Choice:
     Attributes:
         flops: on the first batch.
         error: relative output error of the model with this layer alone made so.
-        start: None: dense.
+        start: a :class:`midl.adaptation.Start`, for a block a BlockStart; None: dense.
         active: fraction of groups on the full path.
         light_share: multiply-adds that code, light path and gate were allowed, as a share of the dense layer's.
     """
 
     flops: int
     error: float
-    start: Start | None = None
+    start: Any = None
     active: float = 1.0
     light_share: float = 0.0
 
@@ -107,39 +107,50 @@ def list_choices(
     choices = [Choice(2 * rows * n * fan_in, 0.0)]
     if len(sampled.full) < 8 or not sampled.weight.any():  # what cannot be judged stays dense
         return choices
-    for share in _LIGHT_SHARES:
+    for share in LIGHT_SHARES:
         light_macs = int(share * n * fan_in)
         if light_macs < n + fan_in:
             continue
         start = initialise(weight, bias, principal, sampled, group_size=group_size, light_macs=light_macs)
         errors = [
             simulate(model, {name: layer}, {name: (start, active)}, batches[: len(expected)], expected)
-            for active in _ACTIVE
+            for active in ACTIVE
         ]
         if not all(math.isfinite(error) for error in errors):  # overflow in half precision
             continue
+
+        def macs(k: int, start: Start = start) -> int:
+            return layer_macs(fan_in, n, start.rank, num_selected=k, group_size=group_size, gate=start.gate)
+
         choices += [
             dataclasses.replace(choice, light_share=share)
-            for choice in _interpolate(start, errors, n, fan_in, rows)
+            for choice in interpolate(start, errors, n // group_size, macs, rows)
             if choice.flops < choices[0].flops
         ]
     return choices
 
 
-def _interpolate(start: Start, errors: Sequence[float], n: int, fan_in: int, rows: int) -> list[Choice]:
-    """Return the choices between the measured fractions; with every group active the error is 0."""
-    known, values = (*_ACTIVE, 1.0), (*errors, 0.0)
-    num_groups = n // start.group_size
+def interpolate(
+    start: Any, errors: Sequence[float], num_groups: int, macs: Callable[[int], int], rows: int
+) -> list[Choice]:
+    """Return the choices between the measured fractions; with every group active the error is 0.
+
+    Args:
+        start: a :class:`midl.adaptation.Start`, or what is one for a block of layers.
+        errors: at each of ``ACTIVE``.
+        num_groups: N.
+        macs: from groups selected to multiply-adds per row.
+        rows: rows of the layer in which costs are counted.
+    """
+    known, values = (*ACTIVE, 1.0), (*errors, 0.0)
     choices: dict[int, Choice] = {}
-    for step in range(round(_ACTIVE[0] / _STEP), round(1 / _STEP)):
+    for step in range(round(ACTIVE[0] / _STEP), round(1 / _STEP)):
         k = num_active_groups(step * _STEP, num_groups)
-        active = min(1.0, max(_ACTIVE[0], k / num_groups))
+        active = min(1.0, max(ACTIVE[0], k / num_groups))
         i = max(j for j, fraction in enumerate(known[:-1]) if fraction <= active + 1e-9)
         part = (active - known[i]) / (known[i + 1] - known[i])
-        macs = layer_macs(
-            fan_in, n, start.rank, num_selected=k, group_size=start.group_size, gate=start.gate
-        )  # fmt: skip
-        choices[k] = Choice(2 * rows * macs, values[i] + part * (values[i + 1] - values[i]), start, k / num_groups)
+        error = values[i] + part * (values[i + 1] - values[i])
+        choices[k] = Choice(2 * rows * macs(k), error, start, k / num_groups)
     return list(choices.values())
 
 
@@ -181,8 +192,8 @@ def _list_uniform(choices: Mapping[str, Sequence[Choice]]) -> list[list[Choice]]
     A layer without a choice that fits stays dense.
     """
     plans = []
-    for share in _LIGHT_SHARES:
-        for step in range(round(_ACTIVE[0] / _STEP), round(1 / _STEP)):
+    for share in LIGHT_SHARES:
+        for step in range(round(ACTIVE[0] / _STEP), round(1 / _STEP)):
             at_most = step * _STEP + 1e-9
             plans.append(
                 [

@@ -135,6 +135,8 @@ def absorb(parts: Mapping[str, nn.Module], ffn: nn.Module) -> dict[int, nn.Modul
         for role, module in parts.items()
         if role != "up"
     }
+    for module in replacements.values():
+        module.training = ffn.training
     return {id(parts["up"]): ffn, **replacements}
 
 

@@ -30,7 +30,7 @@ from midl.errors import MIDLError
 from midl.layers import MIDFFN, MIDLayer
 from midl.layers.ffn import DenseFFN
 
-__all__ = ["convert_", "make_layer", "own_parameters", "replace_modules", "revert_", "shared_parameters"]
+__all__ = ["convert_", "find_ffns", "make_layer", "own_parameters", "replace_modules", "revert_", "shared_parameters"]
 
 Override = MIDConfig | Mapping[str, Any] | None
 
@@ -81,7 +81,7 @@ def convert_(
     names = _names(model)
     chosen = _match_overrides(names, model, overrides or {})
     shared = shared_parameters(model)
-    blocks, no_blocks = _find_ffns(model, ffn, shared)
+    blocks, no_blocks = find_ffns("convert_", model, ffn, shared)
     replacements: dict[int, nn.Module] = {}
     changes: list[LayerChange] = []
     members: dict[int, str] = {}
@@ -273,8 +273,8 @@ def make_layer(module: nn.Module, config: MIDConfig) -> MIDLayer:
     return layer
 
 
-def _find_ffns(
-    model: nn.Module, ffn: bool | Sequence[FFNBlock], shared: set[int]
+def find_ffns(
+    owner: str, model: nn.Module, ffn: bool | Sequence[FFNBlock], shared: set[int]
 ) -> tuple[dict[int, FFNBlock], dict[str, str]]:
     """Return the blocks by the id of their first layer, and why layers that looked like blocks are none."""
     if isinstance(ffn, bool):
@@ -283,10 +283,10 @@ def _find_ffns(
         blocks, reasons = list(ffn), {}
         for block in blocks:
             if not isinstance(block, FFNBlock):
-                raise MIDLError(f"convert_: ffn has a {type(block).__name__}, expected FFNBlock")
+                raise MIDLError(f"{owner}: ffn has a {type(block).__name__}, expected FFNBlock")
             reason = why_no_ffn(model, block, shared)
             if reason is not None and not was_not_tried(reason):
-                raise MIDLError(f"convert_: ffn: {block.up} is no FFN: {reason}")
+                raise MIDLError(f"{owner}: ffn: {block.up} is no FFN: {reason}")
     return {id(model.get_submodule(block.up)): block for block in blocks}, reasons
 
 

@@ -1,0 +1,207 @@
+"""FFNs in an adaptation: found as blocks, calibrated on their inputs, and measured at several ranks and densities."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from midl.adaptation.batches import run
+from midl.adaptation.ffn import FFNFit
+from midl.adaptation.group import order_neurons
+from midl.adaptation.measure import output_error
+from midl.adaptation.plan import ACTIVE, LIGHT_SHARES, Choice, interpolate
+from midl.analysis.flops import evaluation_mode
+from midl.config import MIDConfig, layer_macs
+from midl.conversion.blocks import FFNBlock, absorb, make_ffn, parts_of, remember
+from midl.conversion.convert import find_ffns, replace_modules
+from midl.conversion.families import family_of
+from midl.layers import MIDFFN
+
+__all__ = ["Block", "BlockStart", "find_blocks_to_adapt", "group_units", "list_block_choices", "sample_inputs"]
+
+_ROWS = 4096
+_PER_BATCH = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """An FFN of the dense model: names and modules by role."""
+
+    names: FFNBlock
+    parts: Mapping[str, nn.Module]
+
+    def sparse(self, config: MIDConfig) -> MIDFFN:
+        """Return a MIDFFN with the block's weights that knows where they came from; light path and gate are empty."""
+        ffn = make_ffn(self.parts, config)
+        remember(ffn, self.names, self.parts)
+        return ffn
+
+    def replacements(self, ffn: MIDFFN) -> dict[int, nn.Module]:
+        """Return what replaces the block's modules, by their ids."""
+        return absorb(self.parts, ffn)
+
+    def originals(self) -> dict[str, nn.Module]:
+        """Return the block's modules by name."""
+        return {name: self.parts[role] for role, name in self.names.roles.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockStart:
+    """A rank for one block, and the calibration from which its start at any density follows.
+
+    It is for a block what :class:`midl.adaptation.Start` is for a layer.
+    """
+
+    fit: FFNFit
+    rank: int
+    group_size: int
+    gate = "projection"
+
+    def captured(self, active: float) -> tuple[float, float]:
+        """Return the share of the held-out energy in the selected groups: by the gate, and by the best choice."""
+        start = self.fit.start(self.rank, active)
+        return start.captured, start.oracle
+
+    def config(self, active: float) -> MIDConfig:
+        """Return the configuration of a block that starts here."""
+        return MIDConfig(active=active, rank=self.rank, group_size=self.group_size, interpolation="hard")
+
+    def write(self, ffn: MIDFFN) -> None:
+        """Set the light path and gate of ``ffn``, made with :meth:`config`, for its ``active``."""
+        self.fit.start(self.rank, ffn.active).write(ffn)
+
+
+def find_blocks_to_adapt(
+    model: nn.Module, ffn: bool | Sequence[FFNBlock], group_size: int,
+    filter_fn: Callable[[nn.Module, str], bool] | None, shared: set[int],
+) -> tuple[dict[str, Block], dict[str, str]]:  # fmt: skip
+    """Return the FFNs that can be converted, by the name of their first layer, and why others cannot."""
+    found, reasons = {}, {}
+    for block in find_ffns("adapt", model, ffn, shared)[0].values():
+        parts = parts_of(model, block)
+        name, linears = block.up, [parts[role] for role in ("up", "value", "down") if role in parts]
+        hidden = Block(block, parts).sparse(MIDConfig(rank=1)).hidden_features
+        if hidden % group_size:
+            reasons[name] = f"group_size={group_size} does not divide its {hidden} hidden units"
+        elif hidden == group_size:
+            reasons[name] = f"group_size={group_size} leaves one group to choose from"
+        elif filter_fn is not None and not filter_fn(linears[0], name):
+            reasons[name] = "filter_fn returned False"
+        else:
+            found[name] = Block(block, parts)
+    return found, reasons
+
+
+@torch.no_grad()
+def sample_inputs(
+    model: nn.Module, blocks: Mapping[str, Block], batches: Sequence[Any], *, rows: int = _ROWS, seed: int = 0
+) -> dict[str, Tensor]:
+    """Return up to ``rows`` input rows of each block, a random part of every batch, while ``model`` evaluates them."""
+    random = torch.Generator().manual_seed(seed)
+    found: dict[str, list[Tensor]] = {name: [] for name in blocks}
+
+    def keep(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            x = args[0].reshape(-1, args[0].shape[-1])
+            if len(x) > _PER_BATCH:
+                x = x[torch.randperm(len(x), generator=random)[:_PER_BATCH].to(x.device)]
+            found[name].append(x)
+
+        return hook
+
+    handles = [block.parts["up"].register_forward_pre_hook(keep(name)) for name, block in blocks.items()]
+    try:
+        with evaluation_mode(model):
+            for batch in batches:
+                run(model, batch)
+                if all(sum(map(len, parts)) >= rows for parts in found.values()):
+                    break
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: torch.cat(parts)[:rows] for name, parts in found.items() if parts}
+
+
+@torch.no_grad()
+def group_units(block: Block, inputs: Tensor, group_size: int) -> None:
+    """Let hidden units change places, in the weights, so that those that matter together share a group.
+
+    Nobody outside a block can see the order of its units: the output changes by rounding alone.
+    """
+    fit = FFNFit(block.sparse(MIDConfig(rank=1)), inputs)
+    order = order_neurons(fit.energy, group_size)
+    for role, module in block.parts.items():
+        if role != "activation":
+            transposed = family_of(module).name == "conv1d"  # type: ignore[union-attr]
+            layer: Any = module
+            rows = (role == "down") == transposed
+            layer.weight.copy_(layer.weight[order] if rows else layer.weight[:, order])
+            if role != "down" and layer.bias is not None:
+                layer.bias.copy_(layer.bias[order])
+
+
+def list_block_choices(
+    model: nn.Module, block: Block, inputs: Tensor, batches: Sequence[Any], expected: Sequence[Tensor], *,
+    rows: int, group_size: int,
+) -> list[Choice]:  # fmt: skip
+    """Return the ways to run one block with what each costs and loses, dense first.
+
+    Args:
+        model: dense; left as it was.
+        block: of the model.
+        inputs: from :func:`sample_inputs`.
+        batches: inputs of the model to measure on.
+        expected: the model's outputs on them.
+        rows: rows (positions) of the block on the first batch, in which the costs are counted.
+        group_size: divides the hidden width.
+    """
+    plain = block.sparse(MIDConfig(rank=1, group_size=group_size))
+    choices = [Choice(2 * rows * plain.dense_macs, 0.0)]
+    if int(inputs.isfinite().all(-1).sum()) < 8:  # what cannot be judged stays dense
+        return choices
+    fit = FFNFit(plain, inputs)
+    per_rank = plain.in_features + plain.out_features + plain.num_groups
+    for share in LIGHT_SHARES:
+        rank = min(int(share * plain.dense_macs) // per_rank, plain.in_features, plain.out_features)
+        if rank < 1:
+            continue
+        start = BlockStart(fit, rank, group_size)
+        errors = []
+        for active in ACTIVE:
+            ffn = block.sparse(start.config(active))
+            start.write(ffn)
+            with _installed(model, block, ffn):
+                errors.append(output_error(model, batches[: len(expected)], expected))
+        if not all(math.isfinite(error) for error in errors):  # overflow in half precision
+            continue
+
+        def macs(k: int, rank: int = rank) -> int:
+            return layer_macs(
+                plain.in_features, plain.hidden_features, rank, num_selected=k, group_size=group_size,
+                gate="projection", neuron_macs=plain.dense_macs // plain.hidden_features,
+                light_width=plain.out_features,
+            )  # fmt: skip
+
+        choices += [
+            dataclasses.replace(choice, light_share=share)
+            for choice in interpolate(start, errors, plain.num_groups, macs, rows)
+            if choice.flops < choices[0].flops
+        ]
+    return choices
+
+
+@contextmanager
+def _installed(model: nn.Module, block: Block, ffn: MIDFFN) -> Iterator[None]:
+    replacements = block.replacements(ffn)
+    replace_modules(model, replacements)
+    try:
+        yield
+    finally:
+        back = {id(replacements[id(module)]): module for module in block.parts.values()}
+        replace_modules(model, back)
