@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test slow lint types docs clean
+.PHONY: demo test slow lint types docs sanitize clean
 
 demo: $(READY)  ## train dense and MID-L on real handwritten digits and print the table
 	$(BIN)/midl compare digits
@@ -23,6 +23,9 @@ lint: $(READY)
 
 types: $(READY)
 	$(BIN)/mypy
+
+sanitize:  ## the native kernels' self test under AddressSanitizer and UBSan; needs cmake and a C++20 compiler
+	native/sanitize.sh
 
 docs: $(READY)  ## build the documentation into site/
 	$(BIN)/pip install --quiet -e '.[docs]'

@@ -166,8 +166,9 @@ struct Layer {
   vector<double> code, light, full, logits, y;
   vector<std::int32_t> selected;
 
-  explicit Layer(const Case& c)
-      : s(c.shape), x(Tensor::random(c.storage, s.rows * s.depth)),
+  explicit Layer(const Case& c) : Layer(c, Tensor::random(c.storage, c.shape.rows * c.shape.depth)) {}
+  Layer(const Case& c, Tensor inputs)
+      : s(c.shape), x(std::move(inputs)),
         weight(Tensor::random(c.storage, s.neurons() * s.depth, scale(s.depth))), bias(Tensor::random(c.storage, s.neurons())),
         light_down(Tensor::random(c.storage, s.rank * s.depth, scale(s.depth))),
         light_up(Tensor::random(c.storage, s.neurons() * s.rank, scale(s.rank))),
@@ -260,7 +261,7 @@ void test_forward(const Kernels& kernels, const Case& c) {
         .light_down = layer.light_down.data(), .light_up = layer.light_up.data(),
         .gate_weight = parameters.gate_weight, .gate_bias = c.light_gate ? nullptr : layer.gate_bias.data(),
         .noise = nullptr, .packed_light = packed ? packed_light.data() : nullptr,
-        .packed_weight = weight_panels ? packed_weight.data() : nullptr, .hard = c.hard, .y = y.data(),
+        .packed_weight = weight_panels ? packed_weight.data() : nullptr, .full = nullptr, .hard = c.hard, .y = y.data(),
         .selected = selected.data(), .threads = 1});
     const std::string where = c.describe() + (packed ? ", packed" : "");
     if (report(selected == layer.selected, kernels.name, "selection", where))
@@ -314,6 +315,62 @@ void test_backward(const Kernels& kernels, const Case& c) {
   compare(kernels, grad_weight, weight, kBackwardLimit, "gradient of weight", c.describe());
 }
 
+// One image, its patches as the rows of a layer.
+void test_convolution(const Kernels& kernels, Storage storage, bool channels_last, int64_t channels, int64_t kernel,
+                      int64_t stride, int64_t dilation, Case c) {
+  constexpr int64_t kHeight = 7, kWidth = 6;
+  const int64_t padding = dilation * (kernel / 2);
+  const auto out = [&](int64_t size) { return (size + 2 * padding - dilation * (kernel - 1) - 1) / stride + 1; };
+  midl::Images m{};
+  m.channels = channels, m.height = kHeight, m.width = kWidth;
+  m.channel_stride = channels_last ? 1 : kHeight * kWidth, m.column_stride = channels_last ? channels : 1;
+  m.row_stride = kWidth * m.column_stride, m.batch_stride = channels * kHeight * kWidth;
+  m.kernel_height = m.kernel_width = kernel, m.stride_y = m.stride_x = stride;
+  m.padding_y = m.padding_x = padding, m.dilation_y = m.dilation_x = dilation;
+  m.out_height = out(kHeight), m.out_width = out(kWidth);
+  Tensor image = Tensor::random(storage, m.batch_stride);
+  c.shape.rows = m.out_height * m.out_width, c.shape.depth = kernel * kernel * channels;
+  if (c.shape.span == 0) c.shape.span = c.shape.rows;
+  const Shape& s = c.shape;
+  Tensor patches(Storage::float32, s.rows * s.depth);
+  for (int64_t i = 0; i < patches.count; ++i) {
+    const int64_t pixel = i / s.depth, at = i % s.depth, tap = at / channels;
+    const int64_t y = pixel / m.out_width * stride + tap / kernel * dilation - padding;
+    const int64_t x = pixel % m.out_width * stride + tap % kernel * dilation - padding;
+    const bool inside = y >= 0 && y < kHeight && x >= 0 && x < kWidth;
+    patches.set(i, inside ? image[y * m.row_stride + x * m.column_stride + at % channels * m.channel_stride] : 0);
+  }
+  Layer layer(c, std::move(patches));
+  midl::LinearPack parameters{
+      .storage = Storage::float32, .depth = s.depth, .neurons = s.neurons(), .rank = s.rank, .groups = s.groups,
+      .weight = layer.weight.data(), .light_down = layer.light_down.data(), .light_up = layer.light_up.data(),
+      .gate_weight = c.light_gate ? nullptr : layer.gate_weight.data(), .packed_light = nullptr,
+      .packed_weight = nullptr, .threads = 1};
+  const midl::PackedSizes sizes = kernels.packed_sizes(parameters);
+  const bool panels = kernels.wants_weight_panels(s.rows, s.groups, s.k, s.group_size);
+  Tensor packed_light(Storage::float32, sizes.light), packed_weight(Storage::float32, sizes.weight);
+  parameters.packed_light = packed_light.data();
+  if (panels) parameters.packed_weight = packed_weight.data();
+  kernels.pack(parameters);
+  Tensor y(storage, s.rows * s.neurons());
+  vector<std::int32_t> selected(std::size_t(s.blocks() * s.k), -1);
+  kernels.convolution_forward(
+      {.storage = storage,
+       .images = m,
+       .rows = {
+           .storage = Storage::float32, .x = image.data(), .x_stride = 0, .rows = s.rows, .depth = s.depth,
+           .neurons = s.neurons(), .rank = s.rank, .groups = s.groups, .selected_groups = s.k,
+           .positions = s.span > 1 ? s.rows : m.out_width, .span = s.span, .weight = layer.weight.data(),
+           .bias = layer.bias.data(), .light_down = nullptr, .light_up = nullptr,
+           .gate_weight = parameters.gate_weight, .gate_bias = c.light_gate ? nullptr : layer.gate_bias.data(),
+           .noise = nullptr, .packed_light = packed_light.data(),
+           .packed_weight = panels ? packed_weight.data() : nullptr, .full = nullptr, .hard = c.hard, .y = y.data(),
+           .selected = selected.data(), .threads = 1}});
+  const std::string where = c.describe() + ", convolution of " + std::to_string(channels) + " channels";
+  if (report(selected == layer.selected, kernels.name, "selection", where))
+    compare(kernels, y, layer.y, kForwardLimit[int(storage)], "output", where);
+}
+
 void test(const Kernels& kernels) {
   const Shape shapes[] = {
       // rows depth groups x size rank k span
@@ -332,6 +389,13 @@ void test(const Kernels& kernels) {
         test_forward(kernels, c);
         if (storage == Storage::float32) test_backward(kernels, c);
       }
+  for (const Storage storage : {Storage::float32, Storage::bfloat16})
+    for (const bool channels_last : {true, false})
+      for (const int64_t channels : {3, 16, 37})
+        for (const int64_t stride : {1, 2}) {
+          const Case c{{0, 0, 5, channels == 16 ? 3 : 32, 6, 2, stride == 1 ? 1 : 0}, Storage::float32, channels_last, false};
+          test_convolution(kernels, storage, channels_last, channels, 3, stride, 3 - stride, c);
+        }
 }
 
 }  // namespace

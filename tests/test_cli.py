@@ -95,6 +95,8 @@ def test_info_as_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert facts["data"]["sources"]["digits"] == "embedded"
     assert facts["data"]["sources"]["mnist"] == "missing in the mirror: test"
     assert facts["machine"]["cores"] >= 1
+    if facts["kernels"]["native"] is None:
+        assert "baseline" in facts["machine"]["native_kernels"]
 
 
 def test_info_survives_a_mirror_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 import subprocess
@@ -293,6 +294,39 @@ def test_loaded_and_replaced_parameters_are_never_served_from_old_panels():
     with midl.kernels("reference"):
         y = layer(x)
     assert error_ratio(layer(x), y) < LIMITS[torch.float32]
+
+
+def autocast_inference(layer, x):
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        return layer(x)
+
+
+@pytest.mark.parametrize("parameter", ["weight", "bias", "light_down", "light_up", "gate_weight", "gate_bias"])
+@pytest.mark.parametrize("change", [change_by_copy, change_data, change_through_data, change_in_inference_mode])
+def test_changed_parameters_are_never_served_from_old_casts(parameter, change):
+    layer, x = midl.MIDLinear(40, 64, active=0.5, group_size=16), torch.randn(10, 40)
+    for _ in range(3):
+        autocast_inference(layer, x)
+    change(getattr(layer, parameter))
+    for _ in range(3):
+        y = copy.deepcopy(layer).to(torch.bfloat16)(x.to(torch.bfloat16))
+        assert torch.equal(autocast_inference(layer, x), y)
+
+
+def test_autocast_keeps_casts_in_inference_alone():
+    layer, x = midl.MIDLinear(40, 64, active=0.5, group_size=16), torch.randn(10, 40)
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(x).sum().backward()
+        layer(x)
+    assert native_packing.packed_bytes() == 0
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+        once = native_packing.packed_bytes()
+        assert torch.equal(layer(x), y)
+    assert once == sum(p.nbytes for p in layer.parameters()) / 2
+    assert native_packing.packed_bytes() > once  # the casts are packed
+    del layer
+    assert native_packing.packed_bytes() == 0
 
 
 def test_panels_die_with_their_weight():

@@ -20,6 +20,7 @@ from midl.lab.data import names
 from midl.lab.data.cache import cache_path
 from midl.lab.data.mirror import ENVIRONMENT_VARIABLE, SPLITS, mirror_path
 from midl.lab.data.registry import find
+from midl.ops import native
 from midl.ops.dispatch import NAMES, selected_kernels, unavailable_reason
 
 __all__ = ["describe_data", "describe_environment", "describe_extras", "describe_kernels", "describe_machine"]
@@ -55,13 +56,14 @@ def describe_versions() -> dict[str, str | None]:
 
 
 def describe_machine() -> dict[str, Any]:
-    """Return processor, cores, threads, instruction set as torch sees it, memory and accelerator."""
+    """Return processor, cores, threads, instruction sets of torch and of the native kernels, memory, accelerator."""
     return {
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu_model(),
         "cores": _usable_cores(),
         "threads": torch.get_num_threads(),
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
+        "native_kernels": _native_instruction_sets(),
         "memory_gib": _memory_gib(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
@@ -120,6 +122,12 @@ def describe_commit() -> str | None:
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", ".") else "")
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def _native_instruction_sets() -> str | None:
+    if unavailable_reason("native"):
+        return None
+    return f"{native.instruction_set()}, of {', '.join(native.supported_instruction_sets())}"
 
 
 def _cpu_model() -> str:

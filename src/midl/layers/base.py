@@ -13,6 +13,8 @@ from torch.autograd import forward_ad
 from midl.config import MIDConfig, auto_rank, check_active, layer_macs, num_active_groups
 from midl.errors import DTypeError, KernelError, MIDLError
 from midl.layers.lowrank import truncated_svd
+from midl.ops import native
+from midl.ops.dispatch import is_plain_inference
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -200,7 +202,9 @@ class MIDLayer(nn.Module):
         x = tensors[0]
         if _autocast(x):
             dtype = torch.get_autocast_dtype(x.device.type)
-            return tuple(t if t is None else t.to(dtype) for t in tensors)
+            keeps = x.is_cpu and is_plain_inference(x, self.weight)
+            cast = native.cast_parameter if keeps else Tensor.to
+            return (x.to(dtype), *(t if t is None else cast(t, dtype) for t in tensors[1:]))
         return tensors
 
     def _call_op(self, op: Any, tensors: tuple[Any, ...], *options: Any) -> tuple[Tensor, Tensor]:

@@ -18,9 +18,10 @@ from midl.ops import reference
 from midl.ops.dispatch import Implementation, register
 from midl.ops.native_backward import linear_backward
 from midl.ops.native_conv2d import conv2d, conv2d_backward
-from midl.ops.native_packing import Packed, packed_panels, tensor_states
+from midl.ops.native_packing import Packed, cast_kept, packed_panels, tensor_states
 
 __all__ = [
+    "cast_parameter",
     "instruction_set",
     "linear",
     "prepare_linear",
@@ -88,6 +89,11 @@ if _missing is None and (forced := os.environ.get("MIDL_CPU")):
             f"{supported_instruction_sets()}"
         )
     use_instruction_set(forced)
+
+
+def cast_parameter(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a parameter in autocast's dtype, for inference; the copy is kept while the parameter does not change."""
+    return parameter.to(dtype) if _missing else cast_kept(_native, parameter, dtype)
 
 
 def topk_groups(scores: Tensor, k: int) -> Tensor:

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Packed", "clear_packed", "pack", "packed_bytes", "packed_for", "packed_panels", "tensor_states"]
+__all__ = [
+    "Packed", "cast_kept", "clear_packed", "pack", "packed_bytes", "packed_for", "packed_panels", "tensor_states",
+]  # fmt: skip
 
 State = tuple[int, int, int]  # of a tensor: version, address, sample of its values
 
@@ -50,20 +52,46 @@ class Packed:
 _entries: dict[int, Packed] = {}
 
 
+class _Cast(NamedTuple):
+    source: weakref.ref[Tensor]
+    state: State
+    copy: Tensor
+
+
+_casts: dict[int, _Cast] = {}
+
+
 def clear_packed() -> None:
-    """Free all panels; the next calls make them again.
+    """Free all panels and casts; the next calls make them again.
 
     >>> clear_packed()
     >>> packed_bytes()
     0
     """
     _entries.clear()
+    _casts.clear()
 
 
 def packed_bytes() -> int:
-    """Return how much memory panels hold at present, in bytes."""
-    panels = [t for e in list(_entries.values()) for t in (e.light, e.weight)]
+    """Return how much memory panels and casts hold at present, in bytes."""
+    panels = [t for e in list(_entries.values()) for t in (e.light, e.weight)] + [c.copy for c in list(_casts.values())]
     return sum(t.nbytes for t in panels if t is not None)
+
+
+def cast_kept(kernels: Any, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``tensor`` in another dtype, the same copy from call to call while the tensor stays as it is.
+
+    Inference under autocast would otherwise read every weight of a layer in float32 to cast it, selected or not.
+    """
+    if tensor.dtype == dtype or tensor.is_inference() or not tensor.is_contiguous():
+        return tensor.to(dtype)
+    key, (state,) = id(tensor), tensor_states(kernels, (tensor,))
+    cast = _casts.get(key)
+    if cast is None or cast.source() is not tensor or cast.state != state or cast.copy.dtype != dtype:
+        with torch.inference_mode(False):  # the copy wants a version counter, or it would never be packed
+            copy = tensor.detach().to(dtype)
+        cast = _casts[key] = _Cast(weakref.ref(tensor, lambda _: _casts.pop(key, None)), state, copy)
+    return cast.copy
 
 
 def packed_for(weight: Tensor | None) -> Packed | None:
