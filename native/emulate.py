@@ -206,4 +206,5 @@ if __name__ == "__main__":
     if "shim.so" not in os.environ.get("LD_PRELOAD", ""):
         load_with_shim()
     os.environ.pop("LD_PRELOAD")
-    sys.exit(Program(Machine(), sys.argv[1:]).run())
+    status = Program(Machine(), sys.argv[1:]).run()
+    os._exit(status)  # the package complains of its own leaks otherwise
