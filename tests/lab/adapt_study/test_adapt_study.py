@@ -17,6 +17,7 @@ from midl.lab.adapt_study.low_rank import factorise
 from midl.lab.adapt_study.oracle import select_by_oracle
 from midl.lab.adapt_study.render import render
 from midl.lab.adapt_study.study import Settings, run_study
+from midl.lab.adapt_study.subject import subject_for
 from midl.lab.data import load
 
 
@@ -100,7 +101,7 @@ def test_annealing_ends_at_the_configured_fraction():
 
 @pytest.mark.slow
 def test_every_study_runs_goes_on_and_is_rendered(tmp_path, monkeypatch, capsys):
-    digits = load("digits")
+    digits = subject_for(load("digits"))
     first = run_study(digits, Settings((1.5,), (8,), 1, 2), tmp_path)
     both = run_study(digits, Settings((1.5,), (8, 16), 1, 2), tmp_path)
     assert both[0] == first[0]

@@ -13,6 +13,7 @@ from midl.lab.adapt_study.ablation import run_ablation
 from midl.lab.adapt_study.elastic import run_elastic
 from midl.lab.adapt_study.render import render
 from midl.lab.adapt_study.study import Settings, run_study
+from midl.lab.adapt_study.subject import Subject, subject_for
 from midl.lab.data import load
 
 _STUDIES = ("budgets", "elastic", "scratch", "converted")
@@ -23,6 +24,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m midl.lab.adapt_study", description=main.__doc__)
     parser.add_argument("study", choices=(*_STUDIES, "render"), help="scratch and converted are the ablation's halves")
     parser.add_argument("dataset", nargs="?", default="digits")
+    parser.add_argument("--model", choices=["mlp"], help="instead of the data set's own architecture")
     parser.add_argument("--seeds", default="0,1,2", help="separated by commas")
     parser.add_argument("--epochs", type=int, help="of the dense training; default: the recipe's")
     parser.add_argument("--distil-epochs", type=int, help="of distillation, or of each of the ablation's variants")
@@ -36,25 +38,25 @@ def main() -> None:
     if arguments.study == "render":
         print(render(arguments.out))
         return
-    dataset = load(arguments.dataset)
+    subject = subject_for(load(arguments.dataset), arguments.model)
     for seed in map(int, arguments.seeds.split(",")):
-        _run(arguments, dataset, seed, _print)
+        _run(arguments, subject, seed, _print)
 
 
-def _run(arguments: Any, dataset: Any, seed: int, on_row: Callable[[dict[str, Any]], None]) -> None:
+def _run(arguments: Any, subject: Subject, seed: int, on_row: Callable[[dict[str, Any]], None]) -> None:
     if arguments.study == "budgets":
         settings = Settings(
             budgets=tuple(map(float, arguments.budgets.split(","))),
             group_sizes=tuple(map(int, arguments.group_sizes.split(","))),
             distil_epochs=arguments.distil_epochs or Settings.distil_epochs, epochs=arguments.epochs, seed=seed,
         )  # fmt: skip
-        run_study(dataset, settings, arguments.out, on_row)
+        run_study(subject, settings, arguments.out, on_row)
     elif arguments.study == "elastic":
         choices = {} if arguments.distil_epochs is None else {"distil_epochs": arguments.distil_epochs}
-        run_elastic(dataset, seed, arguments.out, dense_epochs=arguments.epochs, on_row=on_row, **choices)
+        run_elastic(subject, seed, arguments.out, dense_epochs=arguments.epochs, on_row=on_row, **choices)
     else:
         run_ablation(
-            dataset, seed, arguments.out, mode=arguments.study, epochs=arguments.distil_epochs,
+            subject, seed, arguments.out, mode=arguments.study, epochs=arguments.distil_epochs,
             dense_epochs=arguments.epochs, on_row=on_row,
         )  # fmt: skip
 

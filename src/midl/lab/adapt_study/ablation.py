@@ -14,12 +14,10 @@ from torch import nn
 
 import midl
 from midl.errors import MIDLError
-from midl.lab.adapt_study.trained import train_dense
-from midl.lab.data import Dataset
+from midl.lab.adapt_study.subject import Subject
 from midl.lab.distillation import distillation_loss
 from midl.lab.files import write_json
 from midl.lab.measure import measure_accuracy
-from midl.lab.models import architecture_for
 from midl.lab.recipes import recipes_for
 from midl.lab.training import train
 from midl.layers import MIDLayer
@@ -63,7 +61,7 @@ VARIANTS: dict[str, Variant] = {
 
 
 def run_ablation(
-    dataset: Dataset,
+    subject: Subject,
     seed: int,
     folder: Path,
     *,
@@ -75,9 +73,9 @@ def run_ablation(
     """Train every variant with one seed and return a row each; finished ones are taken from ``folder``.
 
     Args:
-        dataset: decides the architecture.
+        subject: data set and architecture.
         seed: of initialisation, order and noise.
-        folder: of ``<dataset>-<mode>-ablation-seed<seed>.json`` and the trained dense networks.
+        folder: of ``<subject>-<mode>-ablation-seed<seed>.json`` and the trained dense networks.
         mode: ``"scratch"``, or ``"converted"``: starts from the trained dense network.
         epochs: of each variant; ``None`` for the recipe's of that mode.
         dense_epochs: of the dense network; ``None`` for the recipe's.
@@ -88,13 +86,14 @@ def run_ablation(
     """
     if mode not in ("scratch", "converted"):
         raise MIDLError(f"run_ablation: mode={mode!r}, expected 'scratch' or 'converted'")
-    file = folder / f"{dataset.name}-{mode}-ablation-seed{seed}.json"
+    file = folder / f"{subject.name}-{mode}-ablation-seed{seed}.json"
     rows: list[dict[str, Any]] = json.loads(file.read_text()) if file.exists() else []
-    dense = train_dense(dataset, seed, folder, dense_epochs)
+    dataset = subject.dataset
+    dense = subject.train_dense(seed, folder, dense_epochs)
     for name, variant in VARIANTS.items():
         if any(row["variant"] == name for row in rows):
             continue
-        model = _build(dataset, dense, variant, mode, seed)
+        model = _build(subject, dense, variant, mode, seed)
         if model is None:
             continue
         before = measure_accuracy(model, dataset)[0]
@@ -108,7 +107,7 @@ def run_ablation(
             {
                 "variant": name,
                 "mode": mode,
-                "dataset": dataset.name,
+                "dataset": subject.name,
                 "seed": seed,
                 "epochs": recipe.epochs,
                 "dense": measure_accuracy(dense, dataset)[0],
@@ -125,9 +124,9 @@ def _nothing(step: int, steps: int) -> None:
     pass
 
 
-def _build(dataset: Dataset, dense: nn.Module, variant: Variant, mode: str, seed: int) -> nn.Module | None:
+def _build(subject: Subject, dense: nn.Module, variant: Variant, mode: str, seed: int) -> nn.Module | None:
     """Return the untrained model of a variant, or None where its span has no positions to run over."""
-    architecture = architecture_for(dataset.name, dataset.input_shape, dataset.num_classes)
+    architecture = subject.architecture
     config = midl.MIDConfig(**(_BASE | variant.choices))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

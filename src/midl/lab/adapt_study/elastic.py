@@ -11,11 +11,9 @@ from typing import Any
 import midl
 from midl.adaptation import soft_cross_entropy
 from midl.lab.adapt_study.batches import ShuffledBatches
-from midl.lab.adapt_study.trained import train_dense
-from midl.lab.data import Dataset
+from midl.lab.adapt_study.subject import Subject
 from midl.lab.files import write_json
 from midl.lab.measure import measure_accuracy
-from midl.lab.models import architecture_for
 
 __all__ = ["BUDGETS", "run_elastic"]
 
@@ -23,7 +21,7 @@ BUDGETS = (0.25, 0.4, 0.55, 0.75, 1.0)
 
 
 def run_elastic(
-    dataset: Dataset,
+    subject: Subject,
     seed: int,
     folder: Path,
     *,
@@ -38,18 +36,19 @@ def run_elastic(
     Finished rows are taken from ``folder``.
 
     Args:
-        dataset: decides the architecture.
+        subject: data set and architecture.
         seed: of training.
-        folder: of ``<dataset>-elastic-seed<seed>.json``, the elastic and the dense networks.
+        folder: of ``<subject>-elastic-seed<seed>.json``, the elastic and the dense networks.
         group_size: neurons selected together.
         distil_epochs: of every network.
         dense_epochs: of the dense network; ``None`` for the recipe's.
         on_row: called with each row as it is done.
     """
-    file = folder / f"{dataset.name}-elastic-seed{seed}.json"
+    file = folder / f"{subject.name}-elastic-seed{seed}.json"
     rows: list[dict[str, Any]] = json.loads(file.read_text()) if file.exists() else []
-    dense = train_dense(dataset, seed, folder, dense_epochs)
-    names = architecture_for(dataset.name, dataset.input_shape, dataset.num_classes).layer_names
+    dataset = subject.dataset
+    dense = subject.train_dense(seed, folder, dense_epochs)
+    names = subject.architecture.layer_names
     start = copy.deepcopy(dense)
     midl.adapt(
         start, ShuffledBatches(dataset, seed), 1.7, group_size=group_size, allocation="uniform", seed=seed,
@@ -66,7 +65,7 @@ def run_elastic(
         )  # fmt: skip
         return model
 
-    saved = folder / f"{dataset.name}-elastic-seed{seed}.safetensors"
+    saved = folder / f"{subject.name}-elastic-seed{seed}.safetensors"
     if saved.exists():
         elastic = midl.load_(copy.deepcopy(dense), saved).eval()
     else:
@@ -78,7 +77,7 @@ def run_elastic(
         midl.set_active(elastic, active)
         rows.append(
             {
-                "dataset": dataset.name,
+                "dataset": subject.name,
                 "seed": seed,
                 "active": active,
                 "epochs": distil_epochs,

@@ -19,11 +19,10 @@ from midl.errors import MIDLError
 from midl.lab.adapt_study.batches import ShuffledBatches
 from midl.lab.adapt_study.low_rank import factorise
 from midl.lab.adapt_study.oracle import select_by_oracle
-from midl.lab.adapt_study.trained import train_dense
+from midl.lab.adapt_study.subject import Subject
 from midl.lab.data import Dataset
 from midl.lab.files import write_json
 from midl.lab.measure import layer_flops, measure_accuracy, measure_latency
-from midl.lab.models import architecture_for
 
 __all__ = ["Settings", "run_study"]
 
@@ -58,22 +57,23 @@ same ratio in every layer; ``calibrated``: adapted without training; ``oracle``:
 
 
 def run_study(
-    dataset: Dataset, settings: Settings, folder: Path, on_row: Callable[[Row], None] = lambda row: None
+    subject: Subject, settings: Settings, folder: Path, on_row: Callable[[Row], None] = lambda row: None
 ) -> list[Row]:
     """Return a row per budget and group size; finished ones are taken from ``folder``, so a stopped run goes on.
 
     Args:
-        dataset: to train and test on.
+        subject: data set and architecture.
         settings: what to run.
-        folder: of ``<dataset>-seed<seed>.json`` and the trained dense networks.
+        folder: of ``<subject>-seed<seed>.json`` and the trained dense networks.
         on_row: called with each row as it is done or found.
     """
-    file = folder / f"{dataset.name}-seed{settings.seed}.json"
+    file = folder / f"{subject.name}-seed{settings.seed}.json"
     rows: list[Row] = json.loads(file.read_text()) if file.exists() else []
-    dense = train_dense(dataset, settings.seed, folder, settings.epochs)
+    dataset = subject.dataset
+    dense = subject.train_dense(settings.seed, folder, settings.epochs)
     order = torch.randperm(len(dataset.train), generator=torch.Generator().manual_seed(settings.seed))
     batches = [dataset.batch(dataset.train, rows)[0] for rows in order[:_CALIBRATION].split(256)]
-    study = _Study(dataset, settings, dense, batches)
+    study = _Study(subject, settings, dense, batches)
     for budget in settings.budgets:
         for group_size in settings.group_sizes:
             known = [row for row in rows if (row["budget"], row["group_size"]) == (budget, group_size)]
@@ -87,7 +87,7 @@ def run_study(
 
 @dataclasses.dataclass(frozen=True)
 class _Study:
-    dataset: Dataset
+    subject: Subject
     settings: Settings
     dense: nn.Module
     batches: Sequence[Tensor]
@@ -106,7 +106,7 @@ class _Study:
         uniform = self._accuracy(self._adapt(budget, group_size, allocation="uniform")[0])
         self._distil(adapted)
         row: Row = {
-            "dataset": self.dataset.name, "seed": self.settings.seed, "budget": budget, "group_size": group_size,
+            "dataset": self.subject.name, "seed": self.settings.seed, "budget": budget, "group_size": group_size,
             "flops_ratio": report.flops_ratio, "dense": self._accuracy(self.dense),
             "plain": self._plain(budget, group_size), "calibrated": calibrated, "uniform": uniform, "oracle": oracle,
             "distilled": self._accuracy(adapted),
@@ -159,8 +159,11 @@ class _Study:
         return measure_accuracy(model, self.dataset)[0]
 
     def _names(self) -> list[str]:
-        d = self.dataset
-        return architecture_for(d.name, d.input_shape, d.num_classes).layer_names
+        return self.subject.architecture.layer_names
+
+    @property
+    def dataset(self) -> Dataset:
+        return self.subject.dataset
 
 
 def _layer_ratio(model: nn.Module, names: Sequence[str], x: Tensor, budget: float) -> float:

@@ -1,0 +1,72 @@
+"""What a study works on: a data set, an architecture, and its dense networks, trained once per seed and kept."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import midl
+from midl.errors import MIDLError
+from midl.lab.data import Dataset
+from midl.lab.models import MLP, Architecture, architecture_for
+from midl.lab.recipes import recipes_for
+from midl.lab.training import train
+
+__all__ = ["Subject", "subject_for"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A data set with the architecture that is trained on it.
+
+    Args:
+        name: of files and tables.
+        dataset: to train and score on.
+        architecture: of the dense network.
+    """
+
+    name: str
+    dataset: Dataset
+    architecture: Architecture
+
+    def train_dense(self, seed: int, folder: Path, epochs: int | None = None) -> nn.Module:
+        """Return the dense network, trained by the data set's recipe; a second call loads what the first one saved.
+
+        Args:
+            seed: of initialisation and training.
+            folder: where the network is kept, and the checkpoint of a training under way.
+            epochs: instead of the recipe's.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = self.architecture.build()
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / f"{self.name}-dense-seed{seed}.safetensors"
+        if file.exists():
+            return midl.load_(model, file).eval()
+        checkpoint = file.with_name(f"{file.stem}-checkpoint.safetensors")
+        train(model, self.dataset, recipes_for(self.dataset.name, epochs).train, seed=seed, checkpoint=checkpoint)
+        midl.save(model, file)
+        checkpoint.unlink(missing_ok=True)
+        return model.eval()
+
+
+def subject_for(dataset: Dataset, model: str | None = None) -> Subject:
+    """Return the data set with its own architecture, or with ``"mlp"``: two hidden layers of 1024.
+
+    >>> from midl.lab.data import load
+    >>> subject_for(load("digits"), "mlp").architecture.layer_names
+    ['hidden1', 'hidden2']
+
+    Raises:
+        MIDLError: unknown model.
+    """
+    if model is None:
+        return Subject(dataset.name, dataset, architecture_for(dataset.name, dataset.input_shape, dataset.num_classes))
+    if model != "mlp":
+        raise MIDLError(f"subject_for: model={model!r}, expected 'mlp' or None")
+    inputs = torch.Size(dataset.input_shape).numel()
+    return Subject(f"{dataset.name}-mlp", dataset, MLP(inputs, (1024, 1024), dataset.num_classes))
