@@ -68,6 +68,26 @@ def test_kernels_restores_the_choice_after_an_exception():
     assert dispatch.selected_kernels() == "auto"
 
 
+def test_kernels_may_be_entered_again_and_inside_itself():
+    midl.kernels("auto")
+    choice = midl.kernels("reference")
+    midl.kernels("dense")
+    for _ in range(2):
+        with choice:
+            assert dispatch.selected_kernels() == "reference"
+            with midl.kernels("dense"), choice:
+                assert dispatch.selected_kernels() == "reference"
+            assert dispatch.selected_kernels() == "reference"
+        assert dispatch.selected_kernels() == "auto"
+
+
+def test_a_package_that_registers_nothing_says_so(monkeypatch):
+    monkeypatch.delitem(dispatch._registry, "native", raising=False)
+    monkeypatch.setattr(dispatch.importlib, "import_module", lambda _: None)
+    with pytest.raises(KernelError, match=r"midl\.ops\.native was imported but registered no implementation"):
+        dispatch.unavailable_reason("native")
+
+
 def test_an_unknown_name_is_refused_and_changes_nothing():
     midl.kernels("reference")
     with pytest.raises(MIDLError, match=r"kernels: name='cublas', expected one of \('auto', 'reference', 'native'"):

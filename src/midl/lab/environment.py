@@ -20,10 +20,18 @@ from midl.lab.data import names
 from midl.lab.data.cache import cache_path
 from midl.lab.data.mirror import ENVIRONMENT_VARIABLE, SPLITS, mirror_path
 from midl.lab.data.registry import find
+from midl.machine import processor_name
 from midl.ops import native
 from midl.ops.dispatch import NAMES, selected_kernels, unavailable_reason
 
-__all__ = ["describe_data", "describe_environment", "describe_extras", "describe_kernels", "describe_machine"]
+__all__ = [
+    "describe_choice",
+    "describe_data",
+    "describe_environment",
+    "describe_extras",
+    "describe_kernels",
+    "describe_machine",
+]
 
 _PACKAGES = ("torch", "numpy", "datasets", "safetensors", "scikit-learn", "matplotlib", "rich", "typer", "triton")
 _EXTRAS = {
@@ -59,7 +67,7 @@ def describe_machine() -> dict[str, Any]:
     """Return processor, cores, threads, instruction sets of torch and of the native kernels, memory, accelerator."""
     return {
         "system": f"{platform.system()} {platform.machine()}",
-        "cpu": _cpu_model(),
+        "cpu": processor_name(),
         "cores": _usable_cores(),
         "threads": torch.get_num_threads(),
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
@@ -72,6 +80,35 @@ def describe_machine() -> dict[str, Any]:
 def describe_kernels() -> dict[str, str | None]:
     """Return, for each implementation of midl's ops, why it cannot run here, or None if it can."""
     return {name: unavailable_reason(name) for name in NAMES}
+
+
+def describe_choice() -> dict[str, str]:
+    """Return the constants by which ``auto`` chooses on this CPU, and what it chooses for a few linear layers."""
+    if unavailable_reason("native") is not None:
+        return {"linear layers": "dense, no native kernels"}
+    from midl.config import num_active_groups
+    from midl.ops.cpu_calibration import constants
+    from midl.ops.cpu_cost import ROWS, sparse_wins
+
+    c = constants()
+    described = {
+        "constants": c.source,
+        "memory": f"{c.bandwidth:g} GB/s",
+        "dense call": f"{c.dense_call / 1000:.1f} µs",
+    }
+    at = "/".join(map(str, ROWS))
+    for dtype, rates in (("float32", c.float32), ("bfloat16", c.bfloat16)):
+        forms = {"dense": rates.dense, "G=1": rates.single, "G=16": rates.groups_of_16, "G=32": rates.groups_of_32}
+        described[dtype] = "; ".join(f"{form} {'/'.join(f'{r:g}' for r in values)}" for form, values in forms.items())
+        described[dtype] += f" GMAC/s at {at} rows"
+    for n in (256, 1024, 4096):
+        for group_size in (1, 32):
+            k = num_active_groups(0.45, n // group_size)
+            kernels = [
+                "native" if sparse_wins(c, "float32", rows, n, n, k, group_size, 1) else "dense" for rows in ROWS
+            ]
+            described[f"{n}x{n} G={group_size}"] = f"{'/'.join(kernels)} at {at} rows"
+    return described
 
 
 def describe_extras() -> dict[str, bool]:
@@ -128,16 +165,6 @@ def _native_instruction_sets() -> str | None:
     if unavailable_reason("native"):
         return None
     return f"{native.instruction_set()}, of {', '.join(native.supported_instruction_sets())}"
-
-
-def _cpu_model() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or "unknown"
 
 
 def _usable_cores() -> int:

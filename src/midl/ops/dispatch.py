@@ -78,6 +78,8 @@ def add_ops(name: str, ops: dict[str, Callable[..., Any]]) -> None:
 def _implementation(name: str) -> Implementation:
     if name not in _registry:
         importlib.import_module(f"midl.ops.{name}")
+        if name not in _registry:
+            raise KernelError(f"midl.ops.{name} was imported but registered no implementation named {name!r}")
     return _registry[name]
 
 
@@ -102,6 +104,9 @@ class kernels:  # noqa: N801 - a verb that users call; also a context manager
     ...     y = midl.MIDLinear(8, 16, rank=2)(torch.ones(3, 8))
     >>> _ = midl.kernels("auto")
 
+    A backward pass takes the choice at the time it runs: gradients depend on the inputs and the selection alone, not on
+    who computed the output.
+
     Args:
         name: ``"auto"`` (the fastest that can take the call), ``"reference"`` (the specification, plain torch),
             ``"native"`` (CPU kernels), ``"triton"`` (GPU kernels) or ``"dense"`` (every neuron computed, then masked).
@@ -118,16 +123,22 @@ class kernels:  # noqa: N801 - a verb that users call; also a context manager
         if name != "auto" and (reason := unavailable_reason(name)):
             available = [other for other in NAMES if unavailable_reason(other) is None]
             raise KernelError(f"kernels: name={name!r} is not available: {reason}; available here: {available}")
-        self._previous, _choice = _choice, name
+        self._name, self._entered, self._restore = name, False, [_choice]
+        _choice = name
 
     def __enter__(self) -> kernels:
+        global _choice
+        if self._entered:
+            self._restore.append(_choice)
+        # Else the first `with` ends what the call began.
+        self._entered, _choice = True, self._name
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         global _choice
-        _choice = self._previous
+        _choice = self._restore.pop()
 
 
 def resolve(op: str, x: Tensor, **call: Any) -> Callable[..., Any]:

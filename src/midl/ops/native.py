@@ -22,6 +22,7 @@ from midl.ops.native_packing import Packed, cast_kept, packed_panels, tensor_sta
 
 __all__ = [
     "cast_parameter",
+    "extension_file",
     "instruction_set",
     "linear",
     "prepare_linear",
@@ -241,6 +242,11 @@ def _address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
+def extension_file() -> str:
+    """Return the file of the compiled kernels."""
+    return _native.__file__
+
+
 def takes(x: Tensor, weight: Tensor) -> bool:
     """Return whether the kernels are there and compute in the dtype and on the device of these tensors."""
     return _missing is None and _unsupported("linear", x, weight=weight) is None
@@ -260,6 +266,17 @@ def _unsupported(op: str, x: Tensor, *, weight: Tensor, **_: Any) -> str | None:
     return None
 
 
+def _prefers(op: str, x: Tensor, *, weight: Tensor, k: int, group_size: int, span: int, **_: Any) -> bool:
+    from midl.ops.cpu_calibration import constants
+    from midl.ops.cpu_cost import sparse_wins
+
+    if op != "linear":
+        return True
+    n, depth = weight.shape
+    dtype = "float32" if x.dtype == torch.float32 else "bfloat16"
+    return sparse_wins(constants(), dtype, x.numel() // depth, depth, n, k, group_size, span)
+
+
 register(
     Implementation(
         "native",
@@ -271,5 +288,6 @@ register(
         },
         unavailable=_unavailable,
         unsupported=_unsupported,
+        prefer=_prefers,
     )
 )

@@ -47,7 +47,7 @@ def call_prepared(x: Tensor, parameters: dict[str, Any], config: MIDConfig) -> T
     threads = torch.get_num_threads()
     key = x.numel(), threads
     call = packed.calls.get(key)
-    if call is None or call.config is not config or call.kernels is not dispatch.selected_kernels():
+    if call is None or call.config is not config or call.kernels != dispatch.selected_kernels():
         call = _prepare(packed, x, parameters, config)
         if call is None:
             return None

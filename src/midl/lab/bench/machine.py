@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import midl
+from midl.machine import processor_name
 
 __all__ = ["busy_machine", "cache_sizes", "describe_machine", "last_level_cache"]
 
@@ -27,7 +28,7 @@ def describe_machine() -> dict[str, Any]:
     ['caches', 'capability', 'commit', 'cores']
     """
     return {
-        "cpu": _cpu_model(),
+        "cpu": processor_name(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -82,15 +83,6 @@ def last_level_cache(sizes: dict[str, int] | None = None) -> int:
 def _parse_size(text: str) -> int:
     units = {"K": 2**10, "M": 2**20, "G": 2**30}
     return int(text[:-1]) * units[text[-1]] if text[-1] in units else int(text)
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
 
 
 def _memory_bytes() -> int | None:

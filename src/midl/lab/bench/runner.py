@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -28,6 +28,16 @@ def list_benchmarks(only: str | None = None, *, quick: bool = False) -> list[str
     'forward/float32/1024x1024/batch1'
     """
     return [case.name for case in select_cases(only, quick=quick)]
+
+
+def _measure_constants() -> None:
+    """Let ``auto`` choose by this machine's own constants, as ``midl info --measure`` would."""
+    if unavailable_reason("native") is None:
+        from midl.ops import cpu_calibration
+
+        if cpu_calibration.measured() is None:
+            with suppress(OSError, MIDLError):  # a cache that cannot be written or a busy machine stops no benchmark
+                cpu_calibration.measure()
 
 
 def run_bench(
@@ -59,6 +69,7 @@ def run_bench(
     if threads is not None and threads < 1:
         raise MIDLError(f"run_bench: threads={threads}, expected at least 1")
     with _threads(threads or torch.get_num_threads()):
+        _measure_constants()
         machine = describe_machine()  # before our own work raises the load
         ceilings = measure_ceilings(quick=quick)
         seconds, min_rounds = (0.15, 5) if quick else (0.6, 7)

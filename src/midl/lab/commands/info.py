@@ -15,10 +15,19 @@ def info(
     device: Annotated[
         str | None, typer.Option(help="Print instead what the cost model predicts for a GPU: h100, a100, l4, rtx4090.")
     ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Measure this CPU for the choice of kernels first, and keep the result.")
+    ] = False,
 ) -> None:
     """Say what is installed, which kernels are available and why others are not, and where data comes from."""
     from midl.lab import environment
+    from midl.lab.commands.errors import readable_errors
 
+    if measure:
+        from midl.ops.cpu_calibration import measure as measure_cpu
+
+        with readable_errors("nothing was kept"):
+            measure_cpu()
     if device is not None:
         _print_predictions(device, as_json)
         return
@@ -27,6 +36,7 @@ def info(
         "commit": environment.describe_commit(),
         "machine": environment.describe_machine(),
         "kernels": environment.describe_kernels(),
+        "auto": environment.describe_choice(),
         "extras": environment.describe_extras(),
         "data": environment.describe_data(),
     }
@@ -76,6 +86,7 @@ def _print_table(facts: dict[str, Any]) -> None:
         | ({"commit": facts["commit"]} if facts["commit"] else {}),
         "machine": {name.replace("_", " "): value for name, value in facts["machine"].items()},
         "kernels": kernels,
+        "auto": facts["auto"],
         "extras": extras,
         "data": {"MIDL_DATA": mirror, "cache": data["cache"], **data["sources"]},
     }

@@ -3,28 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
 
 from midl.lab.data.dataset import Arrays
+from midl.machine import cache_path
 
 __all__ = ["cache_path", "read_arrays", "scratch_folder", "write_arrays"]
-
-
-def cache_path() -> Path:
-    """Return the cache folder: ``$MIDL_CACHE``, or ``midl`` in the platform's cache folder."""
-    if value := os.environ.get("MIDL_CACHE"):
-        return Path(value).expanduser()
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "midl"
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "midl"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "midl"
 
 
 def scratch_folder() -> tempfile.TemporaryDirectory[str]:

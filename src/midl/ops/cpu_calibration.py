@@ -1,0 +1,194 @@
+"""The constants of :mod:`midl.ops.cpu_cost` for this machine: built in, or measured once on demand and kept on disk.
+
+Nothing is measured unless asked for (``midl info --measure``; ``midl bench`` asks where no measurement is there): a
+first call that takes a second longer, or a choice that depends on what else ran in that second, is nobody's wish.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+import midl
+from midl.errors import MIDLError
+from midl.machine import cache_path, processor_name
+from midl.ops import native
+from midl.ops.cpu_cost import BUILT_IN, ROWS, Constants, Rates
+from midl.ops.native_packing import clear_packed
+
+__all__ = ["constants", "measure", "measured"]
+
+# Layer that rates are measured on: its weights stay in the cache, its products outweigh the call.
+_SIZE, _RANK, _SHARE = 1024, 8, 0.45
+_TURNS = 9
+# Times of one call that differ more, median over best, say more about the machine's other work than about the kernels.
+_BUSY = 1.25
+# A layer this large, in bytes, is seldom still in the cache when its turn comes again.
+_CACHE = 2.0**21
+
+_current: dict[tuple[str, int], Constants] = {}
+
+
+def constants() -> Constants:
+    """Return the constants for the instruction set and the number of threads in use.
+
+    >>> constants().bandwidth > 0
+    True
+    """
+    key = native.instruction_set(), torch.get_num_threads()
+    if key not in _current:
+        _current[key] = measured() or BUILT_IN
+    return _current[key]
+
+
+def measured() -> Constants | None:
+    """Return the constants that :func:`measure` has kept for this machine as it is now, or None.
+
+    As it is: processor, instruction set, threads, versions of torch and midl, build of the kernels.
+    """
+    try:
+        return Constants.from_dict(json.loads(_path().read_text())[_key()])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def measure() -> Constants:
+    """Measure the constants with the present threads and instruction set, keep them on disk and use them from now on.
+
+    Takes a few seconds of a machine that should have nothing else to do.
+
+    Raises:
+        MIDLError: the machine was too busy; nothing was kept.
+        OSError: the cache folder cannot be written; the constants are used nevertheless.
+    """
+    products = {dtype: _Products(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    tiny, sweep = (torch.randn(1, 16), torch.randn(16, 16)), torch.ones(2**24)
+    calls: dict[Any, Callable[[], object]] = {
+        "dense call": lambda: F.linear(*tiny),
+        "sweep": sweep.sum,
+        **{(dtype, *name): call for dtype, p in products.items() for name, call in p.calls.items()},
+    }
+    times = _best_nanoseconds(calls)
+    result = Constants(
+        source=f"measured on {time.strftime('%Y-%m-%d')} with {torch.get_num_threads()} threads",
+        float32=products[torch.float32].rates(times),
+        bfloat16=products[torch.bfloat16].rates(times),
+        bandwidth=round(sweep.nbytes / times["sweep"], 2),
+        dense_call=round(times["dense call"]),
+        cache=_CACHE,
+    )
+    _current[native.instruction_set(), torch.get_num_threads()] = result
+    clear_packed()  # and with the panels the calls that were prepared by the old constants
+    _keep(result)
+    return result
+
+
+class _Products:
+    """Calls of one dtype at each of ``ROWS`` rows: dense, and sparse with and without the full path."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.calls: dict[tuple[str | int, int], Callable[[], object]] = {}
+        inputs = {rows: torch.randn(rows, _SIZE).to(dtype) for rows in ROWS}
+        weight = (torch.randn(_SIZE, _SIZE) / _SIZE**0.5).to(dtype)
+        for rows, x in inputs.items():
+            self.calls["dense", rows] = functools.partial(F.linear, x, weight)
+        for group_size in (1, 16, 32):
+            groups = _SIZE // group_size
+            down, up = torch.randn(_RANK, _SIZE).to(dtype), torch.randn(_SIZE, _RANK).to(dtype)
+            gate, bias = torch.randn(groups, _RANK).to(dtype), torch.zeros(groups, dtype=dtype)
+            # Weights of their own: panels are kept for one group size.
+            layer = (weight.clone(), None, down, up, gate, bias, None)
+            options = (round(_SHARE * groups), group_size, 1, "sigmoid", "selected")
+            for rows, x in inputs.items():
+                full = F.linear(x, weight)
+                self.calls[group_size, rows] = functools.partial(native.linear, x, *layer, *options)
+                # What is left of a call that is given the full path is there on both sides.
+                self.calls[-group_size, rows] = functools.partial(native.linear, x, *layer, *options, full)
+
+    def rates(self, times: dict[Any, float]) -> Rates:
+        """Return the rates by the best times of the calls."""
+
+        def dense(rows: int) -> float:
+            whole = times[self.dtype, "dense", rows]
+            return rows * _SIZE**2 / max(whole - times["dense call"], whole / 4)
+
+        def sparse(group_size: int, rows: int) -> float:
+            whole, rest = times[self.dtype, group_size, rows], times[self.dtype, -group_size, rows]
+            selected = round(_SHARE * (_SIZE // group_size)) * group_size
+            return rows * selected * _SIZE / max(whole - rest, whole / 4)
+
+        def at_rows(rate: Callable[[int], float]) -> tuple[float, ...]:
+            return tuple(round(rate(rows), 2) for rows in ROWS)
+
+        return Rates(
+            dense=at_rows(dense),
+            single=at_rows(functools.partial(sparse, 1)),
+            groups_of_16=at_rows(functools.partial(sparse, 16)),
+            groups_of_32=at_rows(functools.partial(sparse, 32)),
+        )
+
+
+def _best_nanoseconds(calls: dict[Any, Callable[[], object]]) -> dict[Any, float]:
+    """Return the best time of each call, all of them taken in turn; an error where others kept the processor busy."""
+    times: dict[Any, list[int]] = {name: [] for name in calls}
+    for turn in range(_TURNS + 2):  # the first two pack and warm up
+        for name, call in calls.items():
+            if not times[name] or times[name][-1] < 1e6:
+                call()  # brings its data back into the cache
+            start = time.perf_counter_ns()
+            call()
+            if turn >= 2:
+                times[name].append(time.perf_counter_ns() - start)
+    best = {name: float(min(taken)) for name, taken in times.items()}
+    spread = statistics.median(statistics.median(taken) / best[name] for name, taken in times.items())
+    if spread > _BUSY:
+        raise MIDLError(
+            f"measure: the same call takes {spread:.1f} times as long at one time as at another, expected at most "
+            f"{_BUSY}: something else keeps this machine busy"
+        )
+    return best
+
+
+def _path() -> Path:
+    return cache_path() / "cpu-constants.json"
+
+
+def _key() -> str:
+    build = Path(native.extension_file()).stat()
+    return " | ".join(
+        [
+            processor_name(), native.instruction_set(), f"{torch.get_num_threads()} threads",
+            f"torch {torch.__version__}", f"midl {midl.__version__}", f"build {build.st_size}-{build.st_mtime_ns}",
+        ]
+    )  # fmt: skip
+
+
+def _keep(result: Constants) -> None:
+    """Write the constants beside those of other machines that share the cache folder."""
+    path = _path()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        known = json.loads(path.read_text())
+    except (OSError, ValueError):
+        known = None
+    known = known if isinstance(known, dict) else {}
+    known[_key()] = result.to_dict()
+    handle, temporary = tempfile.mkstemp(prefix=".cpu-constants.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w") as file:
+            json.dump(known, file, indent=1)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
