@@ -165,7 +165,7 @@ def _path() -> Path:
 
 
 def _key() -> str:
-    build = Path(native.extension_file()).stat()
+    build = Path(str(native.extension().__file__)).stat()
     return " | ".join(
         [
             processor_name(), native.instruction_set(), f"{torch.get_num_threads()} threads",

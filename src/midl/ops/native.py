@@ -6,6 +6,7 @@ Weights that stay unchanged from call to call are packed once (:mod:`midl.ops.na
 from __future__ import annotations
 
 import os
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -22,9 +23,10 @@ from midl.ops.native_packing import Packed, cast_kept, packed_panels, tensor_sta
 
 __all__ = [
     "cast_parameter",
-    "extension_file",
+    "extension",
     "instruction_set",
     "linear",
+    "linear_on_panels",
     "prepare_linear",
     "supported_instruction_sets",
     "takes",
@@ -153,6 +155,28 @@ def linear(
     return y, selected
 
 
+def linear_on_panels(
+    x: Tensor, light: Tensor, weight: Tensor, shapes: dict[str, torch.Size], bias: Tensor | None,
+    gate_bias: Tensor | None, k: int, group_size: int, span: int, interpolation: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """:func:`linear` without noise from panels alone; ``shapes`` are those of the parameters, by name."""
+    x, stride = _rows(x)
+    n, depth = shapes["weight"]
+    *batch, positions, _ = x.shape
+    y = x.new_empty((*batch, positions, n))
+    selected = x.new_empty((*batch, -(-positions // span), k), dtype=torch.int32)
+    bias, gate_bias = _dense(bias), _dense(gate_bias)
+    _native.linear_forward(
+        x.dtype == torch.bfloat16, x.data_ptr(), stride, y.numel() // n, depth, n, shapes["light_down"][0],
+        n // group_size, k, positions, span, weight.data_ptr(), _address(bias),
+        # Never read: the panels take their place.
+        light.data_ptr(), light.data_ptr(), light.data_ptr() if "gate_weight" in shapes else 0,
+        _address(gate_bias), 0, light.data_ptr(), weight.data_ptr(), 0, interpolation == "hard",
+        y.data_ptr(), selected.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return y, selected
+
+
 def wants_weight_panels(rows: int, groups: int, k: int, group_size: int) -> bool:
     """Return whether a forward call of these sizes reads the weight's panels."""
     return _native.wants_weight_panels(rows, groups, k, group_size)
@@ -242,9 +266,9 @@ def _address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
-def extension_file() -> str:
-    """Return the file of the compiled kernels."""
-    return _native.__file__
+def extension() -> ModuleType:
+    """Return the module of the compiled kernels."""
+    return _native
 
 
 def takes(x: Tensor, weight: Tensor) -> bool:

@@ -142,14 +142,18 @@ def packed_panels(
 
 def pack(
     kernels: Any, weight: Tensor, light_down: Tensor, light_up: Tensor, gate_weight: Tensor | None = None, *,
-    group_size: int, light: bool, wide: bool,
+    group_size: int, light: bool, wide: bool, clean: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    """Return new panels of light path and gate, and of the weight, as asked for; all matrices are contiguous."""
+    """Return new panels of light path and gate, and of the weight, as asked for; all matrices are contiguous.
+
+    Their padding is zero with ``clean``, else whatever was there.
+    """
     n, depth = weight.shape
     sizes = (depth, n, light_down.shape[0], n // group_size)
     light_size, weight_size = kernels.packed_sizes(*sizes)
-    light_panels = weight.new_empty(light_size) if light else None
-    weight_panels = weight.new_empty(weight_size) if wide else None
+    allocate = weight.new_zeros if clean else weight.new_empty
+    light_panels = allocate(light_size) if light else None
+    weight_panels = allocate(weight_size) if wide else None
     kernels.pack(
         weight.dtype == torch.bfloat16, *sizes, weight.data_ptr(), light_down.data_ptr(), light_up.data_ptr(),
         0 if gate_weight is None else gate_weight.data_ptr(), 0 if light_panels is None else light_panels.data_ptr(),

@@ -1,0 +1,145 @@
+"""Serve with the packed weights alone: half the memory of a layer that has run, until :func:`unpack_` undoes it.
+
+A linear layer on the CPU keeps its parameters and, from the second call on, panels made of them for the kernels: as
+much again. :func:`pack_` makes the panels and frees what they copy. Such a layer computes the same bits; what would
+need the plain weights is an error that names the way back.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from midl.errors import KernelError, MIDLError
+from midl.layers.linear import MIDLinear
+from midl.ops.dispatch import is_plain_inference, unavailable_reason
+from midl.ops.native_panels import Panels, runs_on_panels
+
+__all__ = ["PackedMIDLinear", "pack_", "unpack_"]
+
+_COPIED = ("weight", "light_down", "light_up", "gate_weight")
+
+
+class PackedMIDLinear(MIDLinear):
+    """A :class:`midl.MIDLinear` whose large parameters exist as panels alone; made by :func:`pack_`.
+
+    The budget can change, the selection can be watched. ``weight``, ``light_down``, ``light_up`` and ``gate_weight``
+    are meta tensors: shapes without values.
+    """
+
+    _panels: Panels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the layer's output, (..., out_features)."""
+        if not is_plain_inference(x, self.weight):
+            raise self._refuse("forward outside of torch.no_grad() or under compilation, tracing or a profiler")
+        self._check_input(x, -1, self.in_features, "features")
+        c = self.config
+        rows = x if x.dim() > 2 and c.span > 1 else x.reshape(-1, self.in_features)
+        y, selected = self._panels.linear(rows, self.bias, self.gate_bias, self.num_selected, c.span, c.interpolation)
+        self._observe(selected)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def train(self, mode: bool = True) -> PackedMIDLinear:
+        """Refuse to train."""
+        if mode:
+            raise self._refuse("train()")
+        return super().train(mode)
+
+    def _check_input(self, x: Tensor, axis: int, expected: int, name: str) -> None:
+        if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[axis] != expected:
+            shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise MIDLError(f"MIDLinear: input of shape {shape}, expected (..., {expected}) {name}")
+        if x.dtype != self.weight.dtype or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+            raise MIDLError(
+                f"MIDLinear: input has dtype {x.dtype} on {x.device}, expected {self.weight.dtype} on the CPU without "
+                "autocast (the layer is packed)"
+            )
+
+    def _check_plain(self, method: str) -> None:
+        raise self._refuse(method)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        raise self._refuse("to(), half() and the like")
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        raise self._refuse("state_dict()")
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        raise self._refuse("load_state_dict()")
+
+    def _refuse(self, what: str) -> MIDLError:
+        return MIDLError(
+            f"MIDLinear: {what}: the layer is packed for serving and has no plain weights, expected "
+            "midl.serving.unpack_(model) first"
+        )
+
+
+def pack_(model: nn.Module) -> list[str]:
+    """Pack the linear layers of ``model`` once and free their plain weights, in place; return the layers' names.
+
+    >>> model = nn.Sequential(MIDLinear(64, 128, active=0.25, group_size=16)).eval()
+    >>> pack_(model)
+    ['0']
+    >>> with torch.no_grad():
+    ...     model(torch.randn(3, 64)).shape
+    torch.Size([3, 128])
+    >>> unpack_(model)
+    ['0']
+
+    Layers stay as they are, and are not named, where the kernels read the plain weights (groups of few neurons; the
+    light gate in bfloat16), where there are no kernels (other devices and dtypes), and where others may need the
+    weights (parametrizations, parameters that modules share).
+
+    Args:
+        model: in ``eval()`` mode; layers and their parameters keep their identity but not their memory.
+
+    Raises:
+        KernelError: the native kernels are not there.
+        MIDLError: a layer is in training mode.
+    """
+    if reason := unavailable_reason("native"):
+        raise KernelError(f"pack_: {reason}")
+    layers = {name: module for name, module in model.named_modules() if type(module) is MIDLinear}
+    if training := [name for name, layer in layers.items() if layer.training]:
+        raise MIDLError(f"pack_: layers {training} are in training mode, expected model.eval()")
+    users: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            users[id(parameter)] = users.get(id(parameter), 0) + 1
+    packed = []
+    for name, layer in layers.items():
+        shared = any(users[id(parameter)] > 1 for parameter in layer.parameters(recurse=False))
+        if not shared and runs_on_panels(layer._parameters, layer.config.group_size):
+            _pack(layer)
+            packed.append(name)
+    return packed
+
+
+def unpack_(model: nn.Module) -> list[str]:
+    """Give the layers that :func:`pack_` packed their plain weights back, bit for bit; return the layers' names.
+
+    Args:
+        model: as :func:`pack_` left it; a model without packed layers stays as it is.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, PackedMIDLinear)}
+    for layer in layers.values():
+        for name, values in layer._panels.unpack().items():
+            parameter = layer._parameters[name]
+            assert parameter is not None
+            layer._parameters[name] = nn.Parameter(values, requires_grad=parameter.requires_grad)
+        del layer._panels
+        layer.__class__ = MIDLinear  # type: ignore[assignment]
+    return list(layers)
+
+
+@torch.no_grad()
+def _pack(layer: MIDLinear) -> None:
+    layer._panels = Panels(layer._parameters, layer.config.group_size)  # type: ignore[assignment]
+    for name in _COPIED:
+        parameter = layer._parameters[name]
+        if parameter is not None:
+            layer._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+    layer.__class__ = PackedMIDLinear

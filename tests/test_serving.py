@@ -1,0 +1,163 @@
+"""Packed layers: the same bits on less memory, every plain weight back on demand, and no silent half-working state."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import midl
+from midl.errors import KernelError, MIDLError
+from midl.ops.dispatch import unavailable_reason
+
+if unavailable_reason("native"):
+    pytest.skip(f"native kernels: {unavailable_reason('native')}", allow_module_level=True)
+
+from midl.ops import native
+from midl.serving import PackedMIDLinear, pack_, unpack_
+
+
+@pytest.fixture(params=native.supported_instruction_sets())
+def _instruction_set(request):
+    before = native.instruction_set()
+    native.use_instruction_set(request.param)
+    yield
+    native.use_instruction_set(before)
+
+
+def make(in_features=40, out_features=96, group_size=16, **choices):
+    layer = midl.MIDLinear(in_features, out_features, active=0.5, rank=7, group_size=group_size, **choices)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    return layer.eval()
+
+
+def served_bytes(model):
+    held = sum(p.nbytes for p in model.parameters() if not p.is_meta)
+    return held + sum(m._panels.light.nbytes + m._panels.weight.nbytes for m in model if isinstance(m, PackedMIDLinear))
+
+
+@pytest.mark.usefixtures("_instruction_set", "poisoned_memory")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("in_features", "out_features", "group_size"), [(40, 96, 16), (33, 60, 20), (17, 250, 50)])
+@pytest.mark.parametrize("span", [1, 3])
+@torch.no_grad()
+def test_a_packed_layer_has_the_same_bits_and_gives_every_weight_back(
+    dtype, in_features, out_features, group_size, span
+):
+    layer = make(in_features, out_features, group_size, dtype=dtype, span=span)
+    parameters = {name: p.clone() for name, p in layer.named_parameters()}
+    inputs = [torch.randn(shape, in_features).to(dtype) for shape in (1, 9)] + [
+        torch.randn(2, 7, in_features).to(dtype)
+    ]
+    with midl.kernels("native"):
+        for x in inputs * 2:
+            layer(x)
+        expected = [layer(x) for x in inputs]
+    assert pack_(layer) == [""]
+    for x, y in zip(inputs, expected, strict=True):
+        assert torch.equal(layer(x), y)
+    layer.active = 0.25
+    assert not torch.equal(layer(inputs[1]), expected[1])
+    layer.active = 0.5
+    assert unpack_(layer) == [""]
+    assert type(layer) is midl.MIDLinear
+    for name, parameter in layer.named_parameters():
+        assert torch.equal(parameter, parameters[name])
+        assert parameter.requires_grad
+    with torch.enable_grad():
+        layer.train()(torch.randn(3, in_features).to(dtype)).sum().backward()
+
+
+@torch.no_grad()
+def test_the_light_gate_and_layers_without_bias():
+    layer, x = make(gate="light", bias=False), torch.randn(5, 40)
+    with midl.kernels("native"):
+        layer(x), layer(x)
+        expected = layer(x)
+    before = layer.light_up.clone()
+    assert pack_(layer) == [""]
+    assert torch.equal(layer(x), expected)
+    unpack_(layer)
+    assert torch.equal(layer.light_up, before)
+
+
+def test_the_plain_weights_are_gone():
+    model = nn.Sequential(make(256, 512, 32))
+    plain = sum(p.nbytes for p in model.parameters())
+    pack_(model)
+    assert served_bytes(model) < 1.2 * plain
+    assert all(getattr(model[0], name).is_meta for name in ("weight", "light_down", "light_up", "gate_weight"))
+
+
+def test_layers_that_need_their_plain_weights_keep_them():
+    shared = make()
+    tied = make()
+    tied.weight = shared.weight
+    model = nn.Sequential(
+        make(group_size=1), make(dtype=torch.float64), make(gate="light", dtype=torch.bfloat16), shared, tied,
+        nn.utils.parametrizations.orthogonal(make(96, 96)), nn.Linear(3, 3), make(),
+    ).eval()  # fmt: skip
+    assert pack_(model) == ["7"]
+    assert pack_(model) == []
+    assert unpack_(model) == ["7"]
+    assert unpack_(model) == []
+
+
+@pytest.mark.parametrize(
+    ("what", "call"),
+    [
+        ("train", lambda m: m.train()),
+        ("state_dict", lambda m: m.state_dict()),
+        ("state_dict", lambda m: copy.deepcopy(m).state_dict()),
+        ("load_state_dict", lambda m: m.load_state_dict(nn.Sequential(make()).state_dict())),
+        ("to", lambda m: m.double()),
+        ("to", lambda m: m.to(torch.bfloat16)),
+        ("to_linear", lambda m: midl.revert_(m)),
+        ("forward", lambda m: m(torch.randn(2, 40, requires_grad=True))),
+        ("forward", lambda m: midl.count_flops(m, torch.randn(2, 40))),
+        ("state_dict", lambda m: midl.save(m, "/dev/null")),
+    ],
+)
+def test_what_needs_the_plain_weights_names_the_way_back(what, call):
+    model = nn.Sequential(make()).eval()
+    pack_(model)
+    with pytest.raises(MIDLError, match=rf"{what}.*midl\.serving\.unpack_\(model\) first"):
+        call(model)
+    unpack_(model)
+
+
+@torch.no_grad()
+def test_copies_pickles_and_watchers_of_a_packed_model():
+    model, x = nn.Sequential(make()).eval(), torch.randn(3, 40)
+    pack_(model)
+    expected = model(x)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(x), expected)
+        unpack_(other)
+    with midl.record_activity(model) as activity:
+        model(x)
+    assert activity["0"].usage.sum() > 0
+
+
+@torch.no_grad()
+def test_wrong_uses_are_errors():
+    model = nn.Sequential(make())
+    with pytest.raises(MIDLError, match=r"\['0'\] are in training mode, expected model\.eval"):
+        pack_(model.train())
+    pack_(model.eval())
+    for x in (torch.randn(3, 39), torch.randn(3, 40).double(), torch.tensor(1.0)):
+        with pytest.raises(MIDLError, match="MIDLinear: input"):
+            model(x)
+    with pytest.raises(MIDLError, match="autocast"), torch.autocast("cpu", torch.bfloat16):
+        model(torch.randn(3, 40))
+    before = native.instruction_set()
+    native.use_instruction_set("baseline")
+    try:
+        with pytest.raises(KernelError, match="the instruction set is 'baseline', expected"):
+            model(torch.randn(3, 40))
+    finally:
+        native.use_instruction_set(before)
