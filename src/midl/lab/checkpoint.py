@@ -48,7 +48,8 @@ def read_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     parameters = dict(model.named_parameters())
     for key, value in _with_prefix(tensors, "optimizer.").items():
         name, _, entry = key.rpartition("/")
-        optimizer.state[parameters[name]][entry] = value
+        # The step count stays on the CPU, where AdamW keeps it.
+        optimizer.state[parameters[name]][entry] = value.to(parameters[name].device) if value.dim() else value
     return progress
 
 

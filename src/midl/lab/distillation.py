@@ -26,7 +26,7 @@ def distillation_loss(teacher: nn.Module, temperature: float = 2.0) -> Loss:
 
     def loss(inputs: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
         with torch.no_grad():
-            target = teacher(inputs)
+            target = teacher.to(inputs.device)(inputs)
         return divergence(logits, target)
 
     return loss

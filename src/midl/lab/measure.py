@@ -173,7 +173,7 @@ def _interleave(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[
     repeats = {}
     for name, call in calls.items():
         call()
-        repeats[name] = max(1, round(0.002 / max(_time(call, 3), 1e-7)))
+        repeats[name] = max(1, round(0.002 / max(_time(call, 1), 1e-7)))
     samples: dict[str, list[float]] = {name: [] for name in calls}
     order = list(calls)
     for i in range(rounds):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from midl.errors import MIDLError
 from midl.lab.checkpoint import read_checkpoint, write_checkpoint
 from midl.lab.data import Dataset
+from midl.lab.processes import accelerator, share_rows
 
 __all__ = ["Loss", "Recipe", "cross_entropy", "seed_for", "train"]
 
@@ -23,7 +24,7 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Called with inputs (rows, ...), the model's logits (rows, classes) and labels (rows,); returns a scalar."""
 
 
-Precision = Literal["no", "bf16", "fp16"]
+Precision = Literal["no", "bf16"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Recipe:
         weight_decay: of AdamW, on weight matrices; biases have none.
         warmup: fraction of all steps with rising learning rate.
         label_smoothing: share of each label that is spread over all classes; distillation does without.
-        precision: ``"no"``: float32. ``"bf16"`` or ``"fp16"``: mixed with it, as accelerate does.
+        precision: ``"no"``: float32. ``"bf16"``: mixed, by torch.autocast.
 
     Raises:
         MIDLError: a value outside its range; the message names it.
@@ -107,10 +108,14 @@ def train(
     on_step: Callable[[int, int], None] = lambda step, steps: None,
     on_epoch: Callable[[list[dict[str, Any]]], None] = lambda log: None,
 ) -> list[float]:
-    """Train in place and return the mean loss of every epoch; leaves the model in evaluation mode.
+    """Train in place and return the mean loss of every epoch; leaves the model in evaluation mode on the CPU.
 
     The result depends on the model, the data, the recipe and the seed alone: a run that was killed and started again
     with the same ``checkpoint`` ends with the very same weights (same machine and thread count).
+
+    Under ``accelerate launch`` or ``torchrun`` all processes call this with the same arguments. The batches are
+    divided among them and gradients averaged, which gives the same result up to rounding, but for batch normalisation,
+    whose statistics are each process's own. The first process writes the checkpoints.
 
     Args:
         model: freshly built, or the one to go on with; a checkpoint's weights replace its own.
@@ -131,13 +136,17 @@ def train(
     rows = len(dataset.train)
     steps_per_epoch = -(-rows // recipe.batch_size)
     steps = recipe.epochs * steps_per_epoch
-    optimizer = _optimizer(model, recipe)
+    place = accelerator()
+    optimizer = _optimizer(model.to(place.device), recipe)
     loss = loss or cross_entropy(recipe.label_smoothing)
     log: list[dict[str, Any]] = []
     if checkpoint is not None and checkpoint.exists():
         log = read_checkpoint(checkpoint, model, optimizer)["log"]
+    place.wait_for_everyone()
     on_epoch(log)
     model.train()
+    network, optimizer = place.prepare(model, optimizer)
+    mixed = torch.autocast(place.device.type, torch.bfloat16, enabled=recipe.precision == "bf16")
     for epoch in range(len(log), recipe.epochs):
         started = time.perf_counter()
         with torch.random.fork_rng(devices=[]):
@@ -149,13 +158,17 @@ def train(
                     group["lr"] = recipe.lr_at(step, steps)
                 if before_step is not None:
                     _draw(before_step, model, seed_for(seed, epoch) + step)
-                inputs, labels = dataset.training_batch(batch)
-                value = loss(inputs, model(inputs), labels)
+                mine, weight = share_rows(batch, place)
+                inputs, labels = (t.to(place.device) for t in dataset.training_batch(mine))
+                with mixed:
+                    logits = network(inputs)
+                value = loss(inputs, logits.float(), labels) * weight
                 optimizer.zero_grad(set_to_none=True)
-                value.backward()
+                place.backward(value)
                 optimizer.step()
                 total += value.item() * len(batch)
                 on_step(step + 1, steps)
+        total = place.reduce(torch.tensor(total, dtype=torch.float64), "mean").item()
         if not math.isfinite(total):
             raise MIDLError(
                 f"train: the loss of epoch {epoch + 1} is {total}, expected a finite one (lower lr={recipe.lr:g})"
@@ -163,10 +176,10 @@ def train(
         lr = recipe.lr_at((epoch + 1) * steps_per_epoch - 1, steps)
         seconds = round(time.perf_counter() - started, 3)
         log.append({"epoch": epoch + 1, "loss": total / rows, "lr": lr, "seconds": seconds})
-        if checkpoint is not None:
+        if checkpoint is not None and place.is_main_process:
             write_checkpoint(checkpoint, model, optimizer, {"log": log})
         on_epoch(log)
-    model.eval()
+    model.cpu().eval()
     return [entry["loss"] for entry in log]
 
 

@@ -19,7 +19,9 @@ QUICK = Options(threads=1, latency=False)
 def run(out: Path, request: Request = REQUEST, options: Options = QUICK) -> tuple[Sweep, list[str]]:
     """Run a sweep and return it with the lines that it said."""
     lines: list[str] = []
-    return sweep(request, out, options, lines.append), lines
+    found = sweep(request, out, options, lines.append)
+    assert found is not None
+    return found, [line for line in lines if not line.endswith("reading")]
 
 
 def results(out: Path) -> dict[str, Any]:

@@ -34,6 +34,7 @@ def reproduce(
     threads: Annotated[
         int | None, typer.Option(help="Threads of each worker.  [default: torch's, divided among the workers]")
     ] = None,
+    precision: Annotated[str, typer.Option(help="no: float32. bf16: mixed precision.")] = "no",
     latency: Annotated[bool, typer.Option(help="Measure latency when all runs are done.")] = True,
 ) -> None:
     """Train every method on every data set with every seed, and measure.
@@ -45,11 +46,10 @@ def reproduce(
     from midl.lab.reproduce.sweep import Options, sweep
 
     with readable_errors("stopped; the same command goes on from the last finished epoch"):
-        request = Request(profile, _names(data), _names(methods), _integers(seeds))
+        request = Request(profile, _names(data), _names(methods), _integers(seeds), precision)  # type: ignore[arg-type]
         options = Options(launcher, workers, threads, latency)
-        outcome = sweep(request, out, options, lambda line: print(line, flush=True)).outcome
-        if outcome.failed or outcome.blocked:
-            typer.echo(
-                f"midl: {len(outcome.failed)} failed, {len(outcome.blocked)} need them: midl runs {out}", err=True
-            )
+        found = sweep(request, out, options, lambda line: print(line, flush=True))
+        if found is not None and (found.outcome.failed or found.outcome.blocked):
+            failed, blocked = len(found.outcome.failed), len(found.outcome.blocked)
+            typer.echo(f"midl: {failed} failed, {blocked} need them: midl runs {out}", err=True)
             raise typer.Exit(1)

@@ -23,8 +23,10 @@ from midl.lab.files import write_json, write_text
 from midl.lab.measure import measure_accuracy, peak_bytes, saved_bytes
 from midl.lab.measures import measure_all
 from midl.lab.methods import Method, count_neurons, find
+from midl.lab.processes import accelerator
 from midl.lab.reproduce.plan import MEASURES_VERSION, RESULTS_VERSION, Setting, Task, setting_for
 from midl.lab.reproduce.profiles import profile_named
+from midl.lab.reproduce.scalars import Scalars
 from midl.lab.reproduce.state import FINISHED, read_finished
 from midl.lab.training import Recipe, seed_for, train
 from midl.serialization import save
@@ -44,6 +46,8 @@ OnStep = Callable[[int, int], None]
 def execute(task: Task, out: Path, on_step: OnStep = lambda step, steps: None) -> dict[str, Any]:
     """Run a task in its folder below ``out``, whose lock the caller holds, and return what it wrote last.
 
+    With several processes all call this; the first one measures and writes, the others return an empty dict.
+
     Raises:
         MIDLError: the training diverged, a file is damaged, or the method misses its FLOPs ratio.
     """
@@ -51,11 +55,13 @@ def execute(task: Task, out: Path, on_step: OnStep = lambda step, steps: None) -
     job = _Job(task, out, folder, setting_for(task.spec["dataset"], profile_named(task.spec["profile"]).rows), on_step)
     earlier = read_finished(folder, task.kind)
     if earlier is not None:
-        finished = job.measure_again(earlier)
+        finished = job.measure_again(earlier) if job.leads else {}
     elif task.kind == "tuning":
         finished = job.tune()
     else:
         finished = job.run()
+    if not job.leads:
+        return {}
     write_json(folder / FINISHED[task.kind], finished)
     for leftover in (*folder.glob("*checkpoint.safetensors"), folder / "failure.json"):
         leftover.unlink(missing_ok=True)
@@ -73,6 +79,11 @@ class _Job:
     on_step: OnStep
 
     @property
+    def leads(self) -> bool:
+        """Whether this process measures and writes."""
+        return accelerator().is_main_process
+
+    @property
     def method(self) -> Method:
         return find(self.task.spec["method"])
 
@@ -84,8 +95,10 @@ class _Job:
         dataset = vary(self.setting.dataset, spec["train_fraction"], spec["label_noise"], spec["seed"])
         model = self._build(spec["seed"])
         dense_flops = self._check_ratio(model)
-        before = measure_accuracy(model, dataset)[0] if self.method.teacher else None
-        log = self._train(model, dataset, recipe, spec["seed"], _CHECKPOINT)
+        before = measure_accuracy(model, dataset)[0] if self.method.teacher and self.leads else None
+        log = self._train(model, dataset, recipe, spec["seed"])
+        if not self.leads:
+            return {}
         started = time.perf_counter()
         accuracy, fraction_active = measure_accuracy(model, dataset)
         shown = Split(dataset.train.x[:_TRAIN_ROWS], dataset.train.y[:_TRAIN_ROWS])
@@ -137,7 +150,10 @@ class _Job:
                 self.task.recipe, lr=self.task.recipe.lr * factor, weight_decay=decay
             )  # fmt: skip
             model = self._build(0)
-            log = self._train(model, dataset, recipe, 0, f"{len(points)}.{_CHECKPOINT}")
+            log = self._train(model, dataset, recipe, 0, f"{len(points)}.")
+            if not self.leads:
+                points.append({})
+                continue
             point = {
                 "lr": recipe.lr,
                 "weight_decay": decay,
@@ -150,6 +166,8 @@ class _Job:
                 save(model, self.folder / MODEL)
             points.append(point)
             write_json(record, points)
+        if not self.leads:
+            return {}
         best = max(points, key=lambda point: point["accuracy"])
         return {
             "version": RESULTS_VERSION,
@@ -173,20 +191,25 @@ class _Job:
         return methods.load(find("dense"), self.setting.architecture, self.setting.budget, self.out / folder / MODEL)
 
     def _train(
-        self, model: nn.Module, dataset: Dataset, recipe: Recipe, seed: int, checkpoint: str
+        self, model: nn.Module, dataset: Dataset, recipe: Recipe, seed: int, prefix: str = ""
     ) -> list[dict[str, Any]]:  # fmt: skip
+        """Train and return the log; ``prefix`` tells the files of several trainings in one folder apart."""
         log: list[dict[str, Any]] = []
+        scalars = Scalars(self.folder / "tensorboard" / prefix)
 
         def keep(entries: list[dict[str, Any]]) -> None:
             log[:] = entries
-            write_text(self.folder / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in entries))
+            if self.leads:
+                write_text(self.folder / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in entries))
+                scalars.write(entries)
 
         teacher = self._teacher()
         train(
             model, dataset, recipe, seed=seed, loss=None if teacher is None else distillation_loss(teacher),
-            checkpoint=self.folder / checkpoint, before_step=self.method.before_step, on_step=self.on_step,
-            on_epoch=keep,
+            checkpoint=self.folder / f"{prefix}{_CHECKPOINT}", before_step=self.method.before_step,
+            on_step=self.on_step, on_epoch=keep,
         )  # fmt: skip
+        scalars.close()
         if self.method.settle is not None:
             self.method.settle(model, self.setting.budget)
         return log

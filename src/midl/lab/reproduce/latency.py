@@ -12,15 +12,12 @@ from midl.lab.environment import describe_kernels, describe_machine
 from midl.lab.files import write_json
 from midl.lab.measure import measure_latency, measure_step
 from midl.lab.methods import METHODS, find, load
-from midl.lab.recipes import recipes_for
 from midl.lab.reproduce.execute import MODEL
 from midl.lab.reproduce.plan import Plan, Task, setting_for
 from midl.lab.reproduce.profiles import profile_named
 from midl.lab.reproduce.state import FINISHED
 
-__all__ = ["BATCHES", "measure_latencies"]
-
-BATCHES = (1, 32, 256)
+__all__ = ["measure_latencies"]
 
 
 def measure_latencies(plan: Plan, out: Path, dataset: str) -> Path | None:
@@ -49,11 +46,11 @@ def measure_latencies(plan: Plan, out: Path, dataset: str) -> Path | None:
         for method in order
     }
     measured: dict[str, dict[str, Any]] = {method: {"run": runs[method], "batch": {}, "step": {}} for method in order}
-    for batch in BATCHES:
+    for batch in profile.batches:
         inputs = setting.dataset.batch(setting.dataset.test, torch.arange(batch) % len(setting.dataset.test))[0]
         for method, times in _with_ratios(measure_latency(models, inputs, profile.rounds)).items():
             measured[method]["batch"][str(batch)] = times
-    size = recipes_for(dataset).train.batch_size
+    size = tasks["dense"].recipe.batch_size if profile.rows is None else profile.batches[-1]
     inputs, labels = setting.dataset.batch(setting.dataset.train, torch.arange(size) % len(setting.dataset.train))
     for method, times in _with_ratios(measure_step(models, inputs, labels, max(3, profile.rounds // 2))).items():
         measured[method]["step"] = {"batch": size, **times}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -132,10 +133,14 @@ def setting_for(name: str, rows: tuple[int, int] | None) -> Setting:
     return Setting(dataset, architecture, budget)
 
 
-def make_plan(request: Request) -> Plan:
+def make_plan(request: Request, say: Callable[[str], None] = lambda line: None) -> Plan:
     """Return the tasks of a sweep.
 
     A data set that the mirror lacks, or that cannot be read, is left out with the reason.
+
+    Args:
+        request: what was asked for.
+        say: told, line by line, which data set is read and which is left out.
     """
     profile = profile_named(request.profile)
     tasks: dict[Path, Task] = {}
@@ -143,9 +148,11 @@ def make_plan(request: Request) -> Plan:
     for dataset in request.datasets or profile.datasets:
         try:
             _check_present(dataset, profile)
+            say(f"{dataset}: reading")
             setting = setting_for(dataset, profile.rows)
         except DataError as error:
             left_out[dataset] = str(error)
+            say(f"{dataset}: left out: {error}")
             continue
         planner = _Planner(profile, setting, request.precision, tasks)
         methods = [m for m in profile.methods_for(dataset) if request.methods is None or m in request.methods]

@@ -48,6 +48,7 @@ class Profile:
         study_methods: methods of the overfitting study.
         fractions: shares of the training rows in the study, beside all.
         noises: shares of random labels in the study, beside none.
+        batches: sizes at which latency is measured.
         rounds: of the latency measurement.
         measured_rows: test rows for each measure; None: each measure's own choice.
     """
@@ -63,6 +64,7 @@ class Profile:
     study_methods: tuple[str, ...] = ("dense", "dropout", "scratch", "converted")
     fractions: tuple[float, ...] = (0.01, 0.05, 0.1)
     noises: tuple[float, ...] = (0.2, 0.4)
+    batches: tuple[int, ...] = (1, 32, 256)
     rounds: int = 31
     measured_rows: int | None = None
 
@@ -85,11 +87,12 @@ PROFILES = {
         datasets=("digits", *_PAPER_SETS),
         seeds=(0,),
         grid=Grid(lr_factors=(1.0, 3.0), weight_decays=(0.01,), rows=1.0, epochs=0.5),
-        rows=(256, 200),
+        rows=(128, 100),
         epochs=(2, 1),
         studied=("digits",),
         fractions=(0.1,),
         noises=(0.4,),
+        batches=(1, 16),
         rounds=3,
         measured_rows=60,
     ),

@@ -11,10 +11,12 @@ import torch
 
 from midl.config import check_positive_int
 from midl.errors import MIDLError
+from midl.lab.processes import accelerator
 from midl.lab.reproduce.latency import measure_latencies
 from midl.lab.reproduce.launch import LAUNCHERS
 from midl.lab.reproduce.plan import Plan, Request, make_plan
-from midl.lab.reproduce.worker import Outcome, prepare
+from midl.lab.reproduce.progress import Lines
+from midl.lab.reproduce.worker import Outcome, prepare, work
 
 __all__ = ["Options", "Sweep", "sweep"]
 
@@ -52,16 +54,23 @@ class Sweep:
     latencies: tuple[Path, ...]
 
 
-def sweep(request: Request, out: Path, options: Options, say: Callable[[str], None]) -> Sweep:
-    """Run what is not done of a sweep in folders below ``out``.
+def sweep(request: Request, out: Path, options: Options, say: Callable[[str], None]) -> Sweep | None:
+    """Run what is not done of a sweep in folders below ``out``; None in a process that only trains along.
 
     Raises:
         MIDLError: nothing can be run, or ``out`` cannot be written.
     """
     since = time.time()
-    plan = make_plan(request)
-    for name, reason in plan.left_out.items():
-        say(f"{name}: left out: {reason}")
+    place = accelerator()
+    if place.num_processes > 1 and (options.workers > 1 or options.launcher != "local"):
+        raise MIDLError(
+            f"reproduce: workers={options.workers}, launcher={options.launcher!r} in one of {place.num_processes} "
+            "launched processes, expected one local worker: they train together"
+        )
+    if not place.is_main_process:
+        work(make_plan(request), out, since, Lines(Plan((), {}), out, 1, say))
+        return None
+    plan = make_plan(request, say)
     if not plan.tasks:
         raise MIDLError("reproduce: nothing to run, expected at least one data set that can be read")
     prepare(plan, out)

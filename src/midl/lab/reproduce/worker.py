@@ -6,12 +6,14 @@ import dataclasses
 import errno
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 from midl.errors import MIDLError
 from midl.lab.files import write_json
 from midl.lab.lock import FolderLock, InUseError
+from midl.lab.processes import accelerator, tell_all
 from midl.lab.reproduce.execute import execute
 from midl.lab.reproduce.plan import MEASURES_VERSION, Plan, Task
 from midl.lab.reproduce.state import read_failure, read_finished, record_failure
@@ -60,9 +62,15 @@ def work(plan: Plan, out: Path, since: float, watcher: Watcher) -> Outcome:
     Several workers may run at once, on one machine or on several that share ``out``: a task's folder is locked while
     it runs. A task that failed after ``since`` is not tried again.
 
+    Processes that ``accelerate launch`` or ``torchrun`` started are one worker: the first decides, all train.
+
     Raises:
         MIDLError: the disk is full or cannot be written; what was finished stays.
     """
+    place = accelerator()
+    if not place.is_main_process:
+        _follow(plan, out)
+        return Outcome((), ())
     failed: set[Path] = set()
     blocked: set[Path] = set()
     open_tasks = list(plan.tasks)
@@ -87,13 +95,23 @@ def work(plan: Plan, out: Path, since: float, watcher: Watcher) -> Outcome:
             try:
                 with FolderLock(folder):
                     if not _is_done(task, out) and not _failed_since(folder, since):
+                        tell_all(plan.tasks.index(task), place)
                         _attempt(task, out, watcher)
                         advanced = True
             except InUseError:
                 continue
         if not advanced and open_tasks:
             time.sleep(_PAUSE)
+    tell_all(None, place)
     return Outcome(tuple(sorted(failed)), tuple(sorted(blocked)))
+
+
+def _follow(plan: Plan, out: Path) -> None:
+    """Train along with the first process, which says what, until it says that nothing is left."""
+    place = accelerator()
+    while (index := tell_all(None, place)) is not None:
+        with suppress(MIDLError):  # the first process meets the same error and writes it down
+            execute(plan.tasks[index], out)
 
 
 def _attempt(task: Task, out: Path, watcher: Watcher) -> None:
@@ -107,6 +125,8 @@ def _attempt(task: Task, out: Path, watcher: Watcher) -> None:
                 "start the same command again"
             ) from error
         record_failure(out / task.folder, error, traceback.format_exc())
+        if not isinstance(error, MIDLError) and accelerator().num_processes > 1:
+            raise  # the other processes may be waiting for this one; only the launcher can end them
         watcher.fail(task, str(error))
     else:
         watcher.end(task, finished)
