@@ -18,12 +18,12 @@ _CHANNELS = 3
 
 @dataclasses.dataclass(frozen=True)
 class ResNet:
-    """A stem of stride 2, then stages that halve the resolution: a 3 x 3 convolution and a residual block of two more.
+    """A stem, then stages of a 3 x 3 convolution and a residual block of two more; the stem and each stage halve the size.
 
     12 million multiply-adds as it stands, few enough to train on a CPU.
 
     >>> ResNet(10, widths=(32, 64)).layer_names
-    ['stage1.conv', 'stage1.residual.conv1', 'stage1.residual.conv2']
+    ['stage1.conv', 'stage1.residual.body.conv1', 'stage1.residual.body.conv2']
     >>> ResNet(10).build()(torch.zeros(5, 3, 32, 32)).shape
     torch.Size([5, 10])
 
@@ -54,8 +54,10 @@ class ResNet:
         return nn.Sequential(layers).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def _stage(self, width: int, out: int) -> nn.Sequential:
-        layers = OrderedDict(pool=nn.MaxPool2d(2), **_convolution(width, out))
-        layers["residual"] = _Residual(_convolution(out, out, suffix="1") | _convolution(out, out, suffix="2"))
+        layers = _convolution(width, out, stride=2)
+        layers["residual"] = _Residual(
+            nn.Sequential(_convolution(out, out, suffix="1") | _convolution(out, out, suffix="2"))
+        )
         if self.dropout:
             layers["dropout"] = nn.Dropout(self.dropout)
         return nn.Sequential(layers)
@@ -63,7 +65,7 @@ class ResNet:
     @property
     def layer_names(self) -> list[str]:
         """Qualified names of the stages' convolutions."""
-        inside = ("conv", "residual.conv1", "residual.conv2")
+        inside = ("conv", "residual.body.conv1", "residual.body.conv2")
         return [f"stage{i}.{name}" for i in range(1, len(self.widths)) for name in inside]
 
     def example(self, batch: int = 1) -> Tensor:
@@ -87,11 +89,15 @@ class ResNet:
         return widest(scaled, max(self.widths), flops)
 
 
-class _Residual(nn.Sequential):
-    """Its layers' output added to its input."""
+class _Residual(nn.Module):
+    """Its body's output added to its input. The body is a plain nn.Sequential, whose neurons midl.adapt may regroup."""
+
+    def __init__(self, body: nn.Sequential) -> None:
+        super().__init__()
+        self.body = body
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + super().forward(x)
+        return x + self.body(x)
 
 
 def _convolution(width: int, out: int, stride: int = 1, suffix: str = "") -> OrderedDict[str, nn.Module]:
