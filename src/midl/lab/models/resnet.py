@@ -18,7 +18,7 @@ _CHANNELS = 3
 
 @dataclasses.dataclass(frozen=True)
 class ResNet:
-    """A stem, then stages of a 3 x 3 convolution and a residual block of two more; the stem and each stage halve the size.
+    """A stem, then stages of a 3 x 3 convolution and a residual block of two more; stem and stages halve the size.
 
     12 million multiply-adds as it stands, few enough to train on a CPU.
 
