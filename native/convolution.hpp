@@ -15,10 +15,53 @@ constexpr std::int64_t kShortSegment = 32;
 // Elements of the copied lines that a chunk of pixels should look at: they are read once per group.
 constexpr std::int64_t kChunkElements = 128 * 1024;
 
+// Depth of a pass over a panel: deep enough to repay loading and storing the sums, and the panel's slice stays in cache.
+constexpr std::int64_t kPassDepth = 576;
+
 // `length` elements, `start` elements behind a row's pointer.
 struct Segment {
   std::int64_t start, length;
 };
+
+// out[r][0 .. V L) (+)= the segments of rows[r] . a sub-panel's slice.
+template <int R, int V>
+[[gnu::noinline]] void segment_tile(const float* const* rows, const Segment* segments, std::int64_t count,
+                                    const float* panel, float* out, std::int64_t ldo, bool accumulate) {
+  Vec acc[R][V];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) acc[r][v] = accumulate ? load(out + r * ldo + v * L) : Vec{};
+  }
+  for (std::int64_t s = 0; s < count; ++s) {
+    const std::int64_t depth = segments[s].length;
+    const float* a[R];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) a[r] = rows[r] + segments[s].start;
+    for (std::int64_t i = 0; i < depth; ++i, panel += V * L) {
+      Vec column[V];
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) column[v] = load(panel + v * L);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        const Vec row = splat(a[r][i]);
+#pragma GCC unroll 16
+        for (int v = 0; v < V; ++v) acc[r][v] += row * column[v];
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) store(out + r * ldo + v * L, acc[r][v]);
+  }
+}
+
+template <int V, int R = panel_rows(V), class... Args>
+void segment_rows(std::int64_t m, Args... args) {
+  if (m == R) return segment_tile<R, V>(args...);
+  if constexpr (R > 1) segment_rows<V, R - 1>(m, args...);
+}
 
 // Copy `width` pixels of `channels` from any strides to channels last.
 template <class X>
@@ -123,7 +166,7 @@ class Pixels {
     band_ = memory.take<float>(in_place_ ? 0 : room_lines_ * padded_.line_stride);
     row_ = memory.take<const float*>(room_rows_);
     patch_ = memory.take<float>(patches_ ? room_rows_ * padded_.depth : 0);
-    segments_ = patches_ ? divide_up(padded_.depth, kDepthBlock) : padded_.runs() * divide_up(padded_.run, kDepthBlock);
+    segments_ = patches_ ? divide_up(padded_.depth, kPassDepth) : padded_.runs() * divide_up(padded_.run, kPassDepth);
     segment_ = memory.take<Segment>(segments_);
     if (segment_) fill_segments();
   }
@@ -153,9 +196,13 @@ class Pixels {
   void multiply(const float* const* rows, std::int64_t m, const Neurons<float>& neurons, float*, float* out,
                 std::int64_t ldo) const {
     std::int64_t at = 0;
-    for (std::int64_t i = 0; i < segments_; at += segment_[i++].length)
-      panel_slice(rows, m, neurons.panel, padded_.depth, at, neurons.count, segment_[i].start, segment_[i].length,
-                  nullptr, out, ldo, i > 0);
+    for (std::int64_t first = 0, end; first < segments_; first = end) {
+      std::int64_t depth = segment_[first].length;
+      for (end = first + 1; end < segments_ && depth + segment_[end].length <= kPassDepth; ++end)
+        depth += segment_[end].length;
+      multiply_pass(rows, m, neurons, segment_ + first, end - first, at, out, ldo);
+      at += depth;
+    }
   }
   void dot(const float* const* neurons, int count, const float* row, float* out) const {
     std::int64_t at = 0;
@@ -169,6 +216,26 @@ class Pixels {
     return {padded_.first_line(chunk.begin / m.out_width),
             padded_.first_line((chunk.end - 1) / m.out_width) + (m.kernel_height - 1) * m.dilation_y + 1};
   }
+  // The products with some of the segments, which begin at depth `at` of the panel. Rows are dealt out to tiles evenly: a
+  // tile of one row takes nearly as long as a full one.
+  void multiply_pass(const float* const* rows, std::int64_t m, const Neurons<float>& neurons, const Segment* segments,
+                     std::int64_t count, std::int64_t at, float* out, std::int64_t ldo) const {
+    const int whole = neurons.count / (2 * L) * (2 * L), wide = neurons.count - whole > L ? whole + 2 * L : whole;
+    for (std::int64_t t = 0, r = 0, tiles = divide_up(m, panel_rows(2)); wide && t < tiles; ++t) {
+      const std::int64_t end = m * (t + 1) / tiles;
+      for (int c = 0; c < wide; c += 2 * L)
+        segment_rows<2>(end - r, rows + r, segments, count, neurons.panel + c * padded_.depth + at * (2 * L),
+                        out + r * ldo + c, ldo, at > 0);
+      r = end;
+    }
+    if (wide >= neurons.count) return;
+    for (std::int64_t t = 0, r = 0, tiles = divide_up(m, panel_rows(1)); t < tiles; ++t) {
+      const std::int64_t end = m * (t + 1) / tiles;
+      segment_rows<1>(end - r, rows + r, segments, count, neurons.panel + wide * padded_.depth + at * L,
+                      out + r * ldo + wide, ldo, at > 0);
+      r = end;
+    }
+  }
   const float* copy_patch(const float* first, float* to) const {
     for (std::int64_t i = 0; i < padded_.runs(); ++i)
       copy_floats(first + padded_.run_start(i), padded_.run, to + i * padded_.run);
@@ -177,7 +244,7 @@ class Pixels {
   void fill_segments() {
     Segment* next = segment_;
     const auto add = [&](std::int64_t start, std::int64_t length) {
-      const std::int64_t step = round_up(divide_up(length, divide_up(length, kDepthBlock)), L);
+      const std::int64_t step = round_up(divide_up(length, divide_up(length, kPassDepth)), L);
       for (std::int64_t i = 0; i < length; i += step) *next++ = {start + i, lesser(step, length - i)};
     };
     if (patches_) {

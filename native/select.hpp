@@ -124,6 +124,30 @@ constexpr float kUnselected = -1.0f;
 
 MIDL_INLINE bool is_selected(float weight) { return !(weight < 0.0f); }
 
+// Of one vector of keys: a key is selected if fewer than k keys come before it.
+inline void select_few(const float* logits, std::int64_t n, std::int64_t k, bool hard, const std::int32_t* keys,
+                       std::int32_t* picks, std::int32_t* selected, float* weights) {
+  const IVec key = load(keys);
+  IVec lane, before = {};
+  for (int i = 0; i < L; ++i) lane[i] = i;
+  for (std::int64_t i = 0; i < n; ++i) {
+    const IVec other = splat(keys[i]);
+    before -= (IVec)((other > key) | ((other == key) & (lane > splat(std::int32_t(i)))));
+  }
+  const IVec chosen = (IVec)(before < splat(std::int32_t(k)));
+  std::int32_t mask[L];
+  store(mask, chosen);
+  std::int64_t picked = 0;
+  for (std::int64_t i = 0; i < n; ++i) {
+    picks[picked] = std::int32_t(i);
+    picked -= mask[i];
+  }
+  __builtin_memcpy(selected, picks, sizeof(std::int32_t) * std::size_t(k));
+  if (!weights) return;
+  const Vec weight = hard ? splat(1.0f) : sigmoid(load(logits));
+  store(weights, chosen ? weight : splat(kUnselected));
+}
+
 // Select k of n groups of one row: indices into `selected` (unless null), ascending; logits are replaced by the interpolation weights
 // (sigmoid, or 1 if `hard`; kUnselected elsewhere) unless `weights` is null. `keys` and `picks` hold padded + 1 entries;
 // logits and weights are padded to a multiple of L.
@@ -137,6 +161,8 @@ inline void select_row(const float* logits, const float* noise, std::int64_t n, 
     store(keys + i, to_keys(score));
   }
   for (std::int64_t i = n; i < padded; ++i) keys[i] = kLowestKey;
+
+  if (padded == L) return select_few(logits, n, k, hard, keys, picks, selected, weights);
 
   Threshold threshold = find_threshold(keys, n, padded, k);
   if (threshold.ties >= 0) {
