@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from midl.lab.reproduce.plan import Request
 from midl.lab.reproduce.sweep import Options, Sweep, sweep
 
-REQUEST = Request("smoke", ("digits",), ("dense", "scratch", "converted"))
+REQUEST = Request("smoke", ("digits",), ("dense", "converted"))
 QUICK = Options(threads=1, latency=False)
 
 

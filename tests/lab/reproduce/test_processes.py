@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from sweeping import REQUEST, results, run
+from sweeping import results, run
 
 from midl.lab.processes import share_rows
 from midl.lab.reproduce.listing import list_runs
+from midl.lab.reproduce.plan import Request
 
 
 class Place:
@@ -44,9 +45,9 @@ def launch(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 def test_two_processes_give_the_weights_of_one(tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
-    run(one)
-    assert REQUEST.methods is not None
-    done = launch(two, "--methods", ",".join(REQUEST.methods))
+    methods = ("dense", "scratch", "converted")
+    run(one, Request("smoke", ("digits",), methods))
+    done = launch(two, "--methods", ",".join(methods))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("digits, dense, seed 0: begins") == 1
     assert results(one).keys() == results(two).keys()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from midl.errors import MIDLError
 from midl.lab.reproduce.plan import Plan, Request, make_plan
 from midl.lab.reproduce.progress import Lines
 from midl.lab.reproduce.worker import Outcome, work
@@ -51,4 +53,27 @@ def _local(request: Request, plan: Plan, out: Path, since: float, workers: int, 
     return outcome
 
 
-LAUNCHERS: dict[str, Callable[[Request, Plan, Path, float, int, int, Say], Outcome]] = {"local": _local}
+def _ray(request: Request, plan: Plan, out: Path, since: float, workers: int, threads: int, say: Say) -> Outcome:
+    """Run the workers on the Ray cluster that ``RAY_ADDRESS`` names, or on one that starts here and ends with the sweep.
+
+    Every machine must see ``out`` and the data under the same path.
+    """
+    try:
+        import ray
+    except ModuleNotFoundError:
+        raise MIDLError("reproduce: launcher='ray' needs Ray, expected it installed: pip install 'midl[ray]'") from None
+    ours = not ray.is_initialized()
+    if ours:
+        passed_on = {name: value for name, value in os.environ.items() if name.startswith(("MIDL_", "OMP_"))}
+        ray.init(include_dashboard=False, runtime_env={"env_vars": passed_on})
+    try:
+        worker = ray.remote(num_cpus=threads)(_run_worker)
+        ray.get([worker.remote(request, str(out.absolute()), since, workers, threads) for _ in range(workers)])
+    finally:
+        if ours:
+            ray.shutdown()
+    # What a machine that was lost left behind is done here; mostly that is nothing.
+    return work(plan, out, since, Lines(plan, out, 1, say))
+
+
+LAUNCHERS: dict[str, Callable[[Request, Plan, Path, float, int, int, Say], Outcome]] = {"local": _local, "ray": _ray}
