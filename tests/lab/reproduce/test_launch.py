@@ -17,7 +17,7 @@ SMALL = Request("smoke", ("digits",), ("dense",))
 
 def test_two_workers_share_the_work_and_do_nothing_twice(tmp_path: Path) -> None:
     run(tmp_path / "one", SMALL)
-    _, lines = run(tmp_path / "two", SMALL, Options(workers=2, threads=1, latency=False))
+    run(tmp_path / "two", SMALL, Options(workers=2, threads=1, latency=False))
     assert results(tmp_path / "two") == results(tmp_path / "one")
 
 

@@ -54,7 +54,7 @@ def _local(request: Request, plan: Plan, out: Path, since: float, workers: int, 
 
 
 def _ray(request: Request, plan: Plan, out: Path, since: float, workers: int, threads: int, say: Say) -> Outcome:
-    """Run the workers on the Ray cluster that ``RAY_ADDRESS`` names, or on one that starts here and ends with the sweep.
+    """Run the workers on the Ray cluster that ``RAY_ADDRESS`` names, or on one that starts and ends here.
 
     Every machine must see ``out`` and the data under the same path.
     """
