@@ -1,8 +1,10 @@
-// The class PreparedLinear: small layers are over in microseconds, and so must be what surrounds their kernel.
+// The classes PreparedLinear and PreparedConvolution: small layers are over in microseconds, and so must be what surrounds their kernel.
 //
 // It holds addresses and sizes, checks in a few attribute reads that the parameters are the ones it was made for, in the
 // state it was made for, and that the input is of its kind; what does not pass is left to the general path.
 #include "prepared.hpp"
+
+#include <nanobind/stl/array.h>
 
 
 #include <array>
@@ -34,7 +36,7 @@ namespace {
 PyObject* name_of(const char* text) { return PyUnicode_InternFromString(text); }
 struct Names {
   PyObject *version = name_of("_version"), *data_ptr = name_of("data_ptr"), *is_contiguous = name_of("is_contiguous"),
-           *shape = name_of("shape"), *dtype = name_of("dtype"), *is_cpu = name_of("is_cpu"),
+           *stride = name_of("stride"), *permute = name_of("permute"), *shape = name_of("shape"), *dtype = name_of("dtype"), *is_cpu = name_of("is_cpu"),
            *new_empty = name_of("new_empty");
 };
 const Names& names() {
@@ -49,11 +51,17 @@ nb::object checked(PyObject* result) {
 nb::object attribute(PyObject* object, PyObject* name) { return checked(PyObject_GetAttr(object, name)); }
 nb::object method(PyObject* object, PyObject* name) { return checked(PyObject_CallMethodNoArgs(object, name)); }
 std::uintptr_t address_of(PyObject* tensor) { return nb::cast<std::uintptr_t>(method(tensor, names().data_ptr)); }
+bool equal(const nb::object& a, const nb::object& b) {
+  const int result = PyObject_RichCompareBool(a.ptr(), b.ptr(), Py_EQ);
+  if (result < 0) throw nb::python_error();
+  return result;
+}
 bool is_contiguous(PyObject* tensor) { return method(tensor, names().is_contiguous).ptr() == Py_True; }
 
 // One of the layer's parameters as it was when the call was prepared.
 struct Parameter {
   nb::object name, reference;  // key in the module's dict; weak reference, or None where the layer has no such parameter
+  nb::object strides;
   std::uintptr_t address = 0;
   int64_t version = 0, bytes = 0;
   std::uint64_t values = 0;
@@ -63,23 +71,22 @@ struct Parameter {
     if (reference.is_none()) return now == Py_None;
     // Identity by weak reference: a mere address may be used again.
     if (checked(PyObject_CallNoArgs(reference.ptr())).ptr() != now) return false;
-    if (address_of(now) != address || !is_contiguous(now)) return false;
+    if (address_of(now) != address || !equal(method(now, names().stride), strides)) return false;
     return !copied || (nb::cast<int64_t>(attribute(now, names().version)) == version && sample(address, bytes) == values);
   }
 };
 
 constexpr std::size_t kParameters = 6;
 
-class PreparedLinear {
+// The parameters of a layer as they were when a call was prepared.
+class Parameters {
  public:
-  PreparedLinear(nb::dict parameters, nb::dict states, nb::object dtype, bool bfloat16, int64_t depth, int64_t neurons,
-                 int64_t rank, int64_t groups, int64_t selected_groups, bool hard, nb::object packed_light,
-                 nb::object packed_weight, nb::object dense_product)
-      : dtype_(std::move(dtype)), packed_light_(std::move(packed_light)), packed_weight_(std::move(packed_weight)),
-        dense_product_(std::move(dense_product)), kernels_(&current()) {
-    static constexpr const char* kNames[kParameters] = {"weight", "bias", "light_down", "light_up", "gate_weight", "gate_bias"};
+  // `states` holds (version, address, sample) of those that panels copy, by name.
+  Parameters(nb::dict parameters, nb::dict states) {
+    static constexpr const char* kNames[kParameters] = {"weight",   "bias",        "light_down",
+                                                        "light_up", "gate_weight", "gate_bias"};
     for (std::size_t i = 0; i < kParameters; ++i) {
-      Parameter& p = parameters_[i];
+      Parameter& p = all_[i];
       p.name = nb::steal(name_of(kNames[i]));
       nb::object tensor = parameters[p.name];
       if (tensor.is_none()) {
@@ -88,6 +95,7 @@ class PreparedLinear {
       }
       p.reference = checked(PyWeakref_NewRef(tensor.ptr(), nullptr));
       p.address = address_of(tensor.ptr());
+      p.strides = method(tensor.ptr(), names().stride);
       if (states.contains(p.name)) {
         // As read when the panels were made, not now: another thread may have changed the parameter since.
         nb::tuple state = nb::cast<nb::tuple>(states[p.name]);
@@ -98,16 +106,43 @@ class PreparedLinear {
         p.bytes = nb::cast<int64_t>(tensor.attr("nbytes"));
       }
     }
-    const auto pointer = [](std::uintptr_t address) { return reinterpret_cast<const void*>(address); };
-    const auto packed = [&](const nb::object& t) { return t.is_none() ? nullptr : pointer(address_of(t.ptr())); };
+  }
+
+  using Held = std::array<nb::object, kParameters>;
+
+  // Whether those in the dict are these, unchanged; `held` keeps them alive, for other threads may drop them.
+  bool unchanged(nb::dict parameters, Held& held) const {
+    for (std::size_t i = 0; i < kParameters; ++i) {
+      held[i] = nb::borrow(PyDict_GetItem(parameters.ptr(), all_[i].name.ptr()));
+      if (!held[i] || !all_[i].unchanged(held[i].ptr())) return false;
+    }
+    return true;
+  }
+  const void* address(std::size_t i) const { return reinterpret_cast<const void*>(all_[i].address); }
+
+ private:
+  std::array<Parameter, kParameters> all_;
+};
+
+const void* panels_at(const nb::object& t) {
+  return t.is_none() ? nullptr : reinterpret_cast<const void*>(address_of(t.ptr()));
+}
+
+class PreparedLinear {
+ public:
+  PreparedLinear(nb::dict parameters, nb::dict states, nb::object dtype, bool bfloat16, int64_t depth, int64_t neurons,
+                 int64_t rank, int64_t groups, int64_t selected_groups, bool hard, nb::object packed_light,
+                 nb::object packed_weight, nb::object dense_product)
+      : dtype_(std::move(dtype)), packed_light_(std::move(packed_light)), packed_weight_(std::move(packed_weight)),
+        dense_product_(std::move(dense_product)), kernels_(&current()), parameters_(parameters, states) {
     call_ = {
         .storage = bfloat16 ? Storage::bfloat16 : Storage::float32,
         .x = nullptr, .x_stride = depth, .rows = 0, .depth = depth, .neurons = neurons, .rank = rank, .groups = groups,
-        .selected_groups = selected_groups, .positions = 0, .span = 1, .weight = pointer(parameters_[0].address),
-        .bias = pointer(parameters_[1].address), .light_down = pointer(parameters_[2].address),
-        .light_up = pointer(parameters_[3].address), .gate_weight = pointer(parameters_[4].address),
-        .gate_bias = pointer(parameters_[5].address), .noise = nullptr, .packed_light = packed(packed_light_),
-        .packed_weight = packed(packed_weight_), .full = nullptr, .hard = hard, .y = nullptr, .selected = nullptr,
+        .selected_groups = selected_groups, .positions = 0, .span = 1, .weight = parameters_.address(0),
+        .bias = parameters_.address(1), .light_down = parameters_.address(2),
+        .light_up = parameters_.address(3), .gate_weight = parameters_.address(4),
+        .gate_bias = parameters_.address(5), .noise = nullptr, .packed_light = panels_at(packed_light_),
+        .packed_weight = panels_at(packed_weight_), .full = nullptr, .hard = hard, .y = nullptr, .selected = nullptr,
         .threads = 1,
     };
   }
@@ -115,11 +150,8 @@ class PreparedLinear {
   // y, or None where this call was not prepared for x or for the parameters as they are now.
   nb::object run(nb::handle x, nb::dict parameters, int threads) const {
     if (&current() != kernels_) return nb::none();
-    nb::object held[kParameters];  // other threads may drop them from the dict
-    for (std::size_t i = 0; i < kParameters; ++i) {
-      held[i] = nb::borrow(PyDict_GetItem(parameters.ptr(), parameters_[i].name.ptr()));
-      if (!held[i] || !parameters_[i].unchanged(held[i].ptr())) return nb::none();
-    }
+    Parameters::Held held;
+    if (!parameters_.unchanged(parameters, held)) return nb::none();
     if (attribute(x.ptr(), names().dtype).ptr() != dtype_.ptr() || !is_contiguous(x.ptr()) ||
         attribute(x.ptr(), names().is_cpu).ptr() != Py_True)
       return nb::none();
@@ -161,8 +193,65 @@ class PreparedLinear {
  private:
   nb::object dtype_, packed_light_, packed_weight_, dense_product_;
   const Kernels* kernels_;
-  std::array<Parameter, kParameters> parameters_;
+  Parameters parameters_;
   LinearForward call_;
+};
+
+// The same for a convolution of float32 images of one size and memory format.
+class PreparedConvolution {
+ public:
+  PreparedConvolution(nb::dict parameters, nb::dict states, nb::object x, nb::object y_shape,
+                      const std::array<int64_t, 17>& images, int64_t rows, int64_t neurons, int64_t rank,
+                      int64_t groups, int64_t selected_groups, int64_t positions, int64_t span, bool hard,
+                      nb::object packed_light, nb::object packed_weight)
+      : x_shape_(attribute(x.ptr(), names().shape)), x_strides_(method(x.ptr(), names().stride)),
+        dtype_(attribute(x.ptr(), names().dtype)), y_shape_(std::move(y_shape)),
+        packed_light_(std::move(packed_light)), packed_weight_(std::move(packed_weight)), kernels_(&current()),
+        parameters_(parameters, states) {
+    static_assert(sizeof(Images) == sizeof images);
+    const void* light = panels_at(packed_light_);
+    call_.storage = Storage::float32;
+    std::memcpy(&call_.images, images.data(), sizeof images);
+    call_.rows = {
+        .storage = Storage::float32, .x = nullptr, .x_stride = 0, .rows = rows,
+        .depth = call_.images.channels * call_.images.kernel_height * call_.images.kernel_width, .neurons = neurons,
+        .rank = rank, .groups = groups, .selected_groups = selected_groups, .positions = positions, .span = span,
+        // Never read: panels take their place.
+        .weight = nullptr, .bias = parameters_.address(1), .light_down = light, .light_up = light,
+        .gate_weight = parameters_.address(4) ? light : nullptr, .gate_bias = parameters_.address(5),
+        .noise = nullptr, .packed_light = light, .packed_weight = panels_at(packed_weight_), .full = nullptr,
+        .hard = hard, .y = nullptr, .selected = nullptr, .threads = 1,
+    };
+  }
+
+  // y (B, n, H, W), or None where this call was not prepared for x or for the parameters as they are now.
+  nb::object run(nb::handle x, nb::dict parameters, int threads) const {
+    Parameters::Held held;
+    if (&current() != kernels_ || !parameters_.unchanged(parameters, held)) return nb::none();
+    if (attribute(x.ptr(), names().dtype).ptr() != dtype_.ptr() ||
+        attribute(x.ptr(), names().is_cpu).ptr() != Py_True ||
+        !equal(attribute(x.ptr(), names().shape), x_shape_) || !equal(method(x.ptr(), names().stride), x_strides_))
+      return nb::none();
+    PyObject* arguments[] = {x.ptr(), y_shape_.ptr()};
+    nb::object y = checked(PyObject_VectorcallMethod(names().new_empty, arguments, 2, nullptr));
+    ConvolutionForward call = call_;
+    call.rows.x = reinterpret_cast<const void*>(address_of(x.ptr()));
+    call.rows.y = reinterpret_cast<void*>(address_of(y.ptr()));
+    call.rows.threads = threads;
+    {
+      nb::gil_scoped_release released;
+      kernels_->convolution_forward(call);
+    }
+    static const nb::object* channels_first = new nb::object(nb::make_tuple(0, 3, 1, 2));
+    PyObject* order[] = {y.ptr(), channels_first->ptr()};
+    return checked(PyObject_VectorcallMethod(names().permute, order, 2, nullptr));
+  }
+
+ private:
+  nb::object x_shape_, x_strides_, dtype_, y_shape_, packed_light_, packed_weight_;
+  const Kernels* kernels_;
+  Parameters parameters_;
+  ConvolutionForward call_;
 };
 
 }  // namespace
@@ -175,6 +264,12 @@ void bind_prepared(nb::module_& m) {
            "parameters"_a, "states"_a, "dtype"_a, "bfloat16"_a, "depth"_a, "neurons"_a, "rank"_a, "groups"_a,
            "selected_groups"_a, "hard"_a, "packed_light"_a.none(), "packed_weight"_a.none(), "dense_product"_a.none())
       .def("run", &PreparedLinear::run, "x"_a, "parameters"_a, "threads"_a);
+  nb::class_<PreparedConvolution>(m, "PreparedConvolution")
+      .def(nb::init<nb::dict, nb::dict, nb::object, nb::object, const std::array<int64_t, 17>&, int64_t, int64_t,
+                    int64_t, int64_t, int64_t, int64_t, int64_t, bool, nb::object, nb::object>(),
+           "parameters"_a, "states"_a, "x"_a, "y_shape"_a, "images"_a, "rows"_a, "neurons"_a, "rank"_a, "groups"_a,
+           "selected_groups"_a, "positions"_a, "span"_a, "hard"_a, "packed_light"_a, "packed_weight"_a)
+      .def("run", &PreparedConvolution::run, "x"_a, "parameters"_a, "threads"_a);
 }
 
 }  // namespace midl

@@ -245,3 +245,56 @@ def test_eight_python_threads_while_a_ninth_changes_the_weights():
     assert wrong == []
     for x in inputs:
         assert error_ratio(layer(x), reference(layer, x)) < LIMITS[torch.float32]
+
+
+def prepared_image(layer, x):
+    window = layer.stride, tuple(layer._op_padding), layer.dilation
+    return call_prepared(x, layer._parameters, layer.config, window)
+
+
+@pytest.mark.parametrize("choices", [{}, {"gate": "light", "interpolation": "hard"}, {"span": 3}, {"select": "image"}])
+@pytest.mark.parametrize("window", [{"padding": 1}, {"stride": (2, 1), "dilation": (1, 2), "bias": False}])
+def test_a_prepared_convolution_has_the_general_paths_bits(choices, window):
+    layer = midl.MIDConv2d(6, 32, 3, active=0.5, rank=4, group_size=16, **window, **choices)
+    for shape in ((1, 6, 9, 8), (3, 6, 5, 7)):
+        for memory_format in (torch.contiguous_format, torch.channels_last):
+            x = torch.randn(shape).contiguous(memory_format=memory_format)
+            with midl.kernels("native"):
+                warm(layer, x)
+                y = prepared_image(layer, x)
+                with torch.enable_grad():
+                    general = layer(x)
+            assert torch.equal(y, general)
+            assert y.stride() == general.stride()
+            assert error_ratio(y, reference(layer, x)) < LIMITS[torch.float32]
+
+
+@pytest.mark.parametrize("parameter", ["weight", "bias", "light_down", "light_up", "gate_weight", "gate_bias"])
+@pytest.mark.parametrize("change", [change_by_copy, change_one_value, change_data, change_through_data])
+def test_a_changed_parameter_of_a_convolution_is_seen_at_once(parameter, change):
+    layer, x = midl.MIDConv2d(6, 32, 3, active=0.5, rank=4, group_size=16), torch.randn(2, 6, 7, 7)
+    warm(layer, x)
+    assert prepared_image(layer, x) is not None
+    change(getattr(layer, parameter))
+    for _ in range(4):
+        assert error_ratio(layer(x), reference(layer, x)) < LIMITS[torch.float32]
+
+
+def test_convolutions_of_other_kinds_take_the_general_path():
+    x = torch.randn(2, 6, 7, 7)
+    single = midl.MIDConv2d(6, 32, 3, active=0.5, rank=4, group_size=1)
+    half = midl.MIDConv2d(6, 32, 3, active=0.5, rank=4, group_size=16, dtype=torch.bfloat16)
+    for layer, image in ((single, x), (half, x.bfloat16())):
+        warm(layer, image)
+        assert prepared_image(layer, image) is None
+        assert error_ratio(layer(image), reference(layer, image)) < LIMITS[image.dtype]
+    with pytest.raises(MIDLError, match="MIDConv2d: input"):
+        single(torch.randn(2, 5, 7, 7))
+
+
+def test_parameters_with_gaps_in_memory_are_not_prepared():
+    layer, x = make(), torch.randn(3, 40)
+    warm(layer, x)
+    layer.bias.data = torch.randn(128)[::2]
+    for _ in range(4):
+        assert error_ratio(layer(x), reference(layer, x)) < LIMITS[torch.float32]

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from midl.config import MIDConfig, check_positive_int
 from midl.errors import MIDLError
-from midl.layers.base import MIDLayer
+from midl.layers.base import MIDLayer, observers
 from midl.ops.conv2d import conv2d, output_size
+from midl.ops.native_call import call_prepared
 
 __all__ = ["MIDConv2d"]
 
@@ -161,6 +162,13 @@ class MIDConv2d(MIDLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output, (B, n, H', W'), or (n, H', W') for one image."""
+        if not torch.compiler.is_compiling() and not (
+            observers or self._pad_before or (self.training and self.config.noise > 0)
+        ):
+            window = self.stride, tuple(self._op_padding), self.dilation
+            prepared = call_prepared(x, self._parameters, self.config, window)
+            if prepared is not None:
+                return prepared
         if isinstance(x, Tensor) and x.dim() not in (3, 4):
             raise MIDLError(
                 f"MIDConv2d: input of shape {tuple(x.shape)}, expected (B, {self.in_channels}, H, W) or "
@@ -192,7 +200,8 @@ class MIDConv2d(MIDLayer):
             conv2d, (images, *tensors[1:]), noise, self.stride, self._op_padding, self.dilation, self.num_selected,
             c.group_size, 0 if per_image else c.span, c.interpolation, c.ste,
         )  # fmt: skip
-        self._observe(selected)
+        if observers:
+            self._observe(selected)
         return y
 
     def extra_repr(self) -> str:

@@ -18,15 +18,17 @@ from midl.errors import KernelError
 from midl.ops import reference
 from midl.ops.dispatch import Implementation, register
 from midl.ops.native_backward import linear_backward
-from midl.ops.native_conv2d import conv2d, conv2d_backward
-from midl.ops.native_packing import Packed, cast_kept, packed_panels, tensor_states
+from midl.ops.native_conv2d import conv2d, conv2d_backward, image_geometry
+from midl.ops.native_packing import Packed, State, cast_kept, packed_panels, tensor_states
 
 __all__ = [
     "cast_parameter",
+    "convolution",
     "extension",
     "instruction_set",
     "linear",
     "linear_on_panels",
+    "prepare_conv2d",
     "prepare_linear",
     "supported_instruction_sets",
     "takes",
@@ -198,20 +200,63 @@ def prepare_linear(
         wide: use the weight's panels.
         dense: compute every neuron by torch.
     """
-    names = [name for name in ("weight", "light_down", "light_up", "gate_weight") if parameters[name] is not None]
-    tensors = tuple(parameters[name] for name in names)
-    form = _native.instruction_set(), config.group_size
-    without_gaps = all(t.is_contiguous() for t in tensors)
-    if not without_gaps or not packed.matches(form, tensor_states(_native, tensors), tensors):
+    states = _states_of(packed, parameters, config.group_size)
+    if states is None or not all(p is None or p.is_contiguous() for p in parameters.values()):
         return None
     weight, rank = parameters["weight"], parameters["light_down"].shape[0]
     n, depth = weight.shape
     assert packed.light is not None
     return _native.PreparedLinear(
-        parameters, dict(zip(names, packed.states, strict=True)), weight.dtype, weight.dtype == torch.bfloat16, depth,
-        n, rank, n // config.group_size, k, config.interpolation == "hard", packed.light,
-        packed.weight if wide else None, F.linear if dense else None,
+        parameters, states, weight.dtype, weight.dtype == torch.bfloat16, depth, n, rank, n // config.group_size, k,
+        config.interpolation == "hard", packed.light, packed.weight if wide else None, F.linear if dense else None,
     )  # fmt: skip
+
+
+def prepare_conv2d(
+    packed: Packed,
+    parameters: dict[str, Any],
+    x: Tensor,
+    k: int,
+    config: MIDConfig,
+    window: tuple[Any, Any, Any],
+) -> _native.PreparedConvolution | None:
+    """:func:`prepare_linear` for a convolution of float32 images like x, groups filling panels.
+
+    Args:
+        packed: the panels, those of the weight among them.
+        parameters: of the layer, by name.
+        x: an input; those of another size or memory format want another call.
+        k: groups to select.
+        config: of the layer.
+        window: stride, padding and dilation, pairs of ints.
+    """
+    states = _states_of(packed, parameters, config.group_size)
+    weight, gate_weight = parameters["weight"], parameters["gate_weight"]
+    vectors = (parameters["bias"], parameters["light_up"], gate_weight, parameters["gate_bias"])
+    if states is None or not all(p is None or p.is_contiguous() for p in vectors):
+        return None
+    images, height, width = image_geometry(x, weight, *map(list, window))
+    positions = height * width if config.select == "image" else width
+    n, (rank, *_) = weight.shape[0], parameters["light_down"].shape
+    if height < 1 or width < 1:
+        return None
+    assert packed.light is not None
+    assert packed.weight is not None
+    return _native.PreparedConvolution(
+        parameters, states, x, (x.shape[0], height, width, n), images, x.shape[0] * height * width, n, rank,
+        n // config.group_size, k, positions, positions if config.select == "image" else config.span,
+        config.interpolation == "hard", packed.light, packed.weight,
+    )  # fmt: skip
+
+
+def _states_of(packed: Packed, parameters: dict[str, Any], group_size: int) -> dict[str, State] | None:
+    """Return the states of the parameters that the panels were made of, or None where they have changed since."""
+    names = [name for name in ("weight", "light_down", "light_up", "gate_weight") if parameters[name] is not None]
+    tensors = tuple(parameters[name] for name in names)
+    form = _native.instruction_set(), group_size
+    if not packed.matches(form, tensor_states(_native, tensors), tensors):
+        return None
+    return dict(zip(names, packed.states, strict=True))
 
 
 def _linear_backward(
@@ -231,11 +276,12 @@ def _linear_backward(
     )  # fmt: skip
 
 
-def _conv2d(
+def convolution(
     x: Tensor, weight: Tensor, bias: Tensor | None, light_down: Tensor, light_up: Tensor, gate_weight: Tensor | None,
     gate_bias: Tensor | None, noise: Tensor | None, stride: list[int], padding: list[int], dilation: list[int],
     k: int, group_size: int, span: int, interpolation: str, ste: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return ``(y, selected)`` of the convolution op; see :mod:`midl.ops` for the arguments."""
     return conv2d(
         _native, x, weight, bias, light_down, light_up, gate_weight, gate_bias, noise, stride, padding, dilation, k,
         group_size, span, interpolation,
@@ -307,7 +353,7 @@ register(
         {
             "linear": linear,
             "linear_backward": _linear_backward,
-            "conv2d": _conv2d,
+            "conv2d": convolution,
             "conv2d_backward": _conv2d_backward,
         },
         unavailable=_unavailable,

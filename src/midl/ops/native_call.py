@@ -1,4 +1,4 @@
-"""Inference calls of a linear layer, prepared: small layers are over before a general call has looked at its arguments.
+"""Inference calls of a layer, prepared: small layers are over before a general call has looked at its arguments.
 
 What is prepared belongs to the panels that :mod:`midl.ops.native_packing` keeps and dies with them. Every call checks
 again that the parameters are the same and unchanged (native/prepared.cpp) and that nobody wants to see the op.
@@ -22,21 +22,26 @@ __all__ = ["call_prepared"]
 _MOST_CALLS = 64
 
 
+Window = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+
+
 class _Call(NamedTuple):
-    config: MIDConfig
-    kernels: str
+    settings: tuple[Any, ...]
     run: Callable[..., Tensor | None]
 
 
-def call_prepared(x: Tensor, parameters: dict[str, Any], config: MIDConfig) -> Tensor | None:
-    """Return a linear layer's output for x, or None where the call must take the general path.
+def call_prepared(
+    x: Tensor, parameters: dict[str, Any], config: MIDConfig, window: Window | None = None
+) -> Tensor | None:
+    """Return the layer's output for x, or None where the call must take the general path.
 
     The general path raises the errors, packs the panels and shows the op to whoever watches.
 
     Args:
-        x: (..., d), or anything else that a user may pass.
+        x: (..., d) or (B, C, H, W), or anything else that a user may pass.
         parameters: the layer's own dict of them.
-        config: the layer's; a changed configuration must be another object.
+        config: the layer's.
+        window: stride, padding and dilation of a convolution; None for a linear layer.
     """
     weight = parameters.get("weight")
     packed = packed_for(weight)
@@ -45,22 +50,25 @@ def call_prepared(x: Tensor, parameters: dict[str, Any], config: MIDConfig) -> T
     if torch.is_autocast_enabled("cpu"):
         return None
     threads = torch.get_num_threads()
-    key = x.numel(), threads
+    key = threads, x.numel() if window is None else (x.shape, x.stride())
+    settings = config, dispatch.selected_kernels(), window
     call = packed.calls.get(key)
-    if call is None or call.config is not config or call.kernels != dispatch.selected_kernels():
-        call = _prepare(packed, x, parameters, config)
-        if call is None:
+    if call is None or call.settings != settings:
+        run = _prepare_linear(packed, x, parameters, config) if window is None else None
+        if window is not None:
+            run = _prepare_conv2d(packed, x, parameters, config, window)
+        if run is None:
             return None
         if len(packed.calls) >= _MOST_CALLS:
             packed.calls.clear()
-        packed.calls[key] = call
+        call = packed.calls[key] = _Call(settings, run)
     return call.run(x, parameters, threads)
 
 
-def _prepare(packed: Packed, x: Tensor, parameters: dict[str, Any], config: MIDConfig) -> _Call | None:
-    kernels, weight = dispatch.selected_kernels(), parameters["weight"]
+def _prepare_linear(packed: Packed, x: Tensor, parameters: dict[str, Any], config: MIDConfig) -> Any:
+    weight = parameters["weight"]
     n, depth = weight.shape
-    if config.span != 1 or kernels not in ("auto", "native", "dense") or x.dtype != weight.dtype:
+    if config.span != 1 or not _may_be_native() or x.dtype != weight.dtype:
         return None
     if x.dim() == 0 or x.shape[-1] != depth:
         return None
@@ -73,4 +81,25 @@ def _prepare(packed: Packed, x: Tensor, parameters: dict[str, Any], config: MIDC
     if wide and packed.weight is None:
         return None
     prepared = native.prepare_linear(packed, parameters, k, config, wide=wide, dense=run is dense.linear)
-    return None if prepared is None else _Call(config, kernels, prepared.run)
+    return None if prepared is None else prepared.run
+
+
+def _prepare_conv2d(packed: Packed, x: Tensor, parameters: dict[str, Any], config: MIDConfig, window: Window) -> Any:
+    weight = parameters["weight"]
+    n, channels, *_ = weight.shape
+    if x.dtype != torch.float32 or weight.dtype != torch.float32 or not _may_be_native():
+        return None
+    if x.dim() != 4 or x.shape[1] != channels or x.numel() == 0 or packed.weight is None:
+        return None
+    groups = n // config.group_size
+    k = num_active_groups(config.active, groups)
+    span = 0 if config.select == "image" else config.span
+    run = dispatch.resolve("conv2d", x, weight=weight, k=k, group_size=config.group_size, span=span)
+    if run is not native.convolution or not native.wants_weight_panels(1, groups, k, config.group_size):
+        return None
+    prepared = native.prepare_conv2d(packed, parameters, x, k, config, window)
+    return None if prepared is None else prepared.run
+
+
+def _may_be_native() -> bool:
+    return dispatch.selected_kernels() in ("auto", "native", "dense")

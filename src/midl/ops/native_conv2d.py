@@ -12,7 +12,7 @@ from midl.ops.native_backward import Blocks, gate_projection, through_gate
 from midl.ops.native_packing import pack, packed_panels
 from midl.ops.reference import Grads
 
-__all__ = ["conv2d", "conv2d_backward"]
+__all__ = ["conv2d", "conv2d_backward", "image_geometry"]
 
 
 def conv2d(
@@ -21,7 +21,7 @@ def conv2d(
     dilation: list[int], k: int, group_size: int, span: int, interpolation: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return ``(y, selected)``, y channels-last; ``span=0`` makes each image one block."""
-    geometry, height, width = _geometry(x, weight, stride, padding, dilation)
+    geometry, height, width = image_geometry(x, weight, stride, padding, dilation)
     batch, n, groups = x.shape[0], weight.shape[0], weight.shape[0] // group_size
     y = x.new_empty((batch, height, width, n))
     positions = width if span else height * width
@@ -62,7 +62,7 @@ def conv2d_backward(
     As in :mod:`midl.ops.native_backward` code and logits are recomputed, the full path is not.
     """
     image = x.float()
-    geometry, height, width = _geometry(image, weight, stride, padding, dilation)
+    geometry, height, width = image_geometry(image, weight, stride, padding, dilation)
     batch, channels, *size = x.shape
     (n, rank), k = light_up.shape, selected.shape[-1]
     groups, rows, positions = n // group_size, batch * height * width, width if span else height * width
@@ -112,7 +112,7 @@ def conv2d_backward(
     )
 
 
-def _geometry(
+def image_geometry(
     x: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]
 ) -> tuple[list[int], int, int]:
     """Return the fields of ``Images`` (native/kernels.hpp), and height and width of the output."""
