@@ -68,7 +68,7 @@ def check(tensors, k, group_size, *, span=1, rule="sigmoid", ste="selected", nee
 @pytest.mark.parametrize("dtype", LIMITS)
 @pytest.mark.parametrize("gate", ["projection", "light"])
 @pytest.mark.parametrize("rule", ["sigmoid", "hard"])
-@pytest.mark.parametrize("group_size", [1, 8, 16, 48])
+@pytest.mark.parametrize("group_size", [1, 3, 5, 8, 16, 48])
 def test_gradients_equal_the_reference(instruction_set, dtype, gate, rule, group_size):
     tensors = random_tensors((13, 40), (group_size * 6, 40), 7, group_size, gate=gate, dtype=dtype)
     check(tensors, 3, group_size, rule=rule)

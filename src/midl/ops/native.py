@@ -37,8 +37,9 @@ __all__ = [
     "wants_weight_panels",
 ]
 
-# Groups of fewer neurons take the dense backward.
-_BACKWARD_GROUP = 8
+# Groups of fewer neurons take the dense backward; of convolutions, only wider ones have been timed.
+_BACKWARD_GROUP = 3
+_CONVOLUTION_BACKWARD_GROUP = 8
 # Rows of a call from which packing inside the kernel costs next to nothing.
 _ROWS_THAT_PACK_THEMSELVES = 2048
 
@@ -293,7 +294,7 @@ def _conv2d_backward(
     light_up: Tensor, gate_weight: Tensor | None, gate_bias: Tensor | None, stride: list[int], padding: list[int],
     dilation: list[int], group_size: int, span: int, interpolation: str, ste: str, needs: list[bool],
 ) -> reference.Grads:  # fmt: skip
-    if ste == "dense" or group_size < _BACKWARD_GROUP or x.numel() == 0:
+    if ste == "dense" or group_size < _CONVOLUTION_BACKWARD_GROUP or x.numel() == 0:
         return reference.conv2d_backward(
             grad_y, selected, x, weight, bias, light_down, light_up, gate_weight, gate_bias, stride, padding, dilation,
             group_size, span, interpolation, ste, needs,

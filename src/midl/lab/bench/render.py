@@ -33,7 +33,9 @@ output (and, for training, every gradient) matched the reference. `kernel` is th
 
 The roofline column gives the achieved rate and the share of the measured ceiling that binds: multiply-adds in registers
 (or the largest matrix product) and bytes read per second. The work counted is what the formula needs: selected neurons,
-light path and gate; bytes are the weights that at least one input selected, input and output.
+light path and gate; bytes are the weights that at least one input selected, input and output. The `efficiency` cases
+look at the full path alone: layers whose light path and gate cost next to nothing, and the work counted is that of the
+selected neurons.
 """
 
 

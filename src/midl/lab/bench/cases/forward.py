@@ -98,13 +98,15 @@ def forward_case(
 
 
 def midl_linear(
-    contest: Contest, kernel: str, out_features: int, group_size: int, active: float, inputs: list[Tensor]
-) -> Contender:
+    contest: Contest, kernel: str, out_features: int, group_size: int, active: float, inputs: list[Tensor],
+    rank: int | str = "auto",
+) -> Contender:  # fmt: skip
     """Return the contender ``MIDLinear`` under ``kernel``, in ``eval()`` without gradients."""
     batch, d = inputs[0].shape
     copies = contest.cold.copies
     layers = [
-        make_linear(d, out_features, inputs[0].dtype, active=ACTIVE, group_size=group_size) for _ in range(copies)
+        make_linear(d, out_features, inputs[0].dtype, active=ACTIVE, group_size=group_size, rank=rank)
+        for _ in range(copies)
     ]
     for layer in layers:
         layer.active = active
