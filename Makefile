@@ -6,13 +6,18 @@ READY := $(VENV)/.ready
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test slow lint types docs sanitize clean
+.PHONY: demo test smoke slow lint types docs sanitize clean
 
 demo: $(READY)  ## train dense and MID-L on real handwritten digits and print the table
 	$(BIN)/midl compare digits
 
 test: $(READY)  ## pass the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+smoke: $(READY)  ## every data set present and every method on a few rows, and the report
+	rm -rf build/smoke
+	$(BIN)/midl reproduce --profile smoke --workers 2 --threads 1 --out build/smoke
+	$(BIN)/midl report build/smoke --out build/smoke/report.html
 
 slow: $(READY)  ## the tests that take longer
 	$(BIN)/python -m pytest -m slow

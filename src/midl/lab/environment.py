@@ -33,10 +33,26 @@ __all__ = [
     "describe_machine",
 ]
 
-_PACKAGES = ("torch", "numpy", "datasets", "safetensors", "scikit-learn", "matplotlib", "rich", "typer", "triton")
+_PACKAGES = (
+    "torch", "numpy", "accelerate", "datasets", "safetensors", "scikit-learn", "matplotlib", "rich", "typer", "triton",
+)  # fmt: skip
 _EXTRAS = {
     "save": ("safetensors",),
-    "lab": ("datasets", "matplotlib", "numpy", "PIL", "rich", "safetensors", "sklearn", "typer"),
+    "lab": (
+        "accelerate",
+        "datasets",
+        "matplotlib",
+        "numpy",
+        "PIL",
+        "rich",
+        "safetensors",
+        "scipy",
+        "sklearn",
+        "tensorboard",
+        "tokenizers",
+        "typer",
+    ),
+    "ray": ("ray",),
     "transformers": ("transformers",),
 }
 

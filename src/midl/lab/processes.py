@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from midl.errors import MIDLError
+
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
@@ -22,7 +24,12 @@ def accelerator() -> Accelerator:
 
     # Without cpu=True accelerate overlooks the other processes of a machine without an accelerator. What is mixed, the
     # recipe says.
-    return Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="no")
+    place = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="no")
+    if place.distributed_type == "FSDP":
+        raise MIDLError(
+            "accelerate: distributed_type=FSDP, expected data parallelism (DDP): parameters are not sharded"
+        )
+    return place
 
 
 def share_rows(batch: Tensor, place: Accelerator) -> tuple[Tensor, float]:

@@ -121,7 +121,7 @@ class Setting:
     budget: Budget
 
 
-@functools.lru_cache(maxsize=2)
+@functools.cache  # rows are mapped from the cache's files
 def setting_for(name: str, rows: tuple[int, int] | None) -> Setting:
     """Load a data set, with the first ``rows`` training and test rows or all, and return what its runs share."""
     dataset = data.load(name)
