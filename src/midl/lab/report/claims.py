@@ -61,7 +61,9 @@ class Judged:
         """On how many of the data sets that were run it holds."""
         run = [item for item in self.evidence if item.verdict is not Verdict.MISSING]
         held = sum(item.verdict is Verdict.HOLDS for item in run)
-        return f"{held} of {len(run)} data sets" if run else ""
+        if not run:
+            return ""
+        return f"holds on {held} of {len(run)}" if held < len(run) else f"on all {held} that were run"
 
 
 def judge_claims(results: Results) -> list[Judged]:

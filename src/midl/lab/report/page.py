@@ -113,13 +113,13 @@ def update_markdown(path: Path, content: str) -> None:
 
 
 def _with_verdict(judged: list[Judged], verdict: Verdict) -> list[str]:
-    """Return one sentence per claim and data set with that verdict."""
-    return [
-        f"{item.claim.title}: {evidence.dataset}, {evidence.text}"
-        for item in judged
-        for evidence in item.evidence
-        if evidence.verdict is verdict
-    ]
+    """Return one sentence per claim with the data sets that have that verdict."""
+    out = []
+    for item in judged:
+        found = [f"{evidence.dataset}, {evidence.text}" for evidence in item.evidence if evidence.verdict is verdict]
+        if found:
+            out.append(f"{item.claim.title}: {'; '.join(found)}")
+    return out
 
 
 def _tables(results: Results, dataset: str) -> list[Table]:

@@ -122,14 +122,14 @@ def intervals(rows: Mapping[str, Mapping[str, tuple[int, float, float, float]]],
         x_label: with unit.
         alternative: the chart in words.
     """
-    left, step = 92, 38
+    left, step = 100, 38
     height = _TOP + step * len(rows) + _BOTTOM
     numbers = [v for row in rows.values() for _, *values in row.values() for v in values]
     x = Axis([0.0, *numbers], left, WIDTH - _RIGHT, pad=0.03)
     body = _vertical_grid(x, height)
     for i, (label, row) in enumerate(rows.items()):
         middle = _TOP + step * (i + 0.5)
-        shown = label if len(label) <= 15 else "…" + label[-14:]
+        shown = label if len(label) <= 14 else "…" + label[-13:]
         body.append(f'<text x="{left - 6}" y="{middle + 4}" text-anchor="end">{escape(shown)}</text>')
         for j, (key, (shape, value, low, high)) in enumerate(row.items()):
             y = middle + (j - (len(row) - 1) / 2) * 10

@@ -19,6 +19,8 @@ __all__ = [
 ]  # fmt: skip
 
 MISSING = Cell("not run", float("-inf"), kind="missing")
+_INTERVAL = "[95\u00a0%\u00a0t]"  # kept on one line
+_VS = f"vs dense {_INTERVAL}"
 SVHN = "not run here: the data could not be had offline"
 
 
@@ -76,7 +78,7 @@ def accuracy_table(results: Results, dataset: str) -> Table:
                 Cell(str(len(values)), len(values)),
             ]
         )
-    columns = ["method", "test accuracy %", "vs dense [95 % t]", "bootstrap 95 %", "train accuracy %", "seeds"]
+    columns = ["method", "test accuracy %", _VS, "bootstrap 95 %", "train accuracy %", "seeds"]
     return Table(f"{dataset}: accuracy, mean ± standard deviation over seeds", columns, rows)
 
 
@@ -167,8 +169,8 @@ def overfitting_table(results: Results, dataset: str) -> Table | None:
                 ]
             )  # fmt: skip
     columns = [
-        "training data", "method", "train accuracy %", "test accuracy %", "test vs dense [95 % t]", "gap",
-        "gap vs dense [95 % t]",
+        "training data", "method", "train accuracy %", "test accuracy %", f"test {_VS}", "gap",
+        f"gap {_VS}",
     ]  # fmt: skip
     return Table(f"{dataset}: overfitting (gap: train minus test accuracy, in points)", columns, rows)
 
@@ -201,7 +203,7 @@ def robustness_table(results: Results, dataset: str) -> Table | None:
             difference = None if method == "dense" else paired_difference(ours, theirs)
             cells += [Cell(plus_minus(mean), mean.mean), _difference(difference)]
         rows.append(cells)
-    columns = ["method", *(text for name in names for text in (name.replace("_", " "), "vs dense [95 % t]"))]
+    columns = ["method", *(text for name in names for text in (name.replace("_", " "), _VS))]
     return Table(f"{dataset}: accuracy on corrupted inputs, mean over the strengths (%)", columns, rows)
 
 
@@ -226,8 +228,8 @@ def smi_table(results: Results, dataset: str, method: str) -> Table | None:
                 cells.append(_difference(estimate_mean([entry[name]["mean"] for entry in sets]), digits=3))
             rows.append(cells)
     columns = [
-        "layer", "choice", "selected", "unselected", "random", "selected − unselected [95 % t]",
-        "selected − random [95 % t]",
+        "layer", "choice", "selected", "unselected", "random", f"selected − unselected {_INTERVAL}",
+        f"selected − random {_INTERVAL}",
     ]  # fmt: skip
     return Table(f"{dataset}: sliced mutual information with the label, nats ({title(method)})", columns, rows)
 
