@@ -38,6 +38,8 @@ def runs(
     for state in states:
         table.add_row(*_cells(state))
     console = Console()
+    if not console.is_terminal:  # a file or a pipe has no width of its own; 80 columns would break lines
+        console = Console(width=200)
     console.print(table)
     counts = {name: sum(state.state == name for state in states) for name in dict.fromkeys(s.state for s in states)}
     console.print(", ".join(f"{count} {name}" for name, count in counts.items()), highlight=False)

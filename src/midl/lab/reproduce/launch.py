@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from midl.lab.reproduce.plan import Plan, Request, make_plan
 from midl.lab.reproduce.progress import Lines
 from midl.lab.reproduce.worker import Outcome, work
 
-__all__ = ["LAUNCHERS"]
+__all__ = ["LAUNCHERS", "end_with_parent"]
 
 Say = Callable[[str], None]
 
@@ -26,6 +28,23 @@ def _run_worker(request: Request, out: str, since: float, workers: int, threads:
     work(plan, Path(out), since, Lines(plan, Path(out), workers, _say))
 
 
+def _run_child(request: Request, out: str, since: float, workers: int, threads: int) -> None:
+    end_with_parent()
+    _run_worker(request, out, since, workers, threads)
+
+
+def end_with_parent() -> None:
+    """End this process soon after the one that started it: a sweep that is killed leaves no worker behind."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def _say(line: str) -> None:
     print(line, flush=True)
 
@@ -34,7 +53,7 @@ def _local(request: Request, plan: Plan, out: Path, since: float, workers: int, 
     """Run the workers as processes of this machine; a single one in this very process."""
     others = [
         multiprocessing.get_context("spawn").Process(
-            target=_run_worker, args=(request, str(out), since, workers, threads), daemon=True
+            target=_run_child, args=(request, str(out), since, workers, threads), daemon=True
         )
         for _ in range(workers - 1)
     ]
