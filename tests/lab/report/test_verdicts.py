@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from midl.lab.report.verdicts import Verdict, combine, judge_better, judge_bound, judge_faster, judge_not_worse
@@ -64,6 +64,7 @@ def test_all_together() -> None:
     assert combine([MISSING]) is combine([]) is MISSING
 
 
+@settings(max_examples=40)
 @given(st.lists(st.floats(-10, 10), min_size=2, max_size=6))
 def test_a_verdict_never_contradicts_its_mirror_image(values: list[float]) -> None:
     there, back = judge_better(estimate_mean(values)), judge_better(estimate_mean([-v for v in values]))
