@@ -20,7 +20,8 @@ HOLDS, FAILS, UNDECIDED, MISSING = Verdict.HOLDS, Verdict.FAILS, Verdict.UNDECID
         ([0.0, 0.5, 2.0], UNDECIDED, UNDECIDED),  # better on average, but it could be far worse
         ([-0.1, 0.0, 0.05], UNDECIDED, UNDECIDED),
         ([-0.3, -0.31, -0.32], FAILS, FAILS),
-        ([5.0], UNDECIDED, UNDECIDED),  # one seed decides nothing
+        ([5.0], UNDECIDED, UNDECIDED),  # one or two seeds decide nothing
+        ([5.0, 5.0], UNDECIDED, UNDECIDED),
         ([-5.0], UNDECIDED, UNDECIDED),
     ],
 )
@@ -33,7 +34,7 @@ def test_what_was_not_run_has_no_verdict() -> None:
     assert (
         judge_not_worse(None) is judge_better(None) is judge_bound(None, least=1) is judge_faster(None, {}) is MISSING
     )
-    assert judge_better(estimate_mean([1.0, 1.1]), None) is MISSING
+    assert judge_better(estimate_mean([1.0, 1.1, 1.2]), None) is MISSING
 
 
 def test_better_than_two_needs_both() -> None:

@@ -63,7 +63,9 @@ class Judged:
         held = sum(item.verdict is Verdict.HOLDS for item in run)
         if not run:
             return ""
-        return f"holds on {held} of {len(run)}" if held < len(run) else f"on all {held} that were run"
+        if held < len(run):
+            return f"holds on {held} of {len(run)}"
+        return f"on all {held} that were run" if held > 1 else "on the one that was run"
 
 
 def judge_claims(results: Results) -> list[Judged]:

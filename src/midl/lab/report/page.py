@@ -92,7 +92,8 @@ def to_report_markdown(results: Results, command: str) -> str:
         lines += [f"### {dataset}: methods", ""]
         for table in (*_tables(results, dataset), tables.overfitting_table(results, dataset)):
             if table is not None:
-                lines += [table.caption.removeprefix(f"{dataset}: ").capitalize() + ":", "", to_markdown(table), ""]
+                caption = table.caption.removeprefix(f"{dataset}: ")
+                lines += [caption[0].upper() + caption[1:] + ":", "", to_markdown(table), ""]
     for environment in _environments(results):
         lines += [f"Environment: {environment['summary']}.", ""]
     return "\n".join(lines).rstrip() + "\n"

@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Iterable, Mapping
 
 from midl.lab.statistics import Estimate
 
-__all__ = ["MARGIN", "RULES", "Verdict", "combine", "judge_better", "judge_bound", "judge_faster", "judge_not_worse"]
+__all__ = [
+    "MARGIN",
+    "RULES",
+    "SEEDS",
+    "Verdict",
+    "combine",
+    "judge_better",
+    "judge_bound",
+    "judge_faster",
+    "judge_not_worse",
+]
 
 MARGIN = 0.5
 """Points of accuracy that count as no loss."""
+
+SEEDS = 3
+"""What a verdict needs at least: intervals of two values are narrow by luck too often to be believed."""
 
 RULES = (
     f"As good: holds if the mean paired difference is at least 0 and Student's 95 % interval stays above -{MARGIN} "
     "points; does not hold if the whole interval is below 0. Better: holds if the whole interval is above 0, does not "
     "hold if it is below 0. Faster: the quartiles of the two timings do not overlap. Counted numbers (active neurons, "
-    "FLOPs, bytes) need no interval. Everything between is undecided; a single seed decides nothing."
+    f"FLOPs, bytes) need no interval. Everything between is undecided; fewer than {SEEDS} seeds decide nothing."
 )
 """The rules in words."""
 
@@ -39,21 +53,20 @@ def judge_not_worse(difference: Estimate | None, margin: float = MARGIN) -> Verd
     """
     if difference is None:
         return Verdict.MISSING
-    if difference.low is None or difference.high is None:
-        return Verdict.UNDECIDED
-    if difference.mean >= 0 and difference.low >= -margin:
+    low, high = _bounds(difference)
+    if difference.mean >= 0 and low >= -margin:
         return Verdict.HOLDS
-    return Verdict.FAILS if difference.high < 0 else Verdict.UNDECIDED
+    return Verdict.FAILS if high < 0 else Verdict.UNDECIDED
 
 
 def judge_better(*differences: Estimate | None) -> Verdict:
     """Judge the claim that every difference is above zero."""
     if any(difference is None for difference in differences):
         return Verdict.MISSING
-    known = [difference for difference in differences if difference is not None]
-    if any(d.high is not None and d.high < 0 for d in known):
+    bounds = [_bounds(difference) for difference in differences if difference is not None]
+    if any(high < 0 for _, high in bounds):
         return Verdict.FAILS
-    return Verdict.HOLDS if all(d.low is not None and d.low > 0 for d in known) else Verdict.UNDECIDED
+    return Verdict.HOLDS if all(low > 0 for low, _ in bounds) else Verdict.UNDECIDED
 
 
 def judge_bound(value: float | None, *, least: float | None = None, most: float | None = None) -> Verdict:
@@ -84,3 +97,10 @@ def combine(verdicts: Iterable[Verdict]) -> Verdict:
         if verdict in run:
             return verdict
     return Verdict.MISSING
+
+
+def _bounds(difference: Estimate) -> tuple[float, float]:
+    """Return Student's interval, without bounds where there are too few seeds."""
+    if difference.low is None or difference.high is None or len(difference.values) < SEEDS:
+        return -math.inf, math.inf
+    return difference.low, difference.high
