@@ -13,9 +13,9 @@ from midl.lab.bench.results import Results, Row, read_results
 from midl.ops.dispatch import selected_kernels
 
 GROUPS = {
-    "forward/float32", "forward/bfloat16", "efficiency/float32", "training/float32", "selection/float32",
-    "convolution/float32", "scaling/density", "scaling/width", "scaling/group_size", "scaling/threads",
-    "overhead", "memory/float32",
+    "forward/float32", "forward/bfloat16", "efficiency/float32", "training/float32", "training/convolution",
+    "selection/float32", "convolution/float32", "scaling/density", "scaling/width", "scaling/group_size",
+    "scaling/threads", "overhead", "memory/float32",
 }  # fmt: skip
 
 

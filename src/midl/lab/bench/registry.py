@@ -15,7 +15,10 @@ from midl.lab.bench.session import Session
 __all__ = ["Case", "all_cases", "register", "select_cases"]
 
 # One module per subject; each registers a function that lists its cases.
-_MODULES = ("forward", "efficiency", "training", "selection", "convolution", "scaling", "overhead", "memory")
+_MODULES = (
+    "forward", "efficiency", "training", "selection", "convolution", "convolution_training", "scaling", "overhead",
+    "memory",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -27,15 +27,16 @@ from midl.lab.bench.registry import Case, register
 from midl.lab.bench.results import Row
 from midl.lab.bench.session import Session, fresh_inputs
 
-__all__: list[str] = []
+__all__ = ["KERNEL", "SHAPES", "channels_last"]
 
-_KERNEL = 3
+KERNEL = 3
+SHAPES = ((64, 32), (128, 16), (256, 8), (256, 16))  # channels and side of the map
 
 
 @register
 def cases() -> Iterator[Case]:
     """Yield 3 x 3 convolutions, 64 to 256 channels on maps of 32^2 to 8^2, batch 1, 16 and 128."""
-    for channels, size in ((64, 32), (128, 16), (256, 8), (256, 16)):
+    for channels, size in SHAPES:
         for batch in (1, 16, 128):
             if channels * size * batch <= 256 * 8 * 128:  # the largest would take a minute of its own
                 yield _case(channels, size, batch, quick=(channels, batch) == (128, 16))
@@ -49,10 +50,10 @@ def _case(channels: int, size: int, batch: int, *, quick: bool) -> Case:
             inputs = fresh_inputs(*shape, dtype=dtype)
             last = [x.contiguous(memory_format=torch.channels_last) for x in inputs]
             contenders = 3 if session.compile else 2
-            round_bytes = contenders * channels * channels * _KERNEL**2 * dtype.itemsize
+            round_bytes = contenders * channels * channels * KERNEL**2 * dtype.itemsize
             contest = Contest(session.keep_cold(round_bytes), session.peak_gflops(dtype))
             contest.add("nn.Conv2d", lambda: _dense(contest, "nn.Conv2d", inputs, lambda conv: conv))
-            contest.add("channels last", lambda: _dense(contest, "channels last", last, _channels_last))
+            contest.add("channels last", lambda: _dense(contest, "channels last", last, channels_last))
             if session.compile:
                 name = "compiled, channels last, frozen"
                 contest.add(name, lambda: _dense(contest, name, last, functools.partial(_compiled, example=last[0])))
@@ -64,29 +65,30 @@ def _case(channels: int, size: int, batch: int, *, quick: bool) -> Case:
             free_compiled()
         return rows
 
-    params = {"dtype": "float32", "channels": channels, "map": size, "kernel_size": _KERNEL, "batch": batch}
+    params = {"dtype": "float32", "channels": channels, "map": size, "kernel_size": KERNEL, "batch": batch}
     return Case("convolution/float32", f"{channels}x{size}x{size}/batch{batch}", measure, quick, params)
 
 
-def _channels_last(conv: nn.Conv2d) -> nn.Conv2d:
+def channels_last(conv: nn.Conv2d) -> nn.Conv2d:
+    """Return ``conv`` itself, its weight moved to channels-last memory."""
     return conv.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def _compiled(conv: nn.Conv2d, example: Tensor) -> Callable[..., Any]:
-    return compile_frozen(_channels_last(conv), example)
+    return compile_frozen(channels_last(conv), example)
 
 
 def _dense(contest: Contest, name: str, inputs: list[Tensor], of_layer: Callable[[nn.Conv2d], Any]) -> Contender:
     channels, copies = inputs[0].shape[1], contest.cold.copies
     convs = [
-        nn.Conv2d(channels, channels, _KERNEL, padding=_KERNEL // 2).eval().requires_grad_(False) for _ in range(copies)
+        nn.Conv2d(channels, channels, KERNEL, padding=KERNEL // 2).eval().requires_grad_(False) for _ in range(copies)
     ]
     calls = [of_layer(conv) for conv in convs]
 
     def check() -> Parity:
         conv, x = convs[0], inputs[0]
         assert conv.bias is not None
-        expected = nn.functional.conv2d(x, conv.weight, conv.bias, padding=_KERNEL // 2)
+        expected = nn.functional.conv2d(x, conv.weight, conv.bias, padding=KERNEL // 2)
         return compare_tensors({"y": calls[0](x)}, {"y": expected}, x.dtype)
 
     return Contender(
@@ -102,7 +104,7 @@ def _midl(contest: Contest, kernel: str, group_size: int, inputs: list[Tensor]) 
     batch, channels, height, width = inputs[0].shape
     copies = contest.cold.copies
     layers = [
-        make_conv2d(channels, channels, _KERNEL, inputs[0].dtype, active=ACTIVE, group_size=group_size)
+        make_conv2d(channels, channels, KERNEL, inputs[0].dtype, active=ACTIVE, group_size=group_size)
         for _ in range(copies)
     ]
 

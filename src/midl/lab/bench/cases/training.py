@@ -133,7 +133,7 @@ def _midl(contest: Contest, kernel: str, n: int, group_size: int, inputs: list[T
     )
 
 
-def check_training(layer: midl.MIDLinear, x: Tensor, grad_y: Tensor, kernel: str) -> Parity:
+def check_training(layer: midl.MIDLinear | midl.MIDConv2d, x: Tensor, grad_y: Tensor, kernel: str) -> Parity:
     """Compare the output and every gradient, the gradients for the contender's own selection."""
     forward = check_forward(layer, x, kernel)
     if not forward.ok:
@@ -146,9 +146,11 @@ def check_training(layer: midl.MIDLinear, x: Tensor, grad_y: Tensor, kernel: str
     names = ("weight", "bias", "light_down", "light_up", "gate_weight", "gate_bias")
     parameters = [getattr(layer, name) for name in names]
     c = layer.config
+    window = (layer.stride, layer.padding, layer.dilation) if isinstance(layer, midl.MIDConv2d) else ()
+    run = torch.ops.midl.conv2d_backward if window else torch.ops.midl.linear_backward
     with torch.no_grad(), midl.kernels("reference"):
-        expected = torch.ops.midl.linear_backward(
-            grad_y, selected, x, *parameters, c.group_size, c.span, c.interpolation, c.ste, [True] * 7
+        expected = run(
+            grad_y, selected, x, *parameters, *window, c.group_size, c.span, c.interpolation, c.ste, [True] * 7
         )
     outputs = dict(zip(("x", *names), [t.grad for t in (x, *parameters)], strict=True))
     backward = compare_tensors(outputs, dict(zip(outputs, expected, strict=True)), x.dtype)
