@@ -142,7 +142,7 @@ inline void select_few(const float* logits, std::int64_t n, std::int64_t k, bool
     picks[picked] = std::int32_t(i);
     picked -= mask[i];
   }
-  __builtin_memcpy(selected, picks, sizeof(std::int32_t) * std::size_t(k));
+  if (selected) __builtin_memcpy(selected, picks, sizeof(std::int32_t) * std::size_t(k));
   if (!weights) return;
   const Vec weight = hard ? splat(1.0f) : sigmoid(load(logits));
   store(weights, chosen ? weight : splat(kUnselected));
