@@ -1,5 +1,6 @@
 // The kernels for one instruction set; the build compiles this file once per set, with MIDL_TABLE naming the table.
 #include "convolution_backward.hpp"
+#include "ffn.hpp"
 
 #define MIDL_STRING_OF(x) #x
 #define MIDL_STRING(x) MIDL_STRING_OF(x)
@@ -8,7 +9,7 @@ namespace midl {
 
 const Kernels MIDL_TABLE = {
     MIDL_STRING(MIDL_NAME), L, linear_forward, linear_backward, convolution_forward, convolution_backward,
-    packed_sizes, wants_weight_panels, pack, topk,
+    packed_sizes, wants_weight_panels, pack, topk, ffn_forward,
 };
 
 }  // namespace midl

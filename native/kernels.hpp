@@ -102,6 +102,26 @@ struct ConvolutionBackward {
   int threads;
 };
 
+enum class Activation : int { gelu = 0, gelu_tanh = 1, relu = 2, silu = 3 };
+
+// The selected hidden units of an FFN, float32 throughout; see src/midl/ops/reference_ffn.py.
+struct FfnForward {
+  const float* x;              // (rows, depth)
+  std::int64_t x_stride;
+  std::int64_t rows, depth, hidden, outputs, groups, selected_groups;
+  const float* weight;         // (hidden, depth)
+  const float* bias;           // (hidden) or null
+  const float* value_weight;   // (hidden, depth) or null
+  const float* value_bias;     // (hidden) or null
+  const float* down_weight;    // (outputs, hidden)
+  const float* light_hidden;   // (hidden)
+  const std::int32_t* selected;  // (rows, selected_groups)
+  const float* shares;         // (rows, selected_groups), weights of the selected groups, or null for 1
+  Activation activation;
+  float* y;                    // (rows, outputs), which the units' outputs are added to
+  int threads;
+};
+
 struct TopK {
   const float* scores;         // (rows, groups)
   std::int64_t rows, groups, k;
@@ -120,6 +140,7 @@ struct Kernels {
   bool (*wants_weight_panels)(std::int64_t rows, std::int64_t groups, std::int64_t selected, std::int64_t group_size);
   void (*pack)(const LinearPack&);
   void (*topk)(const TopK&);
+  void (*ffn_forward)(const FfnForward&);
 };
 
 // One per translation unit of kernels.cpp; which exist depends on the architecture, see cpu.cpp.

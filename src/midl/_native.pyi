@@ -24,6 +24,11 @@ def pack(
     gate_weight: int, packed_light: int, packed_weight: int, threads: int,
 ) -> None: ...  # fmt: skip
 def topk(scores: int, rows: int, groups: int, k: int, selected: int, threads: int) -> None: ...
+def ffn_forward(
+    x: int, x_stride: int, rows: int, depth: int, hidden: int, outputs: int, groups: int, selected_groups: int,
+    weight: int, bias: int, value_weight: int, value_bias: int, down_weight: int, light_hidden: int, selected: int,
+    shares: int, activation: int, y: int, threads: int,
+) -> None: ...  # fmt: skip
 def sample(data: int, bytes: int) -> int: ...
 
 class PreparedLinear:

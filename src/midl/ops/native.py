@@ -15,10 +15,11 @@ from torch import Tensor
 
 from midl.config import MIDConfig
 from midl.errors import KernelError
-from midl.ops import reference
+from midl.ops import reference, reference_ffn
 from midl.ops.dispatch import Implementation, register
 from midl.ops.native_backward import linear_backward
 from midl.ops.native_conv2d import conv2d, conv2d_backward, image_geometry
+from midl.ops.native_ffn import ffn, prefers_ffn
 from midl.ops.native_packing import Packed, State, cast_kept, packed_panels, tensor_states
 
 __all__ = [
@@ -305,6 +306,18 @@ def _conv2d_backward(
     )  # fmt: skip
 
 
+def _ffn(
+    x: Tensor, weight: Tensor, bias: Tensor | None, value_weight: Tensor | None, value_bias: Tensor | None,
+    down_weight: Tensor, down_bias: Tensor | None, light_down: Tensor, light_up: Tensor, light_hidden: Tensor,
+    light_bias: Tensor, gate_weight: Tensor, gate_bias: Tensor, noise: Tensor | None, k: int, group_size: int,
+    activation: str, interpolation: str, ste: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return ffn(
+        _native, topk_groups, x, weight, bias, value_weight, value_bias, down_weight, down_bias, light_down, light_up,
+        light_hidden, light_bias, gate_weight, gate_bias, noise, k, activation, interpolation,
+    )  # fmt: skip
+
+
 def _dense(t: Tensor | None) -> Tensor | None:
     return t if t is None else t.contiguous()
 
@@ -332,15 +345,19 @@ def _unsupported(op: str, x: Tensor, *, weight: Tensor, **_: Any) -> str | None:
         return f"x is on {x.device}, expected the CPU"
     if x.dtype not in (torch.float32, torch.bfloat16):
         return f"x has dtype {x.dtype}, expected float32 or bfloat16"
+    if op.startswith("ffn") and x.dtype != torch.float32:
+        return f"x has dtype {x.dtype}, expected float32 for FFNs"
     if weight.dtype != x.dtype:
         return f"weight has dtype {weight.dtype}, expected {x.dtype} like x"
     return None
 
 
-def _prefers(op: str, x: Tensor, *, weight: Tensor, k: int, group_size: int, span: int, **_: Any) -> bool:
+def _prefers(op: str, x: Tensor, *, weight: Tensor, k: int, group_size: int, span: int = 1, **_: Any) -> bool:
     from midl.ops.cpu_calibration import constants
     from midl.ops.cpu_cost import sparse_wins
 
+    if op == "ffn":
+        return prefers_ffn(x.shape[:-1].numel(), group_size)
     if op != "linear":
         return True
     n, depth = weight.shape
@@ -356,6 +373,8 @@ register(
             "linear_backward": _linear_backward,
             "conv2d": convolution,
             "conv2d_backward": _conv2d_backward,
+            "ffn": _ffn,
+            "ffn_backward": reference_ffn.ffn_backward,
         },
         unavailable=_unavailable,
         unsupported=_unsupported,

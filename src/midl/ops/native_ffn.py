@@ -1,0 +1,62 @@
+"""``midl::ffn`` by native kernels: code, gate and light path as matrix products, selection and hidden units fused.
+
+The kernel goes through the rows group by group, packs a panel of the group's weights and keeps the hidden units of its
+rows in scratch memory: no more than one panel of them exists at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from midl.ops.reference_ffn import ACTIVATIONS
+
+__all__ = ["ffn", "prefers_ffn"]
+
+# Below, packing a panel costs more than its rows save.
+_ROWS_WORTH_PACKING = 32
+_GROUP_WORTH_A_PANEL = 8
+
+
+def ffn(
+    kernels: Any, choose: Callable[[Tensor, int], Tensor], x: Tensor, weight: Tensor, bias: Tensor | None,
+    value_weight: Tensor | None, value_bias: Tensor | None, down_weight: Tensor, down_bias: Tensor | None,
+    light_down: Tensor, light_up: Tensor, light_hidden: Tensor, light_bias: Tensor, gate_weight: Tensor,
+    gate_bias: Tensor, noise: Tensor | None, k: int, activation: str, interpolation: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return ``(y, selected)`` of the FFN op; ``choose`` is the native Top-k."""
+    n, hidden = down_weight.shape
+    groups = gate_bias.shape[0]
+    rows = x.reshape(-1, x.shape[-1])
+    if rows.stride(-1) != 1:
+        rows = rows.contiguous()
+    code = F.linear(rows, light_down)
+    logits = F.linear(code, gate_weight, gate_bias)
+    selected = choose(logits if noise is None else logits + noise.to(logits.dtype).view_as(logits), k)
+    shares: Tensor | None = None
+    light_share: Tensor | float = 1 - k / groups
+    if interpolation == "sigmoid":
+        shares = logits.gather(-1, selected.long()).sigmoid()
+        light_share = 1 - shares.sum(-1, keepdim=True) / groups
+    offset = light_bias if down_bias is None else light_bias + down_bias
+    y = torch.addcmul(offset, F.linear(code, light_up), torch.as_tensor(light_share, dtype=x.dtype))
+    # Kept alive by name until the call returns: only addresses go to the kernel.
+    parameters = [
+        None if t is None else t.contiguous()
+        for t in (weight, bias, value_weight, value_bias, down_weight, light_hidden, selected, shares)
+    ]
+    kernels.ffn_forward(
+        rows.data_ptr(), rows.stride(0), rows.shape[0], rows.shape[1], hidden, n, groups, k,
+        *[0 if t is None else t.data_ptr() for t in parameters], ACTIVATIONS.index(activation), y.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return y.view(*x.shape[:-1], n), selected.view(*x.shape[:-1], k)
+
+
+def prefers_ffn(rows: int, group_size: int) -> bool:
+    """Return whether the kernel beats dense products at these sizes."""
+    return rows >= _ROWS_WORTH_PACKING and group_size >= _GROUP_WORTH_A_PANEL
