@@ -357,7 +357,7 @@ def _prefers(op: str, x: Tensor, *, weight: Tensor, k: int, group_size: int, spa
     from midl.ops.cpu_cost import sparse_wins
 
     if op == "ffn":
-        return prefers_ffn(x.shape[:-1].numel(), group_size)
+        return prefers_ffn(group_size)
     if op != "linear":
         return True
     n, depth = weight.shape

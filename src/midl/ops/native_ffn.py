@@ -17,8 +17,7 @@ from midl.ops.reference_ffn import ACTIVATIONS
 
 __all__ = ["ffn", "prefers_ffn"]
 
-# Below, packing a panel costs more than its rows save.
-_ROWS_WORTH_PACKING = 32
+# Narrower groups leave most lanes of a panel of their own empty.
 _GROUP_WORTH_A_PANEL = 8
 
 
@@ -57,6 +56,6 @@ def ffn(
     return y.view(*x.shape[:-1], n), selected.view(*x.shape[:-1], k)
 
 
-def prefers_ffn(rows: int, group_size: int) -> bool:
-    """Return whether the kernel beats dense products at these sizes."""
-    return rows >= _ROWS_WORTH_PACKING and group_size >= _GROUP_WORTH_A_PANEL
+def prefers_ffn(group_size: int) -> bool:
+    """Return whether the kernel beats dense products with a mask."""
+    return group_size >= _GROUP_WORTH_A_PANEL

@@ -1,0 +1,116 @@
+"""The native kernel of midl::ffn against the reference, on every instruction set that this CPU runs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ffn_loop import random_ffn
+from helpers import error_ratio, with_gradients
+
+import midl
+from midl.errors import KernelError
+from midl.ops import dispatch, reference_ffn
+from midl.ops.ffn import ffn
+from midl.ops.reference_ffn import ACTIVATIONS
+
+pytestmark = pytest.mark.skipif(
+    dispatch.unavailable_reason("native") is not None, reason="native kernels are not built here"
+)
+# Rows, inputs, hidden units, outputs, units of a group, groups selected.
+SIZES = [
+    (1, 5, 12, 4, 3, 2), (7, 63, 96, 40, 8, 5), (300, 64, 256, 70, 16, 7), (33, 100, 600, 100, 100, 3),
+    (65, 20, 64, 33, 1, 30), (9, 40, 160, 40, 40, 4), (0, 5, 12, 4, 3, 2),
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True, params=["baseline", "avx2", "avx512-emulated", "avx512", "avx512bf16"])
+def _instruction_set(request):
+    native = pytest.importorskip("midl.ops.native")
+    if request.param not in native.supported_instruction_sets():
+        pytest.skip(f"this CPU does not run {request.param}")
+    before = native.instruction_set()
+    native.use_instruction_set(request.param)
+    midl.kernels("native")
+    yield
+    native.use_instruction_set(before)
+
+
+def check(tensors, *rest):
+    y, selected = ffn(*tensors.values(), *rest)
+    expected, chosen = reference_ffn.ffn(*tensors.values(), *rest)
+    assert torch.equal(selected, chosen)
+    assert error_ratio(y, expected) < 2e-6
+    return y
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("interpolation", ["sigmoid", "hard"])
+def test_output_equals_the_reference(poisoned_memory, sizes, interpolation):
+    rows, d, hidden, out, size, k = sizes
+    for activation in ACTIVATIONS:
+        for gated in (False, True):
+            tensors = random_ffn((rows, d), hidden, out, 3, size, gated=gated, bias=rows % 2 == 1, dtype=torch.float32)
+            check(tensors, None, k, size, activation, interpolation, "selected")
+
+
+def test_layouts_leading_shapes_and_noise():
+    tensors = random_ffn((3, 20, 24), 64, 24, 4, 8, dtype=torch.float32)
+    noise = torch.randn(3, 20, 8)
+    y = check(tensors, noise, 3, 8, "gelu", "sigmoid", "selected")
+    assert y.shape == (3, 20, 24)
+    for name in ("x", "weight", "down_weight"):
+        strided = dict(tensors)
+        strided[name] = tensors[name].mT.contiguous().mT
+        assert torch.equal(check(strided, noise, 3, 8, "gelu", "sigmoid", "selected"), y)
+
+
+def test_a_nan_row_harms_only_itself():
+    tensors = random_ffn((40, 24), 64, 24, 4, 8, dtype=torch.float32)
+    clean, _ = ffn(*tensors.values(), None, 3, 8, "relu", "hard", "selected")
+    tensors["x"][7, 3] = float("nan")
+    y, _ = ffn(*tensors.values(), None, 3, 8, "relu", "hard", "selected")
+    others = [i for i in range(40) if i != 7]
+    assert torch.equal(y[others], clean[others])
+    assert y[7].isnan().all()
+
+
+def test_activations_hold_far_from_zero():
+    x = torch.tensor([[-100.0], [-20.0], [-6.0], [-1e-4], [0.0], [1e-4], [6.0], [20.0], [100.0]])
+    one, nothing = torch.ones(1, 1), torch.zeros(1)
+    for activation in ACTIVATIONS:
+        y, _ = ffn(
+            x, one, None, None, None, one, None, one, nothing[:, None], nothing, nothing, one, nothing, None, 1, 1,
+            activation, "hard", "selected",
+        )  # fmt: skip
+        torch.testing.assert_close(y, reference_ffn.activate(x, activation), rtol=1e-5, atol=1e-6)
+
+
+def test_any_number_of_threads_gives_the_same_output():
+    tensors = random_ffn((600, 64), 256, 64, 4, 16, dtype=torch.float32)
+    threads = torch.get_num_threads()
+    outputs = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            outputs.append(ffn(*tensors.values(), None, 7, 16, "silu", "hard", "selected")[0])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(error_ratio(y, outputs[0]) < 1e-6 for y in outputs)
+
+
+def test_gradients_are_those_of_the_reference():
+    tensors, grad_y = random_ffn((40, 24), 64, 24, 4, 8, dtype=torch.float32), torch.randn(40, 24)
+    rest = (None, 3, 8, "gelu", "sigmoid", "selected")
+    actual = with_gradients(ffn, tensors, *rest, grad_y=grad_y)
+    with midl.kernels("reference"):
+        expected = with_gradients(ffn, tensors, *rest, grad_y=grad_y)
+    for name, value in expected.items():
+        assert error_ratio(actual[name], value) < 2e-6
+
+
+def test_half_precision_is_left_to_others():
+    tensors = random_ffn((4, 24), 64, 24, 4, 8, dtype=torch.bfloat16)
+    with pytest.raises(KernelError, match=r"expected float32 for FFNs"):
+        ffn(*tensors.values(), None, 3, 8, "gelu", "hard", "selected")
+    with midl.kernels("auto"):
+        assert ffn(*tensors.values(), None, 3, 8, "gelu", "hard", "selected")[0].dtype == torch.bfloat16
