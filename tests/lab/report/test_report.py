@@ -136,6 +136,17 @@ def test_svhn_and_what_has_not_run_are_listed(results: Results) -> None:
     assert rows["mnist"].startswith("dense 3, ")
 
 
+def test_failed_runs_are_listed_with_the_reason(tmp_path: Path) -> None:
+    write_sweep(tmp_path, ("mnist",), seeds=1)
+    spec = {"dataset": "mnist", "method": "scratch", "seed": 1, "profile": "paper"}
+    folder = tmp_path / "mnist" / "scratch-s1-0123456789"
+    folder.mkdir()
+    (folder / "run.json").write_text(json.dumps({"kind": "run", "settings": {"spec": spec}}))
+    (folder / "failure.json").write_text(json.dumps({"reason": "no space left", "time": 0, "trace": ""}))
+    rows = {row[0].text: row[1].text for row in coverage_table(read_results(tmp_path)).rows}
+    assert rows["mnist"].endswith("; failed: scratch, seed 1: no space left")
+
+
 class _Tags(HTMLParser):
     """Checks that tags are closed in order, and collects attributes."""
 

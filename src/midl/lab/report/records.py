@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from midl.errors import MIDLError
+from midl.lab.reproduce.state import read_state
 
 __all__ = ["PAPER_SETS", "ROUTES", "Results", "Run", "read_results"]
 
@@ -39,12 +40,14 @@ class Results:
         runs: in the order they were read.
         latency: data set to the content of ``latency.json``.
         superseded: number of runs left out because another has the same data set, method, variant and seed.
+        failed: data set to one line for each run whose last attempt failed.
     """
 
     profile: str
     runs: tuple[Run, ...]
     latency: dict[str, dict[str, Any]]
     superseded: int = 0
+    failed: dict[str, list[str]] = dataclasses.field(default_factory=dict)
 
     @property
     def datasets(self) -> list[str]:
@@ -112,7 +115,16 @@ def read_results(path: Path) -> Results:
     chosen = [run for run, name in zip(runs, profiles, strict=True) if name == profile]
     # The last one counts: of a folder, the youngest.
     unique = {(r.dataset, r.method, r.seed, r.train_fraction, r.label_noise): r for r in chosen}
-    return Results(profile, tuple(unique.values()), latency, len(chosen) - len(unique))
+    return Results(profile, tuple(unique.values()), latency, len(chosen) - len(unique), _failures(path, profile))
+
+
+def _failures(path: Path, profile: str) -> dict[str, list[str]]:
+    out: dict[str, list[str]] = {}
+    for state in map(read_state, sorted(file.parent for file in path.glob("*/*/failure.json"))):
+        if state is not None and state.state == "failed" and state.spec["profile"] == profile:
+            what = "tuning" if state.kind == "tuning" else f"seed {state.spec['seed']}"
+            out.setdefault(state.spec["dataset"], []).append(f"{state.spec['method']}, {what}: {state.reason}")
+    return out
 
 
 def _load(file: Path) -> Any:

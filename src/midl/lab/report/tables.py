@@ -45,7 +45,7 @@ def claims_table(results: Results, judged: Sequence[Judged]) -> Table:
 
 
 def coverage_table(results: Results) -> Table:
-    """Return how many seeds of each method have run on each data set."""
+    """Return how many seeds of each method have run on each data set, and what failed."""
     names = [*PAPER_SETS, *(name for name in results.datasets if name not in PAPER_SETS)]
     rows = []
     for name in names:
@@ -55,6 +55,7 @@ def coverage_table(results: Results) -> Table:
             text = ", ".join(f"{title(method)} {number}" for method, number in seeds.items())
         else:
             text = SVHN if name == "svhn" else "not run"
+        text = "; ".join([text, *(f"failed: {reason}" for reason in results.failed.get(name, []))])
         rows.append([Cell(name), Cell(text)])
     return Table("Seeds of each method", ["data set", "seeds"], rows, numeric=False)
 
