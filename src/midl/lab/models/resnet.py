@@ -20,7 +20,8 @@ _CHANNELS = 3
 class ResNet:
     """A stem, then stages of a 3 x 3 convolution and a residual block of two more; stem and stages halve the size.
 
-    12 million multiply-adds as it stands, few enough to train on a CPU.
+    15 million multiply-adds as it stands, few enough to train on a CPU. Its 9 and 18 groups of 8 channels come close to
+    45 % from below (4 and 8 of them); of 8 and 16 groups it would be a half and more.
 
     >>> ResNet(10, widths=(32, 64)).layer_names
     ['stage1.conv', 'stage1.residual.body.conv1', 'stage1.residual.body.conv2']
@@ -37,7 +38,7 @@ class ResNet:
     """
 
     num_classes: int
-    widths: tuple[int, ...] = (32, 64, 128)
+    widths: tuple[int, ...] = (32, 72, 144)
     dropout: float = 0.0
 
     def build(self) -> nn.Sequential:
