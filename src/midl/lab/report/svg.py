@@ -14,7 +14,7 @@ import numpy as np
 __all__ = ["Axis", "Point", "heat_map", "histogram", "intervals", "lines", "mark", "scatter"]
 
 WIDTH, HEIGHT = 360, 250
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 12, 10, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 10, 40
 _SHAPES = ("circle", "ring", "square", "diamond", "cross", "down", "up", "star", "plus")
 
 
