@@ -138,7 +138,7 @@ class _Job:
 
     def tune(self) -> dict[str, Any]:
         """Train once per point of the grid, score on held-out training rows and keep the best model."""
-        grid = profile_named(self.task.spec["profile"]).grid
+        grid = profile_named(self.task.spec["profile"]).grid_for(self.task.spec["dataset"])
         dataset = self.setting.dataset
         if grid.rows < 1:
             dataset = dataset.subset(grid.rows, seed=0)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import dataclasses
+import json
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,7 +20,7 @@ from midl.lab.reproduce.plan import Plan, Request, make_plan
 from midl.lab.reproduce.progress import Lines
 from midl.lab.reproduce.worker import Outcome, work
 
-__all__ = ["LAUNCHERS", "end_with_parent"]
+__all__ = ["LAUNCHERS", "end_with_parent", "run_child"]
 
 Say = Callable[[str], None]
 
@@ -28,9 +32,12 @@ def _run_worker(request: Request, out: str, since: float, workers: int, threads:
     work(plan, Path(out), since, Lines(plan, Path(out), workers, _say))
 
 
-def _run_child(request: Request, out: str, since: float, workers: int, threads: int) -> None:
+def run_child(arguments: str) -> None:
+    """Be a worker that another process of this machine started; ``arguments`` is what it said, as JSON."""
     end_with_parent()
-    _run_worker(request, out, since, workers, threads)
+    told = json.loads(arguments)
+    fields: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in told["request"].items()}
+    _run_worker(Request(**fields), told["out"], told["since"], told["workers"], told["threads"])
 
 
 def end_with_parent() -> None:
@@ -51,20 +58,19 @@ def _say(line: str) -> None:
 
 def _local(request: Request, plan: Plan, out: Path, since: float, workers: int, threads: int, say: Say) -> Outcome:
     """Run the workers as processes of this machine; a single one in this very process."""
-    others = [
-        multiprocessing.get_context("spawn").Process(
-            target=_run_child, args=(request, str(out), since, workers, threads), daemon=True
-        )
-        for _ in range(workers - 1)
-    ]
+    told = {
+        "request": dataclasses.asdict(request), "out": str(out), "since": since, "workers": workers, "threads": threads,
+    }  # fmt: skip
+    # Not by multiprocessing, which would import the caller's main script again.
+    program = "import sys; from midl.lab.reproduce.launch import run_child; run_child(sys.argv[1])"
+    command = [sys.executable, "-c", program, json.dumps(told)]
+    others = [subprocess.Popen(command) for _ in range(workers - 1)]
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    for process in others:
-        process.start()
     try:
         outcome = work(plan, out, since, Lines(plan, out, workers, say))
         for process in others:
-            process.join()
+            process.wait()
     finally:
         for process in others:
             process.kill()

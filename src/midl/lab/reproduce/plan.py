@@ -178,7 +178,7 @@ class _Planner:
         self._profile, self._setting, self._precision, self._tasks = profile, setting, precision, tasks
 
     def tuning(self, method: str) -> Path:
-        grid = self._profile.grid
+        grid = self._profile.grid_for(self._setting.dataset.name)
         needs = (self.tuning("dense"),) if find(method).teacher else ()
         recipe = self._recipe(method)
         recipe = dataclasses.replace(recipe, epochs=max(1, round(recipe.epochs * grid.epochs)))

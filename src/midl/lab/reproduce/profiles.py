@@ -41,6 +41,7 @@ class Profile:
         datasets: in this order.
         seeds: of every method.
         grid: of the choice of learning rate and weight decay.
+        grids: data set to its grid, where another.
         rows: (training, test) rows at most; None: all.
         epochs: (training, distillation); None: the recipe's.
         methods: data set to its methods, where not all.
@@ -59,6 +60,7 @@ class Profile:
     grid: Grid
     rows: tuple[int, int] | None = None
     epochs: tuple[int, int] | None = None
+    grids: dict[str, Grid] = dataclasses.field(default_factory=dict)
     methods: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     studied: tuple[str, ...] = ()
     study_methods: tuple[str, ...] = ("dense", "dropout", "scratch", "converted")
@@ -67,6 +69,10 @@ class Profile:
     batches: tuple[int, ...] = (1, 32, 256)
     rounds: int = 31
     measured_rows: int | None = None
+
+    def grid_for(self, dataset: str) -> Grid:
+        """Return the grid of a data set."""
+        return self.grids.get(dataset, self.grid)
 
     def methods_for(self, dataset: str) -> tuple[str, ...]:
         """Return the methods of a data set, in the order in which they run."""
@@ -80,6 +86,9 @@ class Profile:
 
 
 _PAPER_SETS = ("mnist", "adult", "imdb", "cifar10", "cifar100", "svhn")
+
+# Where one training takes minutes, tuning takes fewer rows.
+_BRIEF = Grid(lr_factors=(0.33, 1.0, 3.0), weight_decays=(0.01, 0.1), rows=0.2, epochs=0.5)
 
 PROFILES = {
     "smoke": Profile(
@@ -101,9 +110,8 @@ PROFILES = {
         datasets=_PAPER_SETS,
         seeds=(0, 1, 2),
         grid=Grid(lr_factors=(0.33, 1.0, 3.0), weight_decays=(0.01, 0.1), rows=0.4, epochs=0.5),
-        methods={
-            "cifar100": ("dense", "dropout", "narrow", "low_rank", "scratch", "converted"),
-        },
+        grids=dict.fromkeys(("imdb", "cifar10", "cifar100", "svhn"), _BRIEF),
+        methods={"cifar100": ("dense", "narrow", "low_rank", "scratch", "converted")},
         studied=("mnist", "adult"),
     ),
 }
