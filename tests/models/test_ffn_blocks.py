@@ -45,7 +45,9 @@ def test_every_ffn_is_found_and_everything_active_is_the_dense_output(name):
     assert [type(m) for m in model.modules()] == [type(m) for m in build(name).modules()]
 
 
-@each_model
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in ("bert", "llama") else pytest.mark.slow) for name in BLOCKS]
+)
 def test_training_reaches_every_parameter_and_the_file_carries_the_blocks(name, tmp_path):
     model, given = converted(name), inputs(name)
     with midl.record_activity(model) as activity:

@@ -144,8 +144,8 @@ def calls(gated, dtype=torch.float32, shape=(7, 5), transposed=False):
     ("kernels", "gated", "dtype", "shape", "transposed"),
     [
         ("reference", False, torch.float32, (7, 5), True),
-        ("reference", True, torch.bfloat16, (2, 3, 5), False),
-        ("dense", False, torch.float32, (2, 3, 5), False),
+        pytest.param("reference", True, torch.bfloat16, (2, 3, 5), False, marks=pytest.mark.slow),
+        pytest.param("dense", False, torch.float32, (2, 3, 5), False, marks=pytest.mark.slow),
         ("dense", True, torch.float32, (7, 5), True),
     ],
 )
