@@ -212,6 +212,9 @@ def test_the_export_is_compact_and_does_not_depend_on_the_order_of_the_runs(undi
     methods = [(run["spec"]["method"], run["spec"]["train_fraction"]) for run in content["runs"]]
     assert methods == [(m, f) for m in ("converted", "dense") for f in (1.0, 1.0, 0.1)]
     assert all("losses" not in run for run in content["runs"])
+    assert [sorted(run["measures"]) for run in content["runs"][:3]] == [
+        ["activity", "gate", "robustness", "smi"], [], [],
+    ]  # fmt: skip
     before = file.read_bytes()
     export(undisturbed, tmp_path)
     assert file.read_bytes() == before

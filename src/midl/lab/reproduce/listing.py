@@ -14,6 +14,7 @@ __all__ = ["export", "list_runs"]
 
 # What the committed results leave out, because it is large or says nothing away from its machine.
 _BULKY = ("losses", "measure_seconds")
+_PICTURES = ("activity", "gate")
 
 
 def list_runs(runs: Path) -> list[State]:
@@ -37,15 +38,14 @@ def _order(state: State) -> tuple[Any, ...]:
 def export(runs: Path, out: Path) -> list[Path]:
     """Write the finished runs as one JSON file per data set and profile and return the files.
 
-    One line per run, in an order that does not depend on when they ran, without what is bulky.
+    One line per run, in an order that does not depend on when they ran, without what is bulky: losses of every epoch,
+    measures of the overfitting study's runs, activity and gates of all seeds but the first.
     """
     entries: dict[str, list[dict[str, Any]]] = {}
     for state in list_runs(runs):
         if state.kind == "run" and state.finished is not None:
-            kept = {key: value for key, value in state.finished.items() if key not in _BULKY}
-            kept["final_loss"] = state.finished["losses"][-1]
             name = state.spec["dataset"] + ("" if state.spec["profile"] == "paper" else f"-{state.spec['profile']}")
-            entries.setdefault(name, []).append(kept)
+            entries.setdefault(name, []).append(_compact(state.finished, entries.get(name, [])))
     files = []
     for name, results in entries.items():
         latency = runs / results[0]["spec"]["dataset"] / "latency.json"
@@ -55,6 +55,18 @@ def export(runs: Path, out: Path) -> list[Path]:
         files.append(out / f"{name}.json")
         write_text(files[-1], "{\n" + ",\n".join(parts) + "\n}\n")
     return files
+
+
+def _compact(result: dict[str, Any], before: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return a result without what is large: of a method's maps and histograms the first run's will do."""
+    spec = result["spec"]
+    kept = {key: value for key, value in result.items() if key not in _BULKY}
+    kept["final_loss"] = result["losses"][-1]
+    if spec["train_fraction"] < 1 or spec["label_noise"]:
+        kept["measures"] = {}
+    elif any(other["spec"]["method"] == spec["method"] for other in before):
+        kept["measures"] = {name: value for name, value in result["measures"].items() if name not in _PICTURES}
+    return kept
 
 
 def _lines(results: list[dict[str, Any]]) -> str:
