@@ -9,6 +9,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from midl.ops.dispatch import NAMES, selected_kernels, unavailable_reason
 
 __all__ = [
     "describe_choice",
+    "describe_command",
     "describe_data",
     "describe_environment",
     "describe_extras",
@@ -60,12 +62,27 @@ _EXTRAS = {
 def describe_environment() -> dict[str, Any]:
     """Return everything beside the settings that a result should be read with, as JSON values."""
     return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": describe_command(sys.argv),
         "versions": describe_versions(),
         "machine": describe_machine(),
         "commit": describe_commit(),
         "kernels": {"selected": selected_kernels(), **describe_kernels()},
     }
+
+
+def describe_command(arguments: Sequence[str]) -> str:
+    """Return a command line without the folders of this machine: absolute paths keep their last part.
+
+    >>> describe_command(["/opt/bin/midl", "report", "/home/me/runs", "--out=/home/me/page.html"])
+    'midl report runs --out=page.html'
+    """
+    parts = []
+    for argument in arguments:
+        option, equals, value = argument.partition("=")
+        if Path(value).is_absolute():
+            argument = f"{option}{equals}{Path(value).name}"
+        parts.append(Path(argument).name if Path(argument).is_absolute() else argument)
+    return shlex.join(parts)
 
 
 def describe_versions() -> dict[str, str | None]:
