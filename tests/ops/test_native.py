@@ -29,29 +29,13 @@ if unavailable_reason("native"):
 
 from midl.ops import native, native_packing
 
+pytestmark = pytest.mark.usefixtures("native_kernels")
 SETS = native.supported_instruction_sets()
 # Root-mean-square error in units of the result's root-mean-square.
 LIMITS = {torch.float32: 2e-6, torch.bfloat16: 3e-3}
 
 
 random_tensors = functools.partial(draw_tensors, dtype=torch.float32)
-
-
-@pytest.fixture(autouse=True)
-def _native(poisoned_memory):
-    """Use the native kernels; instruction set and threads are restored, panels forgotten."""
-    before, threads = native.instruction_set(), torch.get_num_threads()
-    native_packing.clear_packed()
-    midl.kernels("native")
-    yield
-    native.use_instruction_set(before)
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(params=SETS)
-def instruction_set(request: pytest.FixtureRequest) -> str:
-    native.use_instruction_set(request.param)
-    return request.param
 
 
 def call(tensors: dict[str, Any], k: int, group_size: int, *, span: int = 1, noise: Any = None, rule: str = "sigmoid"):

@@ -20,27 +20,13 @@ if unavailable_reason("native"):
 
 from midl.ops import native
 
+pytestmark = pytest.mark.usefixtures("native_kernels")
 SETS = native.supported_instruction_sets()
 # Root-mean-square error in units of the gradient's root-mean-square.
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 random_tensors = functools.partial(draw_tensors, dtype=torch.float32)
 backward = torch.ops.midl.conv2d_backward
-
-
-@pytest.fixture(autouse=True)
-def _native(poisoned_memory):
-    before, threads = native.instruction_set(), torch.get_num_threads()
-    midl.kernels("native")
-    yield
-    native.use_instruction_set(before)
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(params=SETS)
-def instruction_set(request: pytest.FixtureRequest) -> str:
-    native.use_instruction_set(request.param)
-    return request.param
 
 
 def doubles(tensors):
