@@ -27,7 +27,8 @@ struct Members {
     const auto for_each = [&](auto visit) {
       for (std::int64_t b = 0; b < blocks.count; ++b) {
         const std::int64_t begin = blocks.first_row(b), end = b + 1 == blocks.count ? c.rows : blocks.first_row(b + 1);
-        for (std::int64_t i = b * c.selected_groups; i < (b + 1) * c.selected_groups; ++i) visit(c.selected[i], i, begin, end);
+        for (std::int64_t i = b * c.selected_groups; i < (b + 1) * c.selected_groups; ++i)
+          if (c.selected[i] >= 0) visit(c.selected[i], i, begin, end);
       }
     };
     for_each([&](std::int64_t g, std::int64_t, std::int64_t begin, std::int64_t end) { first[g + 1] += end - begin; });

@@ -104,7 +104,10 @@ void find_members(const ConvolutionBackwardPlan& plan, const Unit& u, std::int64
   const auto for_each = [&](auto visit) {
     for (std::int64_t r = 0; r < rows; ++r) {
       const std::int64_t block = plan.blocks.block_of(start + r) * c.selected_groups;
-      for (std::int64_t i = block; i < block + c.selected_groups; ++i) visit(c.selected ? c.selected[i] : 0, r, i);
+      for (std::int64_t i = block; i < block + c.selected_groups; ++i) {
+        const std::int32_t group = c.selected ? c.selected[i] : 0;
+        if (group >= 0) visit(group, r, i);
+      }
     }
   };
   for (std::int64_t g = 0; g <= c.groups + 1; ++g) u.first[g] = 0;

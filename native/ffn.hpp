@@ -39,10 +39,12 @@ inline void sort_rows(const midl::FfnForward& call, Range chunk, RowsByGroup& by
   const std::int64_t k = call.selected_groups, entries = (chunk.end - chunk.begin) * k;
   const std::int32_t* selected = call.selected + chunk.begin * k;
   for (std::int64_t g = 0; g <= call.groups; ++g) by_group.starts[g] = 0;
-  for (std::int64_t i = 0; i < entries; ++i) ++by_group.starts[selected[i] + 1];
+  for (std::int64_t i = 0; i < entries; ++i)
+    if (selected[i] >= 0) ++by_group.starts[selected[i] + 1];
   for (std::int64_t g = 0; g < call.groups; ++g) by_group.starts[g + 1] += by_group.starts[g];
   // Filling moves each start to its end; the loop behind moves them back.
   for (std::int64_t i = 0; i < entries; ++i) {
+    if (selected[i] < 0) continue;
     const std::int32_t at = by_group.starts[selected[i]]++;
     by_group.rows[at] = std::int32_t(i / k);
     by_group.shares[at] = call.shares ? call.shares[chunk.begin * k + i] : 1.0f;

@@ -328,8 +328,8 @@ void select_groups(const ForwardPlan<S>& plan, ThreadMemory& memory, Range block
   for (std::int64_t b = blocks.begin; b < blocks.end; ++b) {
     const std::int64_t block = chunk_block + b;
     float* gate = memory.gate + b * plan.gate_stride;
-    select_row(gate, c.noise ? c.noise + block * c.groups : nullptr, c.groups, c.selected_groups, c.hard, memory.keys,
-               memory.picks, c.selected ? c.selected + block * c.selected_groups : nullptr, gate);
+    select_row(gate, c.noise ? c.noise + block * c.groups : nullptr, c.groups,
+               {.k = c.selected_groups, .least = c.threshold, .hard = c.hard}, memory.keys, memory.picks, c.selected ? c.selected + block * c.selected_groups : nullptr, gate);
   }
 }
 
@@ -668,8 +668,8 @@ void topk(const midl::TopK& call) {
     std::int32_t* keys = reinterpret_cast<std::int32_t*>(memory + bytes * std::size_t(omp_get_thread_num()));
     const Range rows = part_of(call.rows, omp_get_thread_num(), omp_get_num_threads(), 1);
     for (std::int64_t r = rows.begin; r < rows.end; ++r)
-      select_row(call.scores + r * call.groups, nullptr, call.groups, call.k, false, keys, keys + padded,
-                 call.selected + r * call.k, nullptr);
+      select_row(call.scores + r * call.groups, nullptr, call.groups,
+                 {.k = call.k, .least = call.threshold, .hard = false}, keys, keys + padded, call.selected + r * call.k, nullptr);
   }
 }
 

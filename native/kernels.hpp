@@ -12,7 +12,9 @@ struct LinearForward {
   Storage storage;             // of x, y and all parameters
   const void* x;               // (rows, depth)
   std::int64_t x_stride;       // elements from row to row
-  std::int64_t rows, depth, neurons, rank, groups, selected_groups;
+  std::int64_t rows, depth, neurons, rank, groups;
+  std::int64_t selected_groups;  // by a block; with `threshold`, at most
+  float threshold = -__builtin_inff();  // logit that all but a block's first group must reach
   std::int64_t positions;      // rows of a sequence; `rows` is a multiple
   std::int64_t span;           // neighbouring rows of a sequence that share a selection
   const void* weight;          // (neurons, depth)
@@ -27,7 +29,7 @@ struct LinearForward {
   const void* full = nullptr;  // (rows, neurons), the full path of every neuron where the caller has computed it, or null
   bool hard;                   // interpolation weight 1 instead of sigmoid
   void* y;                     // (rows, neurons)
-  std::int32_t* selected;      // (blocks, selected_groups), or null where nobody wants it
+  std::int32_t* selected;      // (blocks, selected_groups), -1 behind the selected; or null where nobody wants it
   int threads;
 };
 
@@ -71,12 +73,12 @@ struct LinearBackward {
   const float* weight;         // (neurons, depth)
   const float* code;           // (rows, rank)
   const float* light_up;       // (neurons, rank)
-  const std::int32_t* selected;  // (blocks, selected_groups)
+  const std::int32_t* selected;  // (blocks, selected_groups), -1 in slots without a group
   const float* gate;           // (blocks, selected_groups): sigmoid of the selected logits
   bool hard;
   float* grad_light;           // (rows, neurons), gradient of the light path without the gate's share
   float* grad_x;               // (rows, depth), the full path's share; null with grad_logits where not needed
-  float* grad_logits;          // (blocks, selected_groups)
+  float* grad_logits;          // (blocks, selected_groups), of slots with a group
   float* grad_weight;          // (neurons, depth) or null
   int threads;
 };
@@ -89,7 +91,7 @@ struct ConvolutionBackward {
   const float* grad_y;         // (rows, neurons)
   std::int64_t rows, neurons, rank, groups, selected_groups, positions, span;
   const float* weight;         // (neurons, depth)
-  const std::int32_t* selected;  // (blocks, selected_groups), or null with one group
+  const std::int32_t* selected;  // (blocks, selected_groups), -1 in slots without a group; null with one group
   const float* gate;           // (blocks, selected_groups), null with `selected`
   const float* code;           // (rows, rank), null with `selected`
   const float* light_up;       // (neurons, rank), null with `selected`
@@ -97,7 +99,7 @@ struct ConvolutionBackward {
   float* grad_light;           // (rows, neurons), null with `selected`
   float* grad_x;               // (batch, height, width, channels); null with grad_logits where not needed
   bool accumulate;             // add to grad_x
-  float* grad_logits;          // (blocks, selected_groups)
+  float* grad_logits;          // (blocks, selected_groups), of slots with a group
   float* grad_weight;          // (neurons, depth) or null
   int threads;
 };
@@ -115,7 +117,7 @@ struct FfnForward {
   const float* value_bias;     // (hidden) or null
   const float* down_weight;    // (outputs, hidden)
   const float* light_hidden;   // (hidden)
-  const std::int32_t* selected;  // (rows, selected_groups)
+  const std::int32_t* selected;  // (rows, selected_groups), -1 in slots without a group
   const float* shares;         // (rows, selected_groups), weights of the selected groups, or null for 1
   Activation activation;
   float* y;                    // (rows, outputs), which the units' outputs are added to
@@ -125,6 +127,7 @@ struct FfnForward {
 struct TopK {
   const float* scores;         // (rows, groups)
   std::int64_t rows, groups, k;
+  float threshold;             // as in LinearForward
   std::int32_t* selected;      // (rows, k)
   int threads;
 };

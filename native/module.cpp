@@ -23,7 +23,7 @@ T* pointer(std::uintptr_t address) {
 }
 
 void linear_forward(bool bfloat16, std::uintptr_t x, int64_t x_stride, int64_t rows, int64_t depth, int64_t neurons,
-                    int64_t rank, int64_t groups, int64_t selected_groups, int64_t positions, int64_t span,
+                    int64_t rank, int64_t groups, int64_t selected_groups, float threshold, int64_t positions, int64_t span,
                     std::uintptr_t weight, std::uintptr_t bias, std::uintptr_t light_down, std::uintptr_t light_up,
                     std::uintptr_t gate_weight, std::uintptr_t gate_bias, std::uintptr_t noise, std::uintptr_t packed_light,
                     std::uintptr_t packed_weight, std::uintptr_t full, bool hard, std::uintptr_t y,
@@ -31,8 +31,8 @@ void linear_forward(bool bfloat16, std::uintptr_t x, int64_t x_stride, int64_t r
   midl::current().linear_forward({
       .storage = bfloat16 ? midl::Storage::bfloat16 : midl::Storage::float32,
       .x = pointer<const void>(x), .x_stride = x_stride, .rows = rows, .depth = depth, .neurons = neurons,
-      .rank = rank, .groups = groups, .selected_groups = selected_groups, .positions = positions, .span = span,
-      .weight = pointer<const void>(weight), .bias = pointer<const void>(bias),
+      .rank = rank, .groups = groups, .selected_groups = selected_groups, .threshold = threshold,
+      .positions = positions, .span = span, .weight = pointer<const void>(weight), .bias = pointer<const void>(bias),
       .light_down = pointer<const void>(light_down), .light_up = pointer<const void>(light_up),
       .gate_weight = pointer<const void>(gate_weight), .gate_bias = pointer<const void>(gate_bias),
       .noise = pointer<const float>(noise), 
@@ -66,9 +66,9 @@ midl::Images images_of(const Geometry& g) {
 }
 
 void convolution_forward(bool bfloat16, std::uintptr_t x, const Geometry& images, int64_t rows, int64_t neurons,
-                         int64_t rank, int64_t groups, int64_t selected_groups, int64_t positions, int64_t span,
-                         std::uintptr_t weight, std::uintptr_t bias, bool projection, std::uintptr_t gate_bias,
-                         std::uintptr_t noise, std::uintptr_t packed_light, std::uintptr_t packed_weight, bool hard,
+                         int64_t rank, int64_t groups, int64_t selected_groups, float threshold, int64_t positions,
+                         int64_t span, std::uintptr_t weight, std::uintptr_t bias, bool projection,
+                         std::uintptr_t gate_bias, std::uintptr_t noise, std::uintptr_t packed_light, std::uintptr_t packed_weight, bool hard,
                          std::uintptr_t y, std::uintptr_t selected, int threads) {
   midl::current().convolution_forward({
       .storage = bfloat16 ? midl::Storage::bfloat16 : midl::Storage::float32,
@@ -76,7 +76,7 @@ void convolution_forward(bool bfloat16, std::uintptr_t x, const Geometry& images
       .rows = {
           .storage = midl::Storage::float32, .x = pointer<const void>(x), .x_stride = 0, .rows = rows,
           .depth = images[0] * images[7] * images[8], .neurons = neurons, .rank = rank, .groups = groups,
-          .selected_groups = selected_groups, .positions = positions, .span = span,
+          .selected_groups = selected_groups, .threshold = threshold, .positions = positions, .span = span,
           .weight = pointer<const void>(weight), .bias = pointer<const void>(bias),
           // Never read: panels take their place.
           .light_down = pointer<const void>(packed_light), .light_up = pointer<const void>(packed_light),
@@ -127,8 +127,10 @@ void pack(bool bfloat16, int64_t depth, int64_t neurons, int64_t rank, int64_t g
   });
 }
 
-void topk(std::uintptr_t scores, int64_t rows, int64_t groups, int64_t k, std::uintptr_t selected, int threads) {
-  midl::current().topk({pointer<const float>(scores), rows, groups, k, pointer<std::int32_t>(selected), threads});
+void topk(std::uintptr_t scores, int64_t rows, int64_t groups, int64_t k, float threshold, std::uintptr_t selected,
+          int threads) {
+  midl::current().topk(
+      {pointer<const float>(scores), rows, groups, k, threshold, pointer<std::int32_t>(selected), threads});
 }
 
 void ffn_forward(std::uintptr_t x, int64_t x_stride, int64_t rows, int64_t depth, int64_t hidden, int64_t outputs,
@@ -160,15 +162,16 @@ NB_MODULE(_native, m) {
   m.doc() = "CPU kernels of midl; called by midl.ops.native.";
   const auto released = nb::call_guard<nb::gil_scoped_release>();
   m.def("linear_forward", &linear_forward, released, "bfloat16"_a, "x"_a, "x_stride"_a, "rows"_a, "depth"_a,
-        "neurons"_a, "rank"_a, "groups"_a, "selected_groups"_a, "positions"_a, "span"_a, "weight"_a, "bias"_a,
-        "light_down"_a, "light_up"_a, "gate_weight"_a, "gate_bias"_a, "noise"_a, "packed_light"_a,
+        "neurons"_a, "rank"_a, "groups"_a, "selected_groups"_a, "threshold"_a, "positions"_a, "span"_a, "weight"_a,
+        "bias"_a, "light_down"_a, "light_up"_a, "gate_weight"_a, "gate_bias"_a, "noise"_a, "packed_light"_a,
         "packed_weight"_a, "full"_a, "hard"_a, "y"_a, "selected"_a, "threads"_a);
   m.def("linear_backward", &linear_backward, released, "grad_y"_a, "x"_a, "x_stride"_a, "rows"_a, "depth"_a,
         "neurons"_a, "rank"_a, "groups"_a, "selected_groups"_a, "positions"_a, "span"_a, "weight"_a, "code"_a,
         "light_up"_a, "selected"_a, "gate"_a, "hard"_a, "grad_light"_a, "grad_x"_a, "grad_logits"_a, "grad_weight"_a,
         "threads"_a);
   m.def("convolution_forward", &convolution_forward, released, "bfloat16"_a, "x"_a, "images"_a, "rows"_a, "neurons"_a,
-        "rank"_a, "groups"_a, "selected_groups"_a, "positions"_a, "span"_a, "weight"_a, "bias"_a, "projection"_a,
+        "rank"_a, "groups"_a, "selected_groups"_a, "threshold"_a, "positions"_a, "span"_a, "weight"_a, "bias"_a,
+        "projection"_a,
         "gate_bias"_a, "noise"_a, "packed_light"_a, "packed_weight"_a, "hard"_a, "y"_a, "selected"_a, "threads"_a);
   m.def("convolution_backward", &convolution_backward, released, "x"_a, "images"_a, "grad_y"_a, "rows"_a, "neurons"_a,
         "rank"_a, "groups"_a, "selected_groups"_a, "positions"_a, "span"_a, "weight"_a, "selected"_a, "gate"_a,
@@ -178,7 +181,7 @@ NB_MODULE(_native, m) {
   m.def("wants_weight_panels", &wants_weight_panels, "rows"_a, "groups"_a, "selected_groups"_a, "group_size"_a);
   m.def("pack", &pack, released, "bfloat16"_a, "depth"_a, "neurons"_a, "rank"_a, "groups"_a, "weight"_a,
         "light_down"_a, "light_up"_a, "gate_weight"_a, "packed_light"_a, "packed_weight"_a, "threads"_a);
-  m.def("topk", &topk, released, "scores"_a, "rows"_a, "groups"_a, "k"_a, "selected"_a, "threads"_a);
+  m.def("topk", &topk, released, "scores"_a, "rows"_a, "groups"_a, "k"_a, "threshold"_a, "selected"_a, "threads"_a);
   m.def("ffn_forward", &ffn_forward, released, "x"_a, "x_stride"_a, "rows"_a, "depth"_a, "hidden"_a, "outputs"_a,
         "groups"_a, "selected_groups"_a, "weight"_a, "bias"_a, "value_weight"_a, "value_bias"_a, "down_weight"_a,
         "light_hidden"_a, "selected"_a, "shares"_a, "activation"_a, "y"_a, "threads"_a);

@@ -131,14 +131,14 @@ const void* panels_at(const nb::object& t) {
 class PreparedLinear {
  public:
   PreparedLinear(nb::dict parameters, nb::dict states, nb::object dtype, bool bfloat16, int64_t depth, int64_t neurons,
-                 int64_t rank, int64_t groups, int64_t selected_groups, bool hard, nb::object packed_light,
-                 nb::object packed_weight, nb::object dense_product)
+                 int64_t rank, int64_t groups, int64_t selected_groups, float threshold, bool hard,
+                 nb::object packed_light, nb::object packed_weight, nb::object dense_product)
       : dtype_(std::move(dtype)), packed_light_(std::move(packed_light)), packed_weight_(std::move(packed_weight)),
         dense_product_(std::move(dense_product)), kernels_(&current()), parameters_(parameters, states) {
     call_ = {
         .storage = bfloat16 ? Storage::bfloat16 : Storage::float32,
         .x = nullptr, .x_stride = depth, .rows = 0, .depth = depth, .neurons = neurons, .rank = rank, .groups = groups,
-        .selected_groups = selected_groups, .positions = 0, .span = 1, .weight = parameters_.address(0),
+        .selected_groups = selected_groups, .threshold = threshold, .positions = 0, .span = 1, .weight = parameters_.address(0),
         .bias = parameters_.address(1), .light_down = parameters_.address(2),
         .light_up = parameters_.address(3), .gate_weight = parameters_.address(4),
         .gate_bias = parameters_.address(5), .noise = nullptr, .packed_light = panels_at(packed_light_),
@@ -202,8 +202,8 @@ class PreparedConvolution {
  public:
   PreparedConvolution(nb::dict parameters, nb::dict states, nb::object x, nb::object y_shape,
                       const std::array<int64_t, 17>& images, int64_t rows, int64_t neurons, int64_t rank,
-                      int64_t groups, int64_t selected_groups, int64_t positions, int64_t span, bool hard,
-                      nb::object packed_light, nb::object packed_weight)
+                      int64_t groups, int64_t selected_groups, float threshold, int64_t positions, int64_t span,
+                      bool hard, nb::object packed_light, nb::object packed_weight)
       : x_shape_(attribute(x.ptr(), names().shape)), x_strides_(method(x.ptr(), names().stride)),
         dtype_(attribute(x.ptr(), names().dtype)), y_shape_(std::move(y_shape)),
         packed_light_(std::move(packed_light)), packed_weight_(std::move(packed_weight)), kernels_(&current()),
@@ -215,7 +215,8 @@ class PreparedConvolution {
     call_.rows = {
         .storage = Storage::float32, .x = nullptr, .x_stride = 0, .rows = rows,
         .depth = call_.images.channels * call_.images.kernel_height * call_.images.kernel_width, .neurons = neurons,
-        .rank = rank, .groups = groups, .selected_groups = selected_groups, .positions = positions, .span = span,
+        .rank = rank, .groups = groups, .selected_groups = selected_groups, .threshold = threshold,
+        .positions = positions, .span = span,
         // Never read: panels take their place.
         .weight = nullptr, .bias = parameters_.address(1), .light_down = light, .light_up = light,
         .gate_weight = parameters_.address(4) ? light : nullptr, .gate_bias = parameters_.address(5),
@@ -259,16 +260,16 @@ class PreparedConvolution {
 void bind_prepared(nb::module_& m) {
   nb::set_leak_warnings(false);  // calls are kept in a dict of a Python module until the interpreter is gone
   nb::class_<PreparedLinear>(m, "PreparedLinear")
-      .def(nb::init<nb::dict, nb::dict, nb::object, bool, int64_t, int64_t, int64_t, int64_t, int64_t, bool, nb::object,
-                    nb::object, nb::object>(),
+      .def(nb::init<nb::dict, nb::dict, nb::object, bool, int64_t, int64_t, int64_t, int64_t, int64_t, float, bool,
+                    nb::object, nb::object, nb::object>(),
            "parameters"_a, "states"_a, "dtype"_a, "bfloat16"_a, "depth"_a, "neurons"_a, "rank"_a, "groups"_a,
-           "selected_groups"_a, "hard"_a, "packed_light"_a.none(), "packed_weight"_a.none(), "dense_product"_a.none())
+           "selected_groups"_a, "threshold"_a, "hard"_a, "packed_light"_a.none(), "packed_weight"_a.none(), "dense_product"_a.none())
       .def("run", &PreparedLinear::run, "x"_a, "parameters"_a, "threads"_a);
   nb::class_<PreparedConvolution>(m, "PreparedConvolution")
       .def(nb::init<nb::dict, nb::dict, nb::object, nb::object, const std::array<int64_t, 17>&, int64_t, int64_t,
-                    int64_t, int64_t, int64_t, int64_t, int64_t, bool, nb::object, nb::object>(),
+                    int64_t, int64_t, int64_t, float, int64_t, int64_t, bool, nb::object, nb::object>(),
            "parameters"_a, "states"_a, "x"_a, "y_shape"_a, "images"_a, "rows"_a, "neurons"_a, "rank"_a, "groups"_a,
-           "selected_groups"_a, "positions"_a, "span"_a, "hard"_a, "packed_light"_a, "packed_weight"_a)
+           "selected_groups"_a, "threshold"_a, "positions"_a, "span"_a, "hard"_a, "packed_light"_a, "packed_weight"_a)
       .def("run", &PreparedConvolution::run, "x"_a, "parameters"_a, "threads"_a);
 }
 

@@ -2,7 +2,8 @@
 //
 // Scores become integer keys of the same order (-0 as +0, NaN as -inf). The search narrows [low, high) with
 // count(key >= low) >= k > count(key >= high), by interpolation and, whenever that is slow, by halving; most rows end
-// early, at a threshold that exactly k keys reach. Ties at the threshold go to the lowest index.
+// early, at a threshold that exactly k keys reach. Ties at the threshold go to the lowest index. A call may set a least
+// score of its own: the keys that reach it are counted first, and where they are fewer than k they are the selection.
 #pragma once
 
 #include "simd.hpp"
@@ -10,14 +11,14 @@
 namespace {
 
 constexpr std::int32_t kLowestKey = INT32_MIN;
+constexpr std::int32_t kMinusInfinityKey = std::int32_t(0xff800000u ^ 0x7fffffffu);
 
 MIDL_INLINE IVec to_keys(Vec score) {
   score = score + 0.0f;  // -0 becomes +0
   const IVec bits = (IVec)score;
   const IVec keys = bits ^ ((bits >> 31) & 0x7fffffff);
-  const std::int32_t minus_infinity = std::int32_t(0xff800000u ^ 0x7fffffffu);
   const IVec is_nan = (bits & 0x7fffffff) > 0x7f800000;
-  return is_nan ? splat(minus_infinity) : keys;
+  return is_nan ? splat(kMinusInfinityKey) : keys;
 }
 
 // Inverse of to_keys for finite scores.
@@ -95,6 +96,14 @@ inline Threshold find_threshold(const std::int32_t* keys, std::int64_t n, std::i
   return {std::int32_t(low), reach_low == k ? -1 : k - reach_high};
 }
 
+// Where to cut off the k largest keys that reach `least`, or the largest alone where none does; k becomes how many.
+inline Threshold find_cut(const std::int32_t* keys, std::int64_t n, std::int64_t padded, std::int32_t least,
+                          std::int64_t& k) {
+  const std::int64_t reach = least > kMinusInfinityKey ? count_reaching(keys, padded, least) : n;
+  if (reach < k) k = reach > 0 ? reach : 1;
+  return k == reach ? Threshold{least, -1} : find_threshold(keys, n, padded, k);
+}
+
 MIDL_INLINE Vec exponential(Vec x) {
   const Vec upper = splat(88.7f), lower = splat(-103.9f);
   x = x > upper ? upper : x;  // NaN passes both comparisons
@@ -124,8 +133,20 @@ constexpr float kUnselected = -1.0f;
 
 MIDL_INLINE bool is_selected(float weight) { return !(weight < 0.0f); }
 
+// What one row selects.
+struct Rule {
+  std::int64_t k;      // groups at most; at least one
+  float least;         // score that all but the first must reach
+  bool hard;           // interpolation weight 1 instead of sigmoid
+};
+
+inline void write_selected(const std::int32_t* picks, std::int64_t picked, std::int64_t k, std::int32_t* selected) {
+  __builtin_memcpy(selected, picks, sizeof(std::int32_t) * std::size_t(picked));
+  for (std::int64_t i = picked; i < k; ++i) selected[i] = -1;
+}
+
 // Of one vector of keys: a key is selected if fewer than k keys come before it.
-inline void select_few(const float* logits, std::int64_t n, std::int64_t k, bool hard, const std::int32_t* keys,
+inline void select_few(const float* logits, std::int64_t n, const Rule& rule, const std::int32_t* keys,
                        std::int32_t* picks, std::int32_t* selected, float* weights) {
   const IVec key = load(keys);
   IVec lane, before = {};
@@ -134,7 +155,8 @@ inline void select_few(const float* logits, std::int64_t n, std::int64_t k, bool
     const IVec other = splat(keys[i]);
     before -= (IVec)((other > key) | ((other == key) & (lane > splat(std::int32_t(i)))));
   }
-  const IVec chosen = (IVec)(before < splat(std::int32_t(k)));
+  const IVec reaches = (IVec)(key >= splat(to_key(rule.least)));
+  const IVec chosen = (IVec)(before < splat(std::int32_t(rule.k))) & (reaches | (IVec)(before == splat(0)));
   std::int32_t mask[L];
   store(mask, chosen);
   std::int64_t picked = 0;
@@ -142,17 +164,17 @@ inline void select_few(const float* logits, std::int64_t n, std::int64_t k, bool
     picks[picked] = std::int32_t(i);
     picked -= mask[i];
   }
-  if (selected) __builtin_memcpy(selected, picks, sizeof(std::int32_t) * std::size_t(k));
+  if (selected) write_selected(picks, picked, rule.k, selected);
   if (!weights) return;
-  const Vec weight = hard ? splat(1.0f) : sigmoid(load(logits));
+  const Vec weight = rule.hard ? splat(1.0f) : sigmoid(load(logits));
   store(weights, chosen ? weight : splat(kUnselected));
 }
 
-// Select k of n groups of one row: indices into `selected` (unless null), ascending; logits are replaced by the interpolation weights
-// (sigmoid, or 1 if `hard`; kUnselected elsewhere) unless `weights` is null. `keys` and `picks` hold padded + 1 entries;
-// logits and weights are padded to a multiple of L.
-inline void select_row(const float* logits, const float* noise, std::int64_t n, std::int64_t k, bool hard,
-                       std::int32_t* keys, std::int32_t* picks, std::int32_t* selected, float* weights) {
+// Select up to k of n groups of one row: indices into `selected` (unless null), ascending, -1 behind them; logits are
+// replaced by the interpolation weights (kUnselected elsewhere) unless `weights` is null. `keys` and `picks` hold
+// padded + 1 entries; logits and weights are padded to a multiple of L.
+inline void select_row(const float* logits, const float* noise, std::int64_t n, const Rule& rule, std::int32_t* keys,
+                       std::int32_t* picks, std::int32_t* selected, float* weights) {
   const std::int64_t padded = (n + L - 1) / L * L;
   for (std::int64_t i = 0; i < n; i += L) {
     const std::int64_t count = n - i;
@@ -162,9 +184,10 @@ inline void select_row(const float* logits, const float* noise, std::int64_t n, 
   }
   for (std::int64_t i = n; i < padded; ++i) keys[i] = kLowestKey;
 
-  if (padded == L) return select_few(logits, n, k, hard, keys, picks, selected, weights);
+  if (padded == L) return select_few(logits, n, rule, keys, picks, selected, weights);
 
-  Threshold threshold = find_threshold(keys, n, padded, k);
+  std::int64_t count = rule.k;
+  const Threshold threshold = find_cut(keys, n, padded, to_key(rule.least), count);
   if (threshold.ties >= 0) {
     // Lift the ties that are selected above the threshold and lower the others below it.
     std::int64_t left = threshold.ties;
@@ -176,11 +199,11 @@ inline void select_row(const float* logits, const float* noise, std::int64_t n, 
     picks[picked] = std::int32_t(i);
     picked += keys[i] >= threshold.key;
   }
-  if (selected) __builtin_memcpy(selected, picks, sizeof(std::int32_t) * std::size_t(k));
+  if (selected) write_selected(picks, count, rule.k, selected);
   if (!weights) return;
   const IVec t = splat(threshold.key);
   for (std::int64_t i = 0; i < padded; i += L) {
-    const Vec weight = hard ? splat(1.0f) : sigmoid(load(logits + i));
+    const Vec weight = rule.hard ? splat(1.0f) : sigmoid(load(logits + i));
     store(weights + i, (IVec)(load(keys + i) >= t) ? weight : splat(kUnselected));
   }
 }

@@ -103,8 +103,10 @@ void compare(const Kernels& kernels, const Tensor& actual, const vector<double>&
   report(actual.strip_is_whole(), kernels.name, "wrote past the end", where + what);
 }
 
-// The k largest, ties to the lowest index, NaN as the least.
-vector<std::int32_t> top(const vector<double>& scores, int64_t k) {
+constexpr float kNone = -std::numeric_limits<float>::infinity();  // every score reaches this threshold
+
+// The k largest, ties to the lowest index, NaN as the least; behind the first only those that reach the threshold, then -1.
+vector<std::int32_t> top(const vector<double>& scores, int64_t k, double threshold) {
   vector<std::int32_t> order(scores.size());
   for (std::size_t i = 0; i < order.size(); ++i) order[i] = std::int32_t(i);
   const auto value = [&](std::int32_t i) {
@@ -113,29 +115,34 @@ vector<std::int32_t> top(const vector<double>& scores, int64_t k) {
   };
   std::stable_sort(order.begin(), order.end(), [&](std::int32_t a, std::int32_t b) { return value(a) > value(b); });
   order.resize(std::size_t(k));
-  std::sort(order.begin(), order.end());
+  const auto end = std::find_if(order.begin() + 1, order.end(), [&](std::int32_t i) { return value(i) < threshold; });
+  std::sort(order.begin(), end);
+  std::fill(end, order.end(), -1);
   return order;
+}
+
+void test_topk(const Kernels& kernels, int64_t groups, int kind, float threshold) {
+  const int64_t rows = 3, k = std::max<int64_t>(1, groups * 45 / 100);
+  Tensor scores = Tensor::random(rows * groups);
+  for (int64_t i = 0; i < rows * groups; ++i) {
+    if (kind == 1) scores.set(i, std::round(scores[i]));
+    if (kind == 2 && i % 3) scores.set(i, i % 3 == 1 ? kNaN : -std::numeric_limits<float>::infinity());
+  }
+  vector<std::int32_t> selected(std::size_t(rows * k), -2);
+  kernels.topk({scores.as<float>(), rows, groups, k, threshold, selected.data(), 1});
+  for (int64_t r = 0; r < rows; ++r) {
+    vector<double> row;
+    for (int64_t g = 0; g < groups; ++g) row.push_back(scores[r * groups + g]);
+    const auto expected = top(row, k, threshold);
+    report(std::equal(expected.begin(), expected.end(), selected.begin() + r * k), kernels.name, "Top-k",
+           std::to_string(groups) + " groups, kind " + std::to_string(kind) + ", threshold " + std::to_string(threshold));
+  }
 }
 
 void test_topk(const Kernels& kernels) {
   for (const int64_t groups : {1, 2, 15, 16, 17, 33, 100, 1000})
-    for (const int kind : {0, 1, 2}) {
-      const int64_t rows = 3, k = std::max<int64_t>(1, groups * 45 / 100);
-      Tensor scores = Tensor::random(rows * groups);
-      for (int64_t i = 0; i < rows * groups; ++i) {
-        if (kind == 1) scores.set(i, std::round(scores[i]));
-        if (kind == 2 && i % 3) scores.set(i, i % 3 == 1 ? kNaN : -std::numeric_limits<float>::infinity());
-      }
-      vector<std::int32_t> selected(std::size_t(rows * k), -1);
-      kernels.topk({scores.as<float>(), rows, groups, k, selected.data(), 1});
-      for (int64_t r = 0; r < rows; ++r) {
-        vector<double> row;
-        for (int64_t g = 0; g < groups; ++g) row.push_back(scores[r * groups + g]);
-        const auto expected = top(row, k);
-        report(std::equal(expected.begin(), expected.end(), selected.begin() + r * k), kernels.name, "Top-k",
-               std::to_string(groups) + " groups, kind " + std::to_string(kind));
-      }
-    }
+    for (const int kind : {0, 1, 2})
+      for (const float threshold : {kNone, -1.0f, 1.0f, 100.0f, -kNone}) test_topk(kernels, groups, kind, threshold);
 }
 
 struct Shape {
@@ -148,12 +155,13 @@ struct Case {
   Shape shape;
   Storage storage;
   bool light_gate, hard;
+  float threshold;
   std::string describe() const {
     char text[200];
-    std::snprintf(text, sizeof text, "rows %d depth %d groups %d x %d rank %d k %d span %d %s%s%s", int(shape.rows),
+    std::snprintf(text, sizeof text, "rows %d depth %d groups %d x %d rank %d k %d span %d %s%s%s threshold %g", int(shape.rows),
                   int(shape.depth), int(shape.groups), int(shape.group_size), int(shape.rank), int(shape.k),
                   int(shape.span), storage == Storage::float32 ? "float32" : "bfloat16", light_gate ? " light gate" : "",
-                  hard ? " hard" : "");
+                  hard ? " hard" : "", double(threshold));
     return text;
   }
 };
@@ -163,6 +171,7 @@ struct Layer {
   Shape s;
   Tensor x, weight, bias, light_down, light_up, gate_weight, gate_bias;
   bool light_gate, hard;
+  float threshold;
   vector<double> code, light, full, logits, y;
   vector<std::int32_t> selected;
 
@@ -173,7 +182,8 @@ struct Layer {
         light_down(Tensor::random(c.storage, s.rank * s.depth, scale(s.depth))),
         light_up(Tensor::random(c.storage, s.neurons() * s.rank, scale(s.rank))),
         gate_weight(Tensor::random(c.storage, s.groups * s.rank, scale(s.rank))),
-        gate_bias(Tensor::random(c.storage, s.groups)), light_gate(c.light_gate), hard(c.hard) {
+        gate_bias(Tensor::random(c.storage, s.groups)), light_gate(c.light_gate), hard(c.hard),
+        threshold(c.threshold) {
     code = product(x, light_down, s.rows, s.rank, s.depth);
     full = product(x, weight, s.rows, s.neurons(), s.depth);
     light.assign(std::size_t(s.rows * s.neurons()), 0);
@@ -217,7 +227,7 @@ struct Layer {
         row.push_back(light_gate ? logit : logit + gate_bias[g]);
       }
       logits.insert(logits.end(), row.begin(), row.end());
-      const auto chosen = top(row, s.k);
+      const auto chosen = top(row, s.k, threshold);
       selected.insert(selected.end(), chosen.begin(), chosen.end());
     }
   }
@@ -252,12 +262,12 @@ void test_forward(const Kernels& kernels, const Case& c) {
       kernels.pack(call);
     }
     Tensor y(c.storage, s.rows * s.neurons());
-    vector<std::int32_t> selected(std::size_t(s.blocks() * s.k), -1);
+    vector<std::int32_t> selected(std::size_t(s.blocks() * s.k), -2);
     const bool weight_panels = packed && kernels.wants_weight_panels(s.rows, s.groups, s.k, s.group_size);
     kernels.linear_forward({
         .storage = c.storage, .x = layer.x.data(), .x_stride = s.depth, .rows = s.rows, .depth = s.depth,
-        .neurons = s.neurons(), .rank = s.rank, .groups = s.groups, .selected_groups = s.k, .positions = s.rows,
-        .span = s.span, .weight = layer.weight.data(), .bias = layer.bias.data(),
+        .neurons = s.neurons(), .rank = s.rank, .groups = s.groups, .selected_groups = s.k, .threshold = c.threshold,
+        .positions = s.rows, .span = s.span, .weight = layer.weight.data(), .bias = layer.bias.data(),
         .light_down = layer.light_down.data(), .light_up = layer.light_up.data(),
         .gate_weight = parameters.gate_weight, .gate_bias = c.light_gate ? nullptr : layer.gate_bias.data(),
         .noise = nullptr, .packed_light = packed ? packed_light.data() : nullptr,
@@ -280,7 +290,7 @@ void test_backward(const Kernels& kernels, const Case& c) {
   Tensor gate(Storage::float32, s.blocks() * s.k);
   for (int64_t i = 0; i < s.rows * s.rank; ++i) code.set(i, float(layer.code[std::size_t(i)]));
   for (int64_t i = 0; i < s.blocks() * s.k; ++i)
-    gate.set(i, float(layer.gate(i / s.k, layer.selected[std::size_t(i)])));
+    if (layer.selected[std::size_t(i)] >= 0) gate.set(i, float(layer.gate(i / s.k, layer.selected[std::size_t(i)])));
   Tensor grad_light(Storage::float32, s.rows * n), grad_x(Storage::float32, s.rows * s.depth);
   Tensor grad_logits(Storage::float32, s.blocks() * s.k), grad_weight(Storage::float32, n * s.depth);
   kernels.linear_backward({
@@ -309,6 +319,8 @@ void test_backward(const Kernels& kernels, const Case& c) {
       logits[std::size_t(block * s.k + (std::find(begin, begin + s.k, std::int32_t(group)) - begin))] +=
           g * (layer.full[at] - layer.light[at]) * slope;
     }
+  for (int64_t i = 0; i < s.blocks() * s.k; ++i)
+    if (layer.selected[std::size_t(i)] < 0) grad_logits.set(i, 0);
   compare(kernels, grad_light, light, kBackwardLimit, "gradient of the light path", c.describe());
   compare(kernels, grad_x, x, kBackwardLimit, "gradient of x", c.describe());
   compare(kernels, grad_logits, logits, kBackwardLimit, "gradient of the logits", c.describe());
@@ -353,14 +365,14 @@ void test_convolution(const Kernels& kernels, Storage storage, bool channels_las
   if (panels) parameters.packed_weight = packed_weight.data();
   kernels.pack(parameters);
   Tensor y(storage, s.rows * s.neurons());
-  vector<std::int32_t> selected(std::size_t(s.blocks() * s.k), -1);
+  vector<std::int32_t> selected(std::size_t(s.blocks() * s.k), -2);
   kernels.convolution_forward(
       {.storage = storage,
        .images = m,
        .rows = {
            .storage = Storage::float32, .x = image.data(), .x_stride = 0, .rows = s.rows, .depth = s.depth,
            .neurons = s.neurons(), .rank = s.rank, .groups = s.groups, .selected_groups = s.k,
-           .positions = s.span > 1 ? s.rows : m.out_width, .span = s.span, .weight = layer.weight.data(),
+           .threshold = c.threshold, .positions = s.span > 1 ? s.rows : m.out_width, .span = s.span, .weight = layer.weight.data(),
            .bias = layer.bias.data(), .light_down = nullptr, .light_up = nullptr,
            .gate_weight = parameters.gate_weight, .gate_bias = c.light_gate ? nullptr : layer.gate_bias.data(),
            .noise = nullptr, .packed_light = packed_light.data(),
@@ -385,15 +397,19 @@ void test(const Kernels& kernels) {
   for (const Shape& shape : shapes)
     for (const Storage storage : {Storage::float32, Storage::bfloat16})
       for (const bool light_gate : {false, true}) {
-        const Case c{shape, storage, light_gate, ++turn % 3 == 0};
-        test_forward(kernels, c);
-        if (storage == Storage::float32) test_backward(kernels, c);
+        Case c{shape, storage, light_gate, ++turn % 3 == 0, kNone};
+        for (const float threshold : {kNone, 0.4f}) {
+          c.threshold = threshold;
+          test_forward(kernels, c);
+          if (storage == Storage::float32) test_backward(kernels, c);
+        }
       }
   for (const Storage storage : {Storage::float32, Storage::bfloat16})
     for (const bool channels_last : {true, false})
       for (const int64_t channels : {3, 16, 37})
         for (const int64_t stride : {1, 2}) {
-          const Case c{{0, 0, 5, channels == 16 ? 3 : 32, 6, 2, stride == 1 ? 1 : 0}, Storage::float32, channels_last, false};
+          const Case c{{0, 0, 5, channels == 16 ? 3 : 32, 6, 2, stride == 1 ? 1 : 0}, Storage::float32, channels_last, false,
+                       channels == 37 ? 0.4f : kNone};
           test_convolution(kernels, storage, channels_last, channels, 3, stride, 3 - stride, c);
         }
 }

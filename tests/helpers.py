@@ -24,6 +24,7 @@ class Options:
     group_size: int = 1
     interpolation: str = "sigmoid"
     ste: str = "selected"
+    threshold: float | None = None
 
 
 def _sigmoid(v: float) -> float:
@@ -72,8 +73,9 @@ def plain_rows(
                 ]
                 s.append(math.fsum(values) / len(values))
         scores = s if noise is None else [v + e for v, e in zip(s, noise[b], strict=True)]
-        chosen = sorted(sorted(range(num_groups), key=lambda g: (-scores[g], g))[: options.k])
-        selections.append(chosen)
+        best, *others = sorted(range(num_groups), key=lambda g: (-scores[g], g))[: options.k]
+        chosen = sorted([best, *(g for g in others if options.threshold is None or scores[g] >= options.threshold)])
+        selections.append(chosen + [-1] * (options.k - len(chosen)))
         logits.append(s)
         for p in block:
             for j in range(n):

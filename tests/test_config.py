@@ -37,6 +37,11 @@ from midl.errors import MIDLError
         ("ste", "none", "'dense', 'selected'"),
         ("noise", -1.0, "at least 0"),
         ("noise", float("nan"), "at least 0"),
+        ("threshold", float("nan"), "a finite number or None"),
+        ("threshold", float("inf"), "a finite number or None"),
+        ("threshold", "low", "a finite number or None"),
+        ("most", 0.0, "a number in (0, 1]"),
+        ("most", 1.5, "a number in (0, 1]"),
         ("select", "channel", "'position', 'image'"),
     ],
 )
@@ -85,6 +90,8 @@ configs = st.builds(
     ste=st.sampled_from(["dense", "selected"]),
     noise=st.floats(0, 10),
     select=st.sampled_from(["position", "image"]),
+    threshold=st.none() | st.floats(allow_nan=False, allow_infinity=False),
+    most=st.floats(0, 1, exclude_min=True),
 )
 
 

@@ -32,6 +32,24 @@ def test_topk_is_the_sorted_choice_of_any_row(row, data):
     assert selected[0].tolist() == expected_selection(torch.tensor(row, dtype=torch.float32).tolist(), k)
 
 
+@settings(max_examples=200)
+@given(row=rows, threshold=score.filter(lambda v: not math.isnan(v)), data=st.data())
+def test_a_threshold_leaves_those_of_the_k_that_reach_it_and_always_the_first(row, threshold, data):
+    k = data.draw(st.integers(1, len(row)))
+    rank = [-INF if math.isnan(v) else v for v in row]
+    best = max(range(len(row)), key=lambda i: (rank[i], -i))
+    chosen = [i for i in expected_selection(row, k) if i == best or rank[i] >= threshold]
+    selected = topk_groups(torch.tensor([row], dtype=torch.float32), k, threshold)
+    assert selected.dtype == torch.int32
+    assert selected[0].tolist() == chosen + [-1] * (k - len(chosen))
+    assert selection_mask(selected, len(row))[0].nonzero().flatten().tolist() == chosen
+
+
+def test_every_score_reaches_minus_infinity():
+    scores = torch.tensor([[NAN, -INF, 1.0, NAN], [NAN] * 4])
+    assert torch.equal(topk_groups(scores, 3, -INF), topk_groups(scores, 3))
+
+
 @settings(max_examples=50)
 @given(row=rows, shift=st.integers(-20, 20), data=st.data())
 def test_topk_of_a_row_does_not_depend_on_other_rows(row, shift, data):

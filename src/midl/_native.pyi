@@ -8,9 +8,9 @@ from torch import Tensor
 
 def linear_forward(
     bfloat16: bool, x: int, x_stride: int, rows: int, depth: int, neurons: int, rank: int, groups: int,
-    selected_groups: int, positions: int, span: int, weight: int, bias: int, light_down: int, light_up: int,
-    gate_weight: int, gate_bias: int, noise: int, packed_light: int, packed_weight: int, full: int, hard: bool, y: int,
-    selected: int, threads: int,
+    selected_groups: int, threshold: float, positions: int, span: int, weight: int, bias: int, light_down: int,
+    light_up: int, gate_weight: int, gate_bias: int, noise: int, packed_light: int, packed_weight: int, full: int,
+    hard: bool, y: int, selected: int, threads: int,
 ) -> None: ...  # fmt: skip
 def linear_backward(
     grad_y: int, x: int, x_stride: int, rows: int, depth: int, neurons: int, rank: int, groups: int,
@@ -23,7 +23,9 @@ def pack(
     bfloat16: bool, depth: int, neurons: int, rank: int, groups: int, weight: int, light_down: int, light_up: int,
     gate_weight: int, packed_light: int, packed_weight: int, threads: int,
 ) -> None: ...  # fmt: skip
-def topk(scores: int, rows: int, groups: int, k: int, selected: int, threads: int) -> None: ...
+def topk(
+    scores: int, rows: int, groups: int, k: int, threshold: float, selected: int, threads: int
+) -> None: ...  # fmt: skip
 def ffn_forward(
     x: int, x_stride: int, rows: int, depth: int, hidden: int, outputs: int, groups: int, selected_groups: int,
     weight: int, bias: int, value_weight: int, value_bias: int, down_weight: int, light_hidden: int, selected: int,
@@ -34,8 +36,8 @@ def sample(data: int, bytes: int) -> int: ...
 class PreparedLinear:
     def __init__(
         self, parameters: dict[str, Any], states: dict[str, tuple[int, int, int]], dtype: torch.dtype, bfloat16: bool,
-        depth: int, neurons: int, rank: int, groups: int, selected_groups: int, hard: bool, packed_light: Tensor,
-        packed_weight: Tensor | None, dense_product: Callable[..., Tensor] | None,
+        depth: int, neurons: int, rank: int, groups: int, selected_groups: int, threshold: float, hard: bool,
+        packed_light: Tensor, packed_weight: Tensor | None, dense_product: Callable[..., Tensor] | None,
     ) -> None: ...  # fmt: skip
     def run(self, x: Tensor, parameters: dict[str, Any], threads: int) -> Tensor | None: ...
 
@@ -43,7 +45,8 @@ class PreparedConvolution:
     def __init__(
         self, parameters: dict[str, Any], states: dict[str, tuple[int, int, int]], x: Tensor,
         y_shape: tuple[int, int, int, int], images: list[int], rows: int, neurons: int, rank: int, groups: int,
-        selected_groups: int, positions: int, span: int, hard: bool, packed_light: Tensor, packed_weight: Tensor,
+        selected_groups: int, threshold: float, positions: int, span: int, hard: bool, packed_light: Tensor,
+        packed_weight: Tensor,
     ) -> None: ...  # fmt: skip
     def run(self, x: Tensor, parameters: dict[str, Any], threads: int) -> Tensor | None: ...
 

@@ -20,7 +20,9 @@ __all__ = ["set_active", "spread_active"]
 def set_active(
     model: nn.Module, active: float | None = None, *, flops_ratio: float | None = None, example_inputs: Any = None
 ) -> None:
-    """Set how much of every MID-L layer in ``model`` is active; the weights stay.
+    """Set how much of every MID-L layer in ``model`` is active, the same for every input; the weights stay.
+
+    Thresholds go: they belong to the budget they were calibrated for (:func:`midl.adaptation.calibrate_threshold`).
 
     Give either the fraction of groups, the same for every layer, or what the whole model should need. For a FLOPs ratio
     the layers keep their order: every layer's odds ``active / (1 - active)`` are multiplied by the same factor, the
@@ -142,7 +144,7 @@ class _Costs:
         for index, args, kwargs in calls:
             layer = layers[index]
             inputs = kwargs or args
-            start = layer.active
+            start = layer.config
             now[index] += count_flops(layer, inputs)
             dense[index] += count_flops(family_of_layer(layer).to_dense(layer), inputs)
             try:
@@ -151,7 +153,7 @@ class _Costs:
                 layer.active = 1.0
                 every = count_flops(layer, inputs)
             finally:
-                layer.active = start
+                layer.config = start
             slope = (every - one) / max(1, layer.num_groups - 1)
             self.per_group[index] += slope
             self.fixed[index] += one - slope

@@ -28,7 +28,8 @@ class MIDConfig:
     True
 
     Args:
-        active: fraction of the neuron groups that take the full path, in (0, 1].
+        active: fraction of the neuron groups that take the full path, in (0, 1]; with a threshold, the average over
+            inputs that it was calibrated for.
         rank: width of the low-rank code, or ``"auto"``: the largest that meets ``flops_ratio``.
         flops_ratio: with ``rank="auto"``, dense multiply-adds divided by the layer's, at least this (the paper: 1.7).
         group_size: neurons selected together (1: each neuron alone, as in the paper). Must divide the layer's width.
@@ -41,6 +42,10 @@ class MIDConfig:
             pass is sparse too. ``"dense"``: from every group; training then computes every neuron.
         noise: standard deviation of Gaussian noise added to the logits for the selection, while training only.
         select: convolutions only. ``"position"``: every output pixel chooses. ``"image"``: one choice per image.
+        threshold: gate logit that a group must reach to be selected, so that inputs take as many as they need: at
+            least one, at most the fraction ``most``. ``None``: every input takes the same number, ``active``. Set by
+            :func:`midl.adaptation.calibrate_threshold`.
+        most: with a threshold, the largest fraction of the groups that an input may take, in (0, 1].
 
     Raises:
         MIDLError: a value outside its range; the message names it.
@@ -59,6 +64,8 @@ class MIDConfig:
     ste: StraightThrough = "selected"
     noise: float = 0.0
     select: Select = "position"
+    threshold: float | None = None
+    most: float = 1.0
 
     def __post_init__(self) -> None:
         check_active("MIDConfig", self.active)
@@ -68,6 +75,10 @@ class MIDConfig:
         check_positive_int("MIDConfig", "span", self.span)
         if not _is_number(self.flops_ratio) or not self.flops_ratio > 0:
             raise MIDLError(f"MIDConfig: flops_ratio={self.flops_ratio!r}, expected a number above 0")
+        if self.threshold is not None and not _is_number(self.threshold):
+            raise MIDLError(f"MIDConfig: threshold={self.threshold!r}, expected a finite number or None")
+        if not _is_number(self.most) or not 0 < self.most <= 1:
+            raise MIDLError(f"MIDConfig: most={self.most!r}, expected a number in (0, 1]")
         if not _is_number(self.noise) or not self.noise >= 0:
             raise MIDLError(f"MIDConfig: noise={self.noise!r}, expected a standard deviation of at least 0")
         for name, choices in (
@@ -89,6 +100,14 @@ class MIDConfig:
         """
         _check_fields(changes)
         return dataclasses.replace(self, **changes)
+
+    def num_slots(self, num_groups: int) -> int:
+        """Return how many of ``num_groups`` groups an input takes, with a threshold at most.
+
+        >>> MIDConfig(active=0.25).num_slots(64), MIDConfig(active=0.25, threshold=0.0, most=0.5).num_slots(64)
+        (16, 32)
+        """
+        return num_active_groups(self.active if self.threshold is None else self.most, num_groups)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON values."""

@@ -38,7 +38,9 @@ class PackedMIDLinear(MIDLinear):
         self._check_input(x, -1, self.in_features, "features")
         c = self.config
         rows = x if x.dim() > 2 and c.span > 1 else x.reshape(-1, self.in_features)
-        y, selected = self._panels.linear(rows, self.bias, self.gate_bias, self.num_selected, c.span, c.interpolation)
+        y, selected = self._panels.linear(
+            rows, self.bias, self.gate_bias, self.num_slots, c.span, c.interpolation, c.threshold
+        )
         self._observe(selected)
         return y.view(*x.shape[:-1], self.out_features)
 

@@ -17,12 +17,15 @@ LINEAR_CHOICES: list[dict[str, Any]] = [
     {"gate": "projection", "span": 3, "group_size": 4},
     {"gate": "light", "interpolation": "hard", "group_size": 4},
     {"gate": "light", "interpolation": "hard", "span": 3, "bias": False},
+    {"gate": "projection", "threshold": 1.5, "most": 0.7},
+    {"gate": "light", "span": 3, "group_size": 4, "threshold": 0.5},
 ]
 CONV_CHOICES: list[dict[str, Any]] = [
     {"gate": "projection", "stride": (2, 1), "padding": (1, 0)},
     {"gate": "light", "interpolation": "hard", "span": 2, "group_size": 4},
     {"gate": "projection", "select": "image", "padding": "same", "padding_mode": "reflect"},
     {"gate": "light", "interpolation": "hard", "select": "image", "group_size": 4, "bias": False},
+    {"gate": "projection", "threshold": 1.5, "most": 0.7},
 ]
 
 
@@ -81,6 +84,8 @@ FFN_CHOICES: list[dict[str, Any]] = [
     {"activation": "silu", "gated": True, "bias": False, "interpolation": "hard"},
     {"activation": "gelu_tanh", "gated": True, "group_size": 2},
     {"activation": "relu", "interpolation": "hard"},
+    {"activation": "relu", "interpolation": "hard", "threshold": 1.5},
+    {"activation": "silu", "group_size": 4, "threshold": 1.5, "most": 0.7},
 ]
 
 

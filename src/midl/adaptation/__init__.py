@@ -11,20 +11,24 @@ from midl.adaptation.initialise import Start, initialise
 from midl.adaptation.light_path import LightPath, fit_light_path
 from midl.adaptation.report import AdaptedLayer, AdaptReport
 from midl.adaptation.sensitivity import OutputRows, sample_outputs
+from midl.adaptation.threshold import LayerThreshold, ThresholdReport, calibrate_threshold
 
 __all__ = [
     "AdaptReport",
     "AdaptedLayer",
     "Chain",
     "FFNStart",
+    "LayerThreshold",
     "LightPath",
     "Moments",
     "Option",
     "OutputRows",
     "Start",
+    "ThresholdReport",
     "adapt",
     "allocate",
     "calibrate",
+    "calibrate_threshold",
     "captured_energy",
     "distil",
     "find_chains",

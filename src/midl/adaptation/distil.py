@@ -112,7 +112,7 @@ def distil(
     if scheduled and not isinstance(batches, Sized):
         raise MIDLError("distil: data has no length, expected one (or an optimizer, whose learning rate is then kept)")
     optimizer = optimizer or torch.optim.AdamW(parameters, lr=_LEARNING_RATE, weight_decay=0.0)
-    budgets = [layer.active for layer in layers]
+    configs = [layer.config for layer in layers]
     teacher_modes = [m for m in teacher.modules() if m.training]
     losses = []
     teacher.eval()
@@ -129,8 +129,8 @@ def distil(
                             group["lr"] = _LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * progress))
                     if elastic is not None:
                         low, high = elastic
-                        for layer, active in zip(layers, budgets, strict=True):
-                            layer.active = active
+                        for layer, config in zip(layers, configs, strict=True):
+                            layer.config = config
                         spread_active(layers, low + (high - low) * float(torch.rand(())))
                     value = _loss(student, teacher, inputs_of(batch), loss, match, autocast)
                     optimizer.zero_grad(set_to_none=True)
@@ -144,8 +144,8 @@ def distil(
             losses.append(total / steps)
             on_epoch(epoch + 1, losses[-1])
     finally:
-        for layer, active in zip(layers, budgets, strict=True):
-            layer.active = active
+        for layer, config in zip(layers, configs, strict=True):
+            layer.config = config
         for module in teacher_modes:
             module.training = True
         student.eval()

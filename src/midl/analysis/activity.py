@@ -20,20 +20,24 @@ class LayerActivity:
 
     Attributes:
         counts: how often each group was selected, int64 (N,).
+        sizes: how many selections had 0, 1, ... N groups, int64 (N + 1,); without a threshold all have k.
         choices: how many selections were made (input rows, or blocks of positions that share one).
         group_size: neurons per group.
     """
 
     def __init__(self, num_groups: int, group_size: int) -> None:
         self.counts = torch.zeros(num_groups, dtype=torch.int64)
+        self.sizes = torch.zeros(num_groups + 1, dtype=torch.int64)
         self.choices = 0
         self.group_size = group_size
 
     def add(self, selected: Tensor) -> None:
-        """Count a batch of selections, (..., k) indices."""
-        flat = selected.detach().reshape(-1)
-        self.counts += torch.bincount(flat, minlength=self.counts.numel()).cpu()
-        self.choices += flat.numel() // max(1, selected.shape[-1])
+        """Count a batch of selections, (..., k) indices, -1 in slots without a group."""
+        taken = selected.detach() >= 0
+        sizes = torch.bincount(taken.sum(-1).flatten(), minlength=self.sizes.numel()).cpu()
+        self.counts += torch.bincount(selected[taken], minlength=self.counts.numel()).cpu()
+        self.sizes += sizes
+        self.choices += int(sizes.sum())
 
     @property
     def usage(self) -> Tensor:
@@ -45,6 +49,17 @@ class LayerActivity:
         """Mean fraction of the neurons that took the full path; NaN before the first choice."""
         total = self.choices * self.counts.numel()
         return int(self.counts.sum()) / total if total else math.nan
+
+    def quantile(self, share: float) -> float:
+        """Return the fraction of the neurons that a ``share`` of the choices stays at or below; NaN before the first.
+
+        Args:
+            share: of the choices, in [0, 1]; 0.5 for the median.
+        """
+        if not self.choices:
+            return math.nan
+        reached = self.sizes.cumsum(0) >= max(1, math.ceil(share * self.choices))
+        return int(reached.nonzero()[0]) / self.counts.numel()
 
     @property
     def dead(self) -> Tensor:
@@ -63,9 +78,11 @@ class LayerActivity:
         return float(-(share * share.clamp(min=1e-300).log2()).sum())
 
     def __repr__(self) -> str:
+        low, high = self.quantile(0.05), self.quantile(0.95)
+        spread = f" ({low:.3f} to {high:.3f})" if low < high else ""
         return (
-            f"LayerActivity(active={self.fraction_active:.3f}, choices={self.choices}, groups={self.counts.numel()}, "
-            f"dead={self.dead.numel()}, always_on={self.always_on.numel()}, "
+            f"LayerActivity(active={self.fraction_active:.3f}{spread}, choices={self.choices}, "
+            f"groups={self.counts.numel()}, dead={self.dead.numel()}, always_on={self.always_on.numel()}, "
             f"entropy={self.entropy:.2f} of {math.log2(self.counts.numel()):.2f} bits)"
         )
 

@@ -19,7 +19,9 @@ def count_flops(model: nn.Module, inputs: Any) -> int:
     """Return the FLOPs of one evaluation-mode forward pass of ``model`` on ``inputs``, two per multiply-add.
 
     Counted are the products that torch's FlopCounterMode knows (matmul, convolution, attention) and midl's ops, so
-    models that mix MID-L layers with others come out right. Divide by the batch size for FLOPs per input.
+    models that mix MID-L layers with others come out right. Divide by the batch size for FLOPs per input. Layers with a
+    threshold count as if every input took as many groups as it may: an upper bound (:func:`midl.record_activity` tells
+    how many they take).
 
     >>> count_flops(nn.Linear(64, 128), torch.zeros(1, 64))
     16384

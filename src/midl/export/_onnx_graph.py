@@ -23,14 +23,14 @@ op: Any = opset18  # its own types are of eager values, not of the symbols that 
 
 def linear(
     x: Value, weight: Value, bias: Value, light_down: Value, light_up: Value, gate_weight: Value, gate_bias: Value,
-    noise: Value, k: int, group_size: int, span: int, interpolation: str, ste: str,
+    noise: Value, k: int, group_size: int, span: int, interpolation: str, ste: str, threshold: float | None = None,
 ) -> tuple[Value, Value]:  # fmt: skip
     """Write ``midl::linear``: y and the selected groups."""
     up = _accumulate_type(x)
     rows = op.Cast(x, to=up)
     y, selected = _interpolate(
         op.MatMul(rows, _transposed(light_down, up)), op.MatMul(rows, _transposed(weight, up)), bias, light_up,
-        gate_weight, gate_bias, noise, k, group_size, span, interpolation, up,
+        gate_weight, gate_bias, noise, k, group_size, span, interpolation, threshold, up,
     )  # fmt: skip
     return op.Cast(y, to=x.dtype), selected
 
@@ -38,7 +38,7 @@ def linear(
 def conv2d(
     x: Value, weight: Value, bias: Value, light_down: Value, light_up: Value, gate_weight: Value, gate_bias: Value,
     noise: Value, stride: list[int], padding: list[int], dilation: list[int], k: int, group_size: int, span: int,
-    interpolation: str, ste: str,
+    interpolation: str, ste: str, threshold: float | None = None,
 ) -> tuple[Value, Value]:  # fmt: skip
     """Write ``midl::conv2d``; ``span=0`` makes each image one block."""
     up = _accumulate_type(x)
@@ -57,14 +57,15 @@ def conv2d(
             op.Reshape(t, _ints(0, -1, filters.shape[0])) for t, filters in ((code, light_down), (full, weight))
         )
     y, selected = _interpolate(
-        code, full, bias, light_up, gate_weight, gate_bias, noise, k, group_size, span, interpolation, up
-    )
+        code, full, bias, light_up, gate_weight, gate_bias, noise, k, group_size, span, interpolation, threshold,
+        up,
+    )  # fmt: skip
     return op.Cast(op.Transpose(op.Reshape(y, image_shape), perm=[0, 3, 1, 2]), to=x.dtype), selected
 
 
 def _interpolate(
     code: Value, full: Value, bias: Value, light_up: Value, gate_weight: Value, gate_bias: Value, noise: Value, k: int,
-    group_size: int, span: int, interpolation: str, up: DataType,
+    group_size: int, span: int, interpolation: str, threshold: float | None, up: DataType,
 ) -> tuple[Value, Value]:  # fmt: skip
     """Write the mix of code (..., T, r) and full path (..., T, n); ``span=0``: all positions are one block."""
     _check_quiet(noise)
@@ -84,7 +85,7 @@ def _interpolate(
         block_light = block_light if bias is None else op.Add(block_light, bias)
         logits = op.ReduceMean(grouped(block_light), _ints(-1), keepdims=0)
 
-    mask, selected = _choose(logits, k, up)
+    mask, selected = _choose(logits, k, threshold, up)
 
     def spread(t: Value) -> Value:
         """(..., blocks, N) -> (..., T, N, 1), or broadcasting to it."""
@@ -106,6 +107,7 @@ def ffn(
     x: Value, weight: Value, bias: Value, value_weight: Value, value_bias: Value, down_weight: Value, down_bias: Value,
     light_down: Value, light_up: Value, light_hidden: Value, light_bias: Value, gate_weight: Value, gate_bias: Value,
     noise: Value, k: int, group_size: int, activation: str, interpolation: str, ste: str,
+    threshold: float | None = None,
 ) -> tuple[Value, Value]:  # fmt: skip
     """Write ``midl::ffn``: y and the selected groups."""
     _check_quiet(noise)
@@ -121,7 +123,7 @@ def ffn(
         hidden = op.Mul(hidden, linear(rows, value_weight, value_bias))
     code = linear(rows, light_down, None)
     logits = linear(code, gate_weight, gate_bias)
-    mask, selected = _choose(logits, k, up)
+    mask, selected = _choose(logits, k, threshold, up)
     zero = _scalar(0.0, up)
     share = op.Where(mask, op.Sigmoid(logits), zero) if interpolation == "sigmoid" else op.Cast(mask, to=up)
     light_share = op.Sub(_scalar(1.0, up), op.ReduceMean(share, _ints(-1)))
@@ -157,14 +159,21 @@ def _check_quiet(noise: Value) -> None:
         raise MIDLError("onnx_translations: the model draws exploration noise, expected model.eval() before the export")
 
 
-def _choose(logits: Value, k: int, up: DataType) -> tuple[Value, Value]:
-    """Write the selection: the mask (..., N) and the indices, ascending, int32 (..., k)."""
+def _choose(logits: Value, k: int, threshold: float | None, up: DataType) -> tuple[Value, Value]:
+    """Write the selection: the mask (..., N) and the indices, ascending, -1 behind them, int32 (..., k)."""
     lowest = op.Cast(op.Constant(value_float=-math.inf), to=up)
-    _, chosen = op.TopK(op.Where(op.IsNaN(logits), lowest, logits), _ints(k), axis=-1)
+    best, chosen = op.TopK(op.Where(op.IsNaN(logits), lowest, logits), _ints(k), axis=-1)
     nowhere = op.Expand(_false(), op.Shape(logits))
-    mask = op.ScatterElements(nowhere, chosen, op.Expand(op.Not(_false()), op.Shape(chosen)), axis=-1)
-    ascending, _ = op.TopK(chosen, _ints(k), axis=-1, largest=0)
-    return mask, op.Cast(ascending, to=DataType.INT32)
+    if threshold is None:
+        mask = op.ScatterElements(nowhere, chosen, op.Expand(op.Not(_false()), op.Shape(chosen)), axis=-1)
+        ascending, _ = op.TopK(chosen, _ints(k), axis=-1, largest=0)
+        return mask, op.Cast(ascending, to=DataType.INT32)
+    first = op.Cast(_ints(1, *[0] * (k - 1)), to=DataType.BOOL)
+    taken = op.Or(op.GreaterOrEqual(best, _scalar(threshold, up)), first)
+    mask = op.ScatterElements(nowhere, chosen, taken, axis=-1)
+    behind = _ints(2**31 - 1)
+    ascending, _ = op.TopK(op.Where(taken, chosen, behind), _ints(k), axis=-1, largest=0)
+    return mask, op.Cast(op.Where(op.Equal(ascending, behind), _ints(-1), ascending), to=DataType.INT32)
 
 
 def _block_mean(t: Value, channels: int, span: int, up: DataType) -> Value:

@@ -65,7 +65,7 @@ def measure_curve(
     if not budgets:
         raise MIDLError("measure_curve: budgets is empty, expected active fractions in (0, 1]")
     layers = [m for m in model.modules() if isinstance(m, MIDLayer)]
-    own = [layer.active for layer in layers]
+    own = [layer.config for layer in layers]
     rows = {batch: dataset.batch(dataset.test, slice(0, batch))[0] for batch in {1, *batches}}
     points = []
     try:
@@ -81,8 +81,8 @@ def measure_curve(
             points.append(point)
             on_point(point)
     finally:
-        for layer, active in zip(layers, own, strict=True):
-            layer.active = active
+        for layer, config in zip(layers, own, strict=True):
+            layer.config = config
     return points
 
 

@@ -92,7 +92,7 @@ class MIDLayer(nn.Module):
 
     @property
     def macs(self) -> int:
-        """Multiply-adds for one input row (one output position of a convolution)."""
+        """Multiply-adds for one input row (one output position of a convolution); with a threshold, on average."""
         n, fan_in = self.weight.shape[0], self.weight[0].numel()
         return layer_macs(
             fan_in, n, self.rank, num_selected=self.num_selected, group_size=self.config.group_size,
@@ -119,18 +119,35 @@ class MIDLayer(nn.Module):
 
     @property
     def num_selected(self) -> int:
-        """Groups that each input selects, k."""
+        """Groups that each input selects, k; with a threshold, the average that it was calibrated for."""
         return num_active_groups(self.config.active, self.num_groups)
 
     @property
+    def num_slots(self) -> int:
+        """Groups that each input selects; with a threshold, the most that one may."""
+        return self.config.num_slots(self.num_groups)
+
+    @property
     def active(self) -> float:
-        """Fraction of the groups that takes the full path. Assign to change the budget; the weights stay."""
+        """Fraction of the groups that takes the full path. Assign to change the budget; the weights stay.
+
+        A threshold belongs to the budget that it was calibrated for: assigning takes it away.
+        """
         return self.config.active
 
     @active.setter
     def active(self, value: float) -> None:
         check_active(type(self).__name__, value)
-        self.config = self.config.replace(active=value)
+        self.config = self.config.replace(active=value, threshold=None, most=1.0)
+
+    @property
+    def threshold(self) -> float | None:
+        """Gate logit that a group must reach to be selected; None: all inputs select ``num_selected`` groups."""
+        return self.config.threshold
+
+    @threshold.setter
+    def threshold(self, value: float | None) -> None:
+        self.config = self.config.replace(threshold=value, most=1.0 if value is None else self.config.most)
 
     def reset_parameters(self) -> None:
         """Draw ``weight`` and ``bias`` as the dense layer does, then start light path and gate from them."""

@@ -197,8 +197,8 @@ class MIDConv2d(MIDLayer):
         if self.training and c.noise > 0:
             noise = self._draw_noise(x, (len(x), 1) if per_image else (len(x), height, -(-width // c.span)))
         y, selected = self._call_op(
-            conv2d, (images, *tensors[1:]), noise, self.stride, self._op_padding, self.dilation, self.num_selected,
-            c.group_size, 0 if per_image else c.span, c.interpolation, c.ste,
+            conv2d, (images, *tensors[1:]), noise, self.stride, self._op_padding, self.dilation, self.num_slots,
+            c.group_size, 0 if per_image else c.span, c.interpolation, c.ste, c.threshold,
         )  # fmt: skip
         if observers:
             self._observe(selected)

@@ -265,8 +265,9 @@ class MIDFFN(MIDLayer):
         rows = x if x.dim() == 2 else x.reshape(-1, self.in_features)
         noise = self._draw_noise(x, (rows.shape[0],)) if self.training and c.noise > 0 else None
         y, selected = self._call_op(
-            ffn, self._op_tensors(rows), noise, self.num_selected, c.group_size, self.activation, c.interpolation, c.ste
-        )
+            ffn, self._op_tensors(rows), noise, self.num_slots, c.group_size, self.activation, c.interpolation, c.ste,
+            c.threshold,
+        )  # fmt: skip
         if observers:
             self._observe(selected)
         return y if rows is x else y.view(*x.shape[:-1], self.out_features)

@@ -138,8 +138,9 @@ class MIDLinear(MIDLayer):
         if self.training and c.noise > 0:
             noise = self._draw_noise(x, (*rows.shape[:-2], -(-rows.shape[-2] // c.span)))
         y, selected = self._call_op(
-            linear, self._op_tensors(rows), noise, self.num_selected, c.group_size, c.span, c.interpolation, c.ste
-        )
+            linear, self._op_tensors(rows), noise, self.num_slots, c.group_size, c.span, c.interpolation, c.ste,
+            c.threshold,
+        )  # fmt: skip
         if observers:
             self._observe(selected)
         return y if rows is x else y.view(*x.shape[:-1], self.out_features)

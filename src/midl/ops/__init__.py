@@ -7,7 +7,9 @@ a FLOP formula. Implementations live beside each other in this package and are c
 Arguments of ``midl::linear``: x (..., T, d); weight (n, d); bias (n) or None; light_down (r, d); light_up (n, r);
 gate_weight (N, r) and gate_bias (N), both None for the light gate; noise, the shape of the logits, added to them for
 the selection alone, or None; k, groups to select; group_size; span; interpolation ``"sigmoid" | "hard"``; ste
-``"selected" | "dense"``. Returns y (..., T, n) and the selected groups, int32, ascending, (..., blocks, k).
+``"selected" | "dense"``; threshold, the least logit of a group to select but for the first, or None. Returns y
+(..., T, n) and the selected groups, int32, ascending, (..., blocks, k); with a threshold -1 fills the slots behind
+them, and ``padded`` tells the backward op so.
 
 ``midl::conv2d`` takes x (B, C, H, W), weight (n, C, kh, kw), light_down (r, C, kh, kw) and stride, padding, dilation;
 ``span=0`` makes each image one block. It returns y (B, n, H', W') and selected (B, H', blocks, k), or (B, 1, k).

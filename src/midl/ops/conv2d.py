@@ -9,7 +9,7 @@ from torch import Tensor
 
 from midl.ops import reference
 from midl.ops.dispatch import invoke, is_plain_inference, resolve
-from midl.ops.linear import contiguous, fake_backward, refuse_second_derivative
+from midl.ops.linear import contiguous, fake_backward, option, refuse_second_derivative
 
 __all__ = ["conv2d"]
 
@@ -21,13 +21,13 @@ _SEVEN = ", ".join(["Tensor"] * 7)
 
 torch.library.define(
     "midl::conv2d",
-    f"({_WEIGHTS}, Tensor? noise, {_WINDOW}, int k, int group_size, int span, str interpolation, str ste)"
-    " -> (Tensor, Tensor)",
+    f"({_WEIGHTS}, Tensor? noise, {_WINDOW}, int k, int group_size, int span, str interpolation, str ste, "
+    "float? threshold=None) -> (Tensor, Tensor)",
 )
 torch.library.define(
     "midl::conv2d_backward",
     f"(Tensor grad_y, Tensor selected, {_WEIGHTS}, {_WINDOW}, int group_size, int span, str interpolation, str ste, "
-    f"bool[] needs) -> ({_SEVEN})",
+    f"bool[] needs, bool padded=False) -> ({_SEVEN})",
 )
 
 
@@ -37,7 +37,7 @@ def output_size(size: Any, kernel: int, stride: int, padding: int, dilation: int
 
 
 def _forward(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    run = resolve("conv2d", x, weight=weight, k=args[9], group_size=args[10], span=args[11])
+    run = resolve("conv2d", x, weight=weight, k=args[9], group_size=args[10], span=args[11], threshold=option(args, 14))
     y, selected = invoke(run, x, weight, *args)
     return y, selected
 
@@ -48,8 +48,9 @@ torch.library.impl("midl::conv2d", "CompositeExplicitAutograd", _forward)
 @torch.library.impl("midl::conv2d_backward", "CompositeExplicitAutograd")
 def _backward(grad_y: Tensor, selected: Tensor, x: Tensor, weight: Tensor, *args: Any) -> reference.Grads:
     run = resolve(
-        "conv2d_backward", x, weight=weight, k=selected.shape[-1], group_size=args[8], span=args[9], ste=args[11]
-    )
+        "conv2d_backward", x, weight=weight, k=selected.shape[-1], group_size=args[8], span=args[9], ste=args[11],
+        padded=bool(option(args, 13)),
+    )  # fmt: skip
     return contiguous(invoke(run, grad_y, selected, x, weight, *args))
 
 
@@ -69,17 +70,18 @@ torch.library.register_fake("midl::conv2d_backward", fake_backward)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, _noise, stride, padding, dilation, _k, group_size, span, interpolation, ste = inputs
+    *tensors, _noise, stride, padding, dilation, _k, group_size, span, interpolation, ste, threshold = inputs
     ctx.save_for_backward(output[1], *tensors)
     ctx.mark_non_differentiable(output[1])
     ctx.options = (stride, padding, dilation, group_size, span, interpolation, ste)
+    ctx.padded = threshold is not None
 
 
 def _autograd(ctx: Any, grad_y: Tensor, _grad_selected: Any) -> tuple[Any, ...]:
     selected, *tensors = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:7])
-    grads = torch.ops.midl.conv2d_backward(grad_y, selected, *tensors, *ctx.options, needs)
-    return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *[None] * 9)
+    grads = torch.ops.midl.conv2d_backward(grad_y, selected, *tensors, *ctx.options, needs, ctx.padded)
+    return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *[None] * 10)
 
 
 torch.library.register_autograd("midl::conv2d", _autograd, setup_context=_setup_context)

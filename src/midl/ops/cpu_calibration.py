@@ -114,7 +114,7 @@ class _Products:
                 full = F.linear(x, weight)
                 self.calls[group_size, rows] = functools.partial(native.linear, x, *layer, *options)
                 # What is left of a call that is given the full path is there on both sides.
-                self.calls[-group_size, rows] = functools.partial(native.linear, x, *layer, *options, full)
+                self.calls[-group_size, rows] = functools.partial(native.linear, x, *layer, *options, full=full)
 
     def rates(self, times: dict[Any, float]) -> Rates:
         """Return the rates by the best times of the calls."""

@@ -20,17 +20,18 @@ __all__ = ["linear"]
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, light_down: Tensor, light_up: Tensor, gate_weight: Tensor | None,
     gate_bias: Tensor | None, noise: Tensor | None, k: int, group_size: int, span: int, interpolation: str, ste: str,
+    threshold: float | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return ``(y, selected)`` of the linear op; see :mod:`midl.ops` for the arguments."""
     if native.takes(x, weight):
         return native.linear(
             x, weight, bias, light_down, light_up, gate_weight, gate_bias, noise, k, group_size, span, interpolation,
-            ste, F.linear(x, weight),
+            ste, threshold, F.linear(x, weight),
         )  # fmt: skip
     up = accumulate_dtype(x)
     y, selected = reference.interpolate(
         F.linear(x.to(up), light_down.to(up)), F.linear(x, weight).to(up), bias, light_up, gate_weight, gate_bias,
-        noise, k, group_size, span, interpolation,
+        noise, k, group_size, span, interpolation, threshold,
     )  # fmt: skip
     return y.to(x.dtype), selected
 
@@ -39,12 +40,13 @@ def _conv2d(
     x: Tensor, weight: Tensor, bias: Tensor | None, light_down: Tensor, light_up: Tensor, gate_weight: Tensor | None,
     gate_bias: Tensor | None, noise: Tensor | None, stride: list[int], padding: list[int], dilation: list[int],
     k: int, group_size: int, span: int, interpolation: str, ste: str,
+    threshold: float | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     up = accumulate_dtype(x)
     code = F.conv2d(x.to(up), light_down.to(up), None, stride, padding, dilation)
     full = F.conv2d(x, weight, None, stride, padding, dilation).to(up)
     y, selected = reference.interpolate_image(
-        code, full, bias, light_up, gate_weight, gate_bias, noise, k, group_size, span, interpolation
+        code, full, bias, light_up, gate_weight, gate_bias, noise, k, group_size, span, interpolation, threshold
     )
     return y.to(x.dtype), selected
 
@@ -53,7 +55,7 @@ def _ffn(
     x: Tensor, weight: Tensor, bias: Tensor | None, value_weight: Tensor | None, value_bias: Tensor | None,
     down_weight: Tensor, down_bias: Tensor | None, light_down: Tensor, light_up: Tensor, light_hidden: Tensor,
     light_bias: Tensor, gate_weight: Tensor, gate_bias: Tensor, noise: Tensor | None, k: int, group_size: int,
-    activation: str, interpolation: str, ste: str,
+    activation: str, interpolation: str, ste: str, threshold: float | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     up = accumulate_dtype(x)
     hidden = reference_ffn.activate(F.linear(x, weight, bias), activation)
@@ -61,7 +63,7 @@ def _ffn(
         hidden = hidden * F.linear(x, value_weight, value_bias)
     y, selected = reference_ffn.select_and_project(
         F.linear(x.to(up), light_down.to(up)), hidden.to(up), down_weight, down_bias, light_up, light_hidden,
-        light_bias, gate_weight, gate_bias, noise, k, group_size, interpolation,
+        light_bias, gate_weight, gate_bias, noise, k, group_size, interpolation, threshold,
     )  # fmt: skip
     return y.to(x.dtype), selected
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from midl.ops import reference_ffn  # noqa: F401 - registers the reference implementation
 from midl.ops.dispatch import invoke, is_plain_inference, resolve
-from midl.ops.linear import refuse_second_derivative
+from midl.ops.linear import option, refuse_second_derivative
 
 __all__ = ["ffn"]
 
@@ -23,18 +23,18 @@ _RESULTS = ", ".join(["Tensor"] * _TENSORS)
 
 torch.library.define(
     "midl::ffn",
-    f"({_WEIGHTS}, Tensor? noise, int k, int group_size, str activation, str interpolation, str ste)"
-    " -> (Tensor, Tensor)",
+    f"({_WEIGHTS}, Tensor? noise, int k, int group_size, str activation, str interpolation, str ste, "
+    "float? threshold=None) -> (Tensor, Tensor)",
 )
 torch.library.define(
     "midl::ffn_backward",
     f"(Tensor grad_y, Tensor selected, {_WEIGHTS}, int group_size, str activation, str interpolation, str ste, "
-    f"bool[] needs) -> ({_RESULTS})",
+    f"bool[] needs, bool padded=False) -> ({_RESULTS})",
 )
 
 
 def _forward(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    run = resolve("ffn", x, weight=weight, k=args[12], group_size=args[13])
+    run = resolve("ffn", x, weight=weight, k=args[12], group_size=args[13], threshold=option(args, 17))
     y, selected = invoke(run, x, weight, *args)
     return y, selected
 
@@ -44,7 +44,10 @@ torch.library.impl("midl::ffn", "CompositeExplicitAutograd", _forward)
 
 @torch.library.impl("midl::ffn_backward", "CompositeExplicitAutograd")
 def _backward(grad_y: Tensor, selected: Tensor, x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    run = resolve("ffn_backward", x, weight=weight, k=selected.shape[-1], group_size=args[11], ste=args[14])
+    run = resolve(
+        "ffn_backward", x, weight=weight, k=selected.shape[-1], group_size=args[11], ste=args[14],
+        padded=bool(option(args, 16)),
+    )  # fmt: skip
     return tuple(g.contiguous() for g in invoke(run, grad_y, selected, x, weight, *args))
 
 
@@ -56,22 +59,22 @@ def _fake(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 
 @torch.library.register_fake("midl::ffn_backward")
 def _fake_backward(grad_y: Tensor, selected: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    inputs, needs = args[:_TENSORS], args[-1]
+    inputs, needs = args[:_TENSORS], args[-1] if isinstance(args[-1], (list, tuple)) else args[-2]
     return tuple(t.new_empty(t.shape) if need else args[0].new_empty(0) for t, need in zip(inputs, needs, strict=True))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, _noise, _k, group_size, activation, interpolation, ste = inputs
+    *tensors, _noise, _k, group_size, activation, interpolation, ste, threshold = inputs
     ctx.save_for_backward(output[1], *tensors)
     ctx.mark_non_differentiable(output[1])
-    ctx.options = (group_size, activation, interpolation, ste)
+    ctx.options, ctx.padded = (group_size, activation, interpolation, ste), threshold is not None
 
 
 def _autograd(ctx: Any, grad_y: Tensor, _grad_selected: Any) -> tuple[Any, ...]:
     selected, *tensors = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:_TENSORS])
-    grads = torch.ops.midl.ffn_backward(grad_y, selected, *tensors, *ctx.options, needs)
-    return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *[None] * 6)
+    grads = torch.ops.midl.ffn_backward(grad_y, selected, *tensors, *ctx.options, needs, ctx.padded)
+    return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *[None] * 7)
 
 
 torch.library.register_autograd("midl::ffn", _autograd, setup_context=_setup_context)

@@ -2,7 +2,8 @@
 
 Forward, per input row: r d (code) + r n (light path) + r N per selection block (projection gate) + k G d (selected
 neurons); an FFN's selected units also have their columns of the down-projection. Backward: the work of the sparse
-rules, the recomputation of what is not saved included.
+rules, the recomputation of what is not saved included. With a threshold k is the most that a block may select, so that
+the count is an upper bound: what blocks really select depends on the data (:func:`midl.record_activity`).
 """
 
 from __future__ import annotations

@@ -20,17 +20,23 @@ _SEVEN = ", ".join(["Tensor"] * 7)
 
 torch.library.define(
     "midl::linear",
-    f"({_WEIGHTS}, Tensor? noise, int k, int group_size, int span, str interpolation, str ste) -> (Tensor, Tensor)",
+    f"({_WEIGHTS}, Tensor? noise, int k, int group_size, int span, str interpolation, str ste, "
+    "float? threshold=None) -> (Tensor, Tensor)",
 )
 torch.library.define(
     "midl::linear_backward",
     f"(Tensor grad_y, Tensor selected, {_WEIGHTS}, int group_size, int span, str interpolation, str ste, "
-    f"bool[] needs) -> ({_SEVEN})",
+    f"bool[] needs, bool padded=False) -> ({_SEVEN})",
 )
 
 
+def option(args: tuple[Any, ...], index: int) -> Any:
+    """Return the op's last argument, at ``index``; torch leaves it out where it is the default."""
+    return args[index] if len(args) > index else None
+
+
 def _forward(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    run = resolve("linear", x, weight=weight, k=args[6], group_size=args[7], span=args[8])
+    run = resolve("linear", x, weight=weight, k=args[6], group_size=args[7], span=args[8], threshold=option(args, 11))
     y, selected = invoke(run, x, weight, *args)
     return y, selected
 
@@ -41,8 +47,9 @@ torch.library.impl("midl::linear", "CompositeExplicitAutograd", _forward)
 @torch.library.impl("midl::linear_backward", "CompositeExplicitAutograd")
 def _backward(grad_y: Tensor, selected: Tensor, x: Tensor, weight: Tensor, *args: Any) -> reference.Grads:
     run = resolve(
-        "linear_backward", x, weight=weight, k=selected.shape[-1], group_size=args[5], span=args[6], ste=args[8]
-    )
+        "linear_backward", x, weight=weight, k=selected.shape[-1], group_size=args[5], span=args[6], ste=args[8],
+        padded=bool(option(args, 10)),
+    )  # fmt: skip
     return contiguous(invoke(run, grad_y, selected, x, weight, *args))
 
 
@@ -62,24 +69,24 @@ def _fake(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 @torch.library.register_fake("midl::linear_backward")
 def fake_backward(grad_y: Tensor, selected: Tensor, *args: Any) -> reference.Grads:
     """Return empty gradients of the inputs' shapes (shared with the convolution)."""
-    inputs, needs = args[:7], args[-1]
+    inputs, needs = args[:7], args[-1] if isinstance(args[-1], (list, tuple)) else args[-2]
     return tuple(  # type: ignore[return-value]
         t.new_empty(t.shape) if need else args[0].new_empty(0) for t, need in zip(inputs, needs, strict=True)
     )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, _noise, _k, group_size, span, interpolation, ste = inputs
+    *tensors, _noise, _k, group_size, span, interpolation, ste, threshold = inputs
     ctx.save_for_backward(output[1], *tensors)
     ctx.mark_non_differentiable(output[1])
-    ctx.options = (group_size, span, interpolation, ste)
+    ctx.options, ctx.padded = (group_size, span, interpolation, ste), threshold is not None
 
 
 def _autograd(ctx: Any, grad_y: Tensor, _grad_selected: Any) -> tuple[Any, ...]:
     selected, *tensors = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:7])
-    grads = torch.ops.midl.linear_backward(grad_y, selected, *tensors, *ctx.options, needs)
-    return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *[None] * 6)
+    grads = torch.ops.midl.linear_backward(grad_y, selected, *tensors, *ctx.options, needs, ctx.padded)
+    return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *[None] * 7)
 
 
 def refuse_second_derivative(ctx: Any, *_grads: Any) -> None:

@@ -5,6 +5,7 @@ Weights that stay unchanged from call to call are packed once (:mod:`midl.ops.na
 
 from __future__ import annotations
 
+import math
 import os
 from types import ModuleType
 from typing import Any
@@ -103,7 +104,7 @@ def cast_parameter(parameter: Tensor, dtype: torch.dtype) -> Tensor:
     return parameter.to(dtype) if _missing else cast_kept(_native, parameter, dtype)
 
 
-def topk_groups(scores: Tensor, k: int) -> Tensor:
+def topk_groups(scores: Tensor, k: int, threshold: float | None = None) -> Tensor:
     """:func:`midl.selection.topk_groups` for float32 scores on the CPU, by threshold search.
 
     >>> topk_groups(torch.tensor([[0.0, 2.0, 1.0, 2.0]]), 2)
@@ -112,8 +113,16 @@ def topk_groups(scores: Tensor, k: int) -> Tensor:
     scores = scores.contiguous()
     selected = scores.new_empty((*scores.shape[:-1], k), dtype=torch.int32)
     groups = scores.shape[-1]
-    _native.topk(scores.data_ptr(), scores.numel() // groups, groups, k, selected.data_ptr(), torch.get_num_threads())
+    _native.topk(
+        scores.data_ptr(), scores.numel() // groups, groups, k, _least(threshold), selected.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
     return selected
+
+
+def _least(threshold: float | None) -> float:
+    """Return the threshold as the kernels take it: every score reaches -inf."""
+    return -math.inf if threshold is None else threshold
 
 
 def _rows(t: Tensor) -> tuple[Tensor, int]:
@@ -126,7 +135,7 @@ def _rows(t: Tensor) -> tuple[Tensor, int]:
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, light_down: Tensor, light_up: Tensor, gate_weight: Tensor | None,
     gate_bias: Tensor | None, noise: Tensor | None, k: int, group_size: int, span: int, interpolation: str, ste: str,
-    full: Tensor | None = None,
+    threshold: float | None = None, full: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return ``(y, selected)`` of the linear op; see :mod:`midl.ops` for the arguments.
 
@@ -151,8 +160,8 @@ def linear(
     )  # fmt: skip
     _native.linear_forward(
         x.dtype == torch.bfloat16, x.data_ptr(), stride, rows, depth, n, light_down.shape[0],
-        n // group_size, k, positions, span, weight.data_ptr(), _address(bias), light_down.data_ptr(),
-        light_up.data_ptr(), _address(gate_weight), _address(gate_bias), _address(noise),
+        n // group_size, k, _least(threshold), positions, span, weight.data_ptr(), _address(bias),
+        light_down.data_ptr(), light_up.data_ptr(), _address(gate_weight), _address(gate_bias), _address(noise),
         _address(light), _address(wide), _address(full), interpolation == "hard",
         y.data_ptr(), selected.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
@@ -161,7 +170,7 @@ def linear(
 
 def linear_on_panels(
     x: Tensor, light: Tensor, weight: Tensor, shapes: dict[str, torch.Size], bias: Tensor | None,
-    gate_bias: Tensor | None, k: int, group_size: int, span: int, interpolation: str,
+    gate_bias: Tensor | None, k: int, group_size: int, span: int, interpolation: str, threshold: float | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """:func:`linear` without noise from panels alone; ``shapes`` are those of the parameters, by name."""
     x, stride = _rows(x)
@@ -172,7 +181,7 @@ def linear_on_panels(
     bias, gate_bias = _dense(bias), _dense(gate_bias)
     _native.linear_forward(
         x.dtype == torch.bfloat16, x.data_ptr(), stride, y.numel() // n, depth, n, shapes["light_down"][0],
-        n // group_size, k, positions, span, weight.data_ptr(), _address(bias),
+        n // group_size, k, _least(threshold), positions, span, weight.data_ptr(), _address(bias),
         # Never read: the panels take their place.
         light.data_ptr(), light.data_ptr(), light.data_ptr() if "gate_weight" in shapes else 0,
         _address(gate_bias), 0, light.data_ptr(), weight.data_ptr(), 0, interpolation == "hard",
@@ -210,7 +219,8 @@ def prepare_linear(
     assert packed.light is not None
     return _native.PreparedLinear(
         parameters, states, weight.dtype, weight.dtype == torch.bfloat16, depth, n, rank, n // config.group_size, k,
-        config.interpolation == "hard", packed.light, packed.weight if wide else None, F.linear if dense else None,
+        _least(config.threshold), config.interpolation == "hard", packed.light, packed.weight if wide else None,
+        F.linear if dense else None,
     )  # fmt: skip
 
 
@@ -246,8 +256,9 @@ def prepare_conv2d(
     assert packed.weight is not None
     return _native.PreparedConvolution(
         parameters, states, x, (x.shape[0], height, width, n), images, x.shape[0] * height * width, n, rank,
-        n // config.group_size, k, positions, positions if config.select == "image" else config.span,
-        config.interpolation == "hard", packed.light, packed.weight,
+        n // config.group_size, k, _least(config.threshold), positions,
+        positions if config.select == "image" else config.span, config.interpolation == "hard", packed.light,
+        packed.weight,
     )  # fmt: skip
 
 
@@ -264,7 +275,7 @@ def _states_of(packed: Packed, parameters: dict[str, Any], group_size: int) -> d
 def _linear_backward(
     grad_y: Tensor, selected: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, light_down: Tensor,
     light_up: Tensor, gate_weight: Tensor | None, gate_bias: Tensor | None, group_size: int, span: int,
-    interpolation: str, ste: str, needs: list[bool],
+    interpolation: str, ste: str, needs: list[bool], padded: bool = False,
 ) -> reference.Grads:  # fmt: skip
     if ste == "dense" or group_size < _BACKWARD_GROUP or x.numel() == 0:
         # Every neuron's value or gradient is wanted, or groups too narrow to beat torch's matrix products.
@@ -274,19 +285,19 @@ def _linear_backward(
         )  # fmt: skip
     return linear_backward(
         _native, grad_y, selected, x, weight, bias, light_down, light_up, gate_weight, gate_bias, group_size, span,
-        interpolation, needs,
+        interpolation, needs, padded,
     )  # fmt: skip
 
 
 def convolution(
     x: Tensor, weight: Tensor, bias: Tensor | None, light_down: Tensor, light_up: Tensor, gate_weight: Tensor | None,
     gate_bias: Tensor | None, noise: Tensor | None, stride: list[int], padding: list[int], dilation: list[int],
-    k: int, group_size: int, span: int, interpolation: str, ste: str,
+    k: int, group_size: int, span: int, interpolation: str, ste: str, threshold: float | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return ``(y, selected)`` of the convolution op; see :mod:`midl.ops` for the arguments."""
     return conv2d(
         _native, x, weight, bias, light_down, light_up, gate_weight, gate_bias, noise, stride, padding, dilation, k,
-        group_size, span, interpolation,
+        group_size, span, interpolation, _least(threshold),
     )  # fmt: skip
 
 
@@ -294,6 +305,7 @@ def _conv2d_backward(
     grad_y: Tensor, selected: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, light_down: Tensor,
     light_up: Tensor, gate_weight: Tensor | None, gate_bias: Tensor | None, stride: list[int], padding: list[int],
     dilation: list[int], group_size: int, span: int, interpolation: str, ste: str, needs: list[bool],
+    padded: bool = False,
 ) -> reference.Grads:  # fmt: skip
     if ste == "dense" or group_size < _CONVOLUTION_BACKWARD_GROUP or x.numel() == 0:
         return reference.conv2d_backward(
@@ -302,7 +314,7 @@ def _conv2d_backward(
         )  # fmt: skip
     return conv2d_backward(
         _native, grad_y, selected, x, weight, bias, light_down, light_up, gate_weight, gate_bias, stride, padding,
-        dilation, group_size, span, interpolation, needs,
+        dilation, group_size, span, interpolation, needs, padded,
     )  # fmt: skip
 
 
@@ -310,11 +322,11 @@ def _ffn(
     x: Tensor, weight: Tensor, bias: Tensor | None, value_weight: Tensor | None, value_bias: Tensor | None,
     down_weight: Tensor, down_bias: Tensor | None, light_down: Tensor, light_up: Tensor, light_hidden: Tensor,
     light_bias: Tensor, gate_weight: Tensor, gate_bias: Tensor, noise: Tensor | None, k: int, group_size: int,
-    activation: str, interpolation: str, ste: str,
+    activation: str, interpolation: str, ste: str, threshold: float | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return ffn(
         _native, topk_groups, x, weight, bias, value_weight, value_bias, down_weight, down_bias, light_down, light_up,
-        light_hidden, light_bias, gate_weight, gate_bias, noise, k, activation, interpolation,
+        light_hidden, light_bias, gate_weight, gate_bias, noise, k, activation, interpolation, threshold,
     )  # fmt: skip
 
 
@@ -352,7 +364,10 @@ def _unsupported(op: str, x: Tensor, *, weight: Tensor, **_: Any) -> str | None:
     return None
 
 
-def _prefers(op: str, x: Tensor, *, weight: Tensor, k: int, group_size: int, span: int = 1, **_: Any) -> bool:
+def _prefers(
+    op: str, x: Tensor, *, weight: Tensor, k: int, group_size: int, span: int = 1, threshold: float | None = None,
+    **_: Any,
+) -> bool:  # fmt: skip
     from midl.ops.cpu_calibration import constants
     from midl.ops.cpu_cost import sparse_wins
 
@@ -361,6 +376,8 @@ def _prefers(op: str, x: Tensor, *, weight: Tensor, k: int, group_size: int, spa
     if op != "linear":
         return True
     n, depth = weight.shape
+    if threshold is not None:
+        k = -(-k // 2)  # k is the most; calibrate_threshold makes it twice the average unless told otherwise
     dtype = "float32" if x.dtype == torch.float32 else "bfloat16"
     return sparse_wins(constants(), dtype, x.numel() // depth, depth, n, k, group_size, span)
 

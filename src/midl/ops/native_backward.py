@@ -13,15 +13,18 @@ from torch import Tensor
 
 from midl.ops.reference import Grads
 
-__all__ = ["Blocks", "gate_projection", "linear_backward", "through_gate"]
+__all__ = ["Blocks", "gate_projection", "linear_backward", "repeat_first", "through_gate"]
 
 
 def linear_backward(
     kernels: Any, grad_y: Tensor, selected: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, light_down: Tensor,
     light_up: Tensor, gate_weight: Tensor | None, gate_bias: Tensor | None, group_size: int, span: int,
-    interpolation: str, needs: list[bool],
+    interpolation: str, needs: list[bool], padded: bool = False,
 ) -> Grads:  # fmt: skip
-    """Return the gradients for ``ste="selected"``, empty where not needed; half precision is computed in float32."""
+    """Return the gradients for ``ste="selected"``, empty where not needed; half precision is computed in float32.
+
+    ``padded``: slots of ``selected`` may be -1.
+    """
     n, depth = weight.shape
     rank, groups, positions, k = light_down.shape[0], n // group_size, x.shape[-2], selected.shape[-1]
     need_x, need_weight, need_bias, need_down, need_up, need_gate, need_gate_bias = needs
@@ -34,7 +37,7 @@ def linear_backward(
     block_code = blocks.mean(code)
     gate_rows, gate_offset = gate_projection(up, bias, gate_weight, gate_bias, group_size)
     chosen = selected.reshape(-1, k)
-    index = chosen.long()
+    index = repeat_first(chosen, chosen).long() if padded else chosen.long()
     gate = torch.addmm(gate_offset, block_code, gate_rows.T).gather(1, index).sigmoid_()
 
     full_weight = weight.float().contiguous()
@@ -53,6 +56,7 @@ def linear_backward(
     out: list[Tensor | None] = [None, grad_weight, None, None, None, None, None]
     grad_bias = grad.sum(0) if need_bias else None
     if grad_x is not None:
+        grad_chosen = repeat_first(grad_chosen, chosen) if padded else grad_chosen
         grad_code, out[4], out[5], out[6] = through_gate(
             grad_light, grad_chosen, index, code, block_code, blocks, up, gate_rows, grad_bias,
             projection=gate_weight is not None, need_up=need_up,
@@ -63,6 +67,14 @@ def linear_backward(
     return tuple(  # type: ignore[return-value]
         x.new_empty(0) if g is None or not need else g.to(x.dtype) for g, need in zip(out, needs, strict=True)
     )
+
+
+def repeat_first(values: Tensor, chosen: Tensor) -> Tensor:
+    """Return ``values`` (blocks, k) with each block's first one in the slots that have no group.
+
+    As indices they can be gathered and scattered; scattered gradients are then written twice, but the same.
+    """
+    return torch.where(chosen < 0, values[:, :1], values)
 
 
 def _float_rows(t: Tensor, width: int) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from midl.config import MIDConfig, num_active_groups
+from midl.config import MIDConfig
 from midl.ops import dense, dispatch, native
 from midl.ops.native_packing import Packed, packed_for
 
@@ -73,8 +73,10 @@ def _prepare_linear(packed: Packed, x: Tensor, parameters: dict[str, Any], confi
     if x.dim() == 0 or x.shape[-1] != depth:
         return None
     rows, groups = x.numel() // depth, n // config.group_size
-    k = num_active_groups(config.active, groups)
-    run = dispatch.resolve("linear", x, weight=weight, k=k, group_size=config.group_size, span=1)
+    k = config.num_slots(groups)
+    run = dispatch.resolve(
+        "linear", x, weight=weight, k=k, group_size=config.group_size, span=1, threshold=config.threshold
+    )
     if run not in (native.linear, dense.linear):
         return None
     wide = run is native.linear and native.wants_weight_panels(rows, groups, k, config.group_size)
@@ -92,9 +94,11 @@ def _prepare_conv2d(packed: Packed, x: Tensor, parameters: dict[str, Any], confi
     if x.dim() != 4 or x.shape[1] != channels or x.numel() == 0 or packed.weight is None:
         return None
     groups = n // config.group_size
-    k = num_active_groups(config.active, groups)
+    k = config.num_slots(groups)
     span = 0 if config.select == "image" else config.span
-    run = dispatch.resolve("conv2d", x, weight=weight, k=k, group_size=config.group_size, span=span)
+    run = dispatch.resolve(
+        "conv2d", x, weight=weight, k=k, group_size=config.group_size, span=span, threshold=config.threshold
+    )
     if run is not native.convolution or not native.wants_weight_panels(1, groups, k, config.group_size):
         return None
     prepared = native.prepare_conv2d(packed, parameters, x, k, config, window)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from midl.ops.native_backward import Blocks, gate_projection, through_gate
+from midl.ops.native_backward import Blocks, gate_projection, repeat_first, through_gate
 from midl.ops.native_packing import pack, packed_panels
 from midl.ops.reference import Grads
 
@@ -18,9 +18,9 @@ __all__ = ["conv2d", "conv2d_backward", "image_geometry"]
 def conv2d(
     kernels: Any, x: Tensor, weight: Tensor, bias: Tensor | None, light_down: Tensor, light_up: Tensor,
     gate_weight: Tensor | None, gate_bias: Tensor | None, noise: Tensor | None, stride: list[int], padding: list[int],
-    dilation: list[int], k: int, group_size: int, span: int, interpolation: str,
+    dilation: list[int], k: int, group_size: int, span: int, interpolation: str, threshold: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return ``(y, selected)``, y channels-last; ``span=0`` makes each image one block."""
+    """Return ``(y, selected)``, y channels-last; ``span=0`` makes each image one block, ``threshold`` may be -inf."""
     geometry, height, width = image_geometry(x, weight, stride, padding, dilation)
     batch, n, groups = x.shape[0], weight.shape[0], weight.shape[0] // group_size
     y = x.new_empty((batch, height, width, n))
@@ -44,8 +44,8 @@ def conv2d(
         light, wide = pack(kernels, *matrices, group_size=group_size, light=True, wide=by_panels)
     bias, gate_bias, noise = _floats(bias), _floats(gate_bias), _floats(noise)
     kernels.convolution_forward(
-        x.dtype == torch.bfloat16, x.data_ptr(), geometry, rows, n, light_down.shape[0], groups, k, positions,
-        span or positions, _address(plain), _address(bias), gate_weight is not None, _address(gate_bias),
+        x.dtype == torch.bfloat16, x.data_ptr(), geometry, rows, n, light_down.shape[0], groups, k, threshold,
+        positions, span or positions, _address(plain), _address(bias), gate_weight is not None, _address(gate_bias),
         _address(noise), _address(light), _address(wide), interpolation == "hard", y.data_ptr(), selected.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip
@@ -56,6 +56,7 @@ def conv2d_backward(
     kernels: Any, grad_y: Tensor, selected: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, light_down: Tensor,
     light_up: Tensor, gate_weight: Tensor | None, gate_bias: Tensor | None, stride: list[int], padding: list[int],
     dilation: list[int], group_size: int, span: int, interpolation: str, needs: list[bool],
+    padded: bool = False,
 ) -> Grads:  # fmt: skip
     """Return the gradients for ``ste="selected"``, empty where not needed; half precision is computed in float32.
 
@@ -76,7 +77,7 @@ def conv2d_backward(
     block_code = blocks.mean(code)
     gate_rows, gate_offset = gate_projection(up, bias, gate_weight, gate_bias, group_size)
     chosen = selected.reshape(-1, k)
-    index = chosen.long()
+    index = repeat_first(chosen, chosen).long() if padded else chosen.long()
     gate = torch.addmm(gate_offset, block_code, gate_rows.T).gather(1, index).sigmoid_()
 
     need_code = need_x or need_down or need_gate or need_gate_bias or need_up or (need_bias and gate_weight is None)
@@ -95,6 +96,7 @@ def conv2d_backward(
     out: list[Tensor | None] = [None, _filters(grad_weight, weight), None, None, None, None, None]
     out[2] = grad.sum(0) if need_bias else None
     if grad_x is not None:
+        grad_chosen = repeat_first(grad_chosen, chosen) if padded else grad_chosen
         grad_code, out[4], out[5], out[6] = through_gate(
             grad_light, grad_chosen, index, code, block_code, blocks, up, gate_rows, out[2],
             projection=gate_weight is not None, need_up=need_up,

@@ -22,10 +22,11 @@ _GROUP_WORTH_A_PANEL = 8
 
 
 def ffn(
-    kernels: Any, choose: Callable[[Tensor, int], Tensor], x: Tensor, weight: Tensor, bias: Tensor | None,
+    kernels: Any, choose: Callable[[Tensor, int, float | None], Tensor], x: Tensor, weight: Tensor, bias: Tensor | None,
     value_weight: Tensor | None, value_bias: Tensor | None, down_weight: Tensor, down_bias: Tensor | None,
     light_down: Tensor, light_up: Tensor, light_hidden: Tensor, light_bias: Tensor, gate_weight: Tensor,
     gate_bias: Tensor, noise: Tensor | None, k: int, activation: str, interpolation: str,
+    threshold: float | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return ``(y, selected)`` of the FFN op; ``choose`` is the native Top-k."""
     n, hidden = down_weight.shape
@@ -35,12 +36,16 @@ def ffn(
         rows = rows.contiguous()
     code = F.linear(rows, light_down)
     logits = F.linear(code, gate_weight, gate_bias)
-    selected = choose(logits if noise is None else logits + noise.to(logits.dtype).view_as(logits), k)
+    selected = choose(logits if noise is None else logits + noise.to(logits.dtype).view_as(logits), k, threshold)
     shares: Tensor | None = None
     light_share: Tensor | float = 1 - k / groups
     if interpolation == "sigmoid":
-        shares = logits.gather(-1, selected.long()).sigmoid()
+        shares = logits.gather(-1, selected.long().clamp_(min=0)).sigmoid()
+        if threshold is not None:
+            shares = torch.where(selected < 0, 0, shares)
         light_share = 1 - shares.sum(-1, keepdim=True) / groups
+    elif threshold is not None:
+        light_share = 1 - (selected >= 0).sum(-1, keepdim=True) / groups
     offset = light_bias if down_bias is None else light_bias + down_bias
     y = torch.addcmul(offset, F.linear(code, light_up), torch.as_tensor(light_share, dtype=x.dtype))
     # Kept alive by name until the call returns: only addresses go to the kernel.

@@ -57,8 +57,9 @@ class Panels:
         return light, weight
 
     def linear(
-        self, x: Tensor, bias: Tensor | None, gate_bias: Tensor | None, k: int, span: int, interpolation: str
-    ) -> tuple[Tensor, Tensor]:
+        self, x: Tensor, bias: Tensor | None, gate_bias: Tensor | None, k: int, span: int, interpolation: str,
+        threshold: float | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Return ``(y, selected)`` of the linear op without noise for x (..., T, d), as ``midl.ops`` defines it.
 
         Raises:
@@ -66,7 +67,7 @@ class Panels:
         """
         self._check_instruction_set()
         return native.linear_on_panels(
-            x, self.light, self.weight, self.shapes, bias, gate_bias, k, self.group_size, span, interpolation
+            x, self.light, self.weight, self.shapes, bias, gate_bias, k, self.group_size, span, interpolation, threshold
         )
 
     def unpack(self) -> dict[str, Tensor]:

@@ -37,13 +37,14 @@ def linear(
     span: int,
     interpolation: str,
     ste: str,
+    threshold: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return ``(y, selected)`` of the linear op; see :mod:`midl.ops` for the arguments."""
     up = accumulate_dtype(x)
     code = x.to(up) @ light_down.to(up).T
     full = x.to(up) @ weight.to(up).T
     y, selected = interpolate(
-        code, full, bias, light_up, gate_weight, gate_bias, noise, k, group_size, span, interpolation
+        code, full, bias, light_up, gate_weight, gate_bias, noise, k, group_size, span, interpolation, threshold
     )
     return y.to(x.dtype), selected
 
@@ -63,6 +64,7 @@ def linear_backward(
     interpolation: str,
     ste: str,
     needs: list[bool],
+    padded: bool = False,
 ) -> Grads:
     """Return the gradients of the seven tensors from x to gate_bias, empty where not needed."""
     up = accumulate_dtype(x)
@@ -101,13 +103,14 @@ def conv2d(
     span: int,
     interpolation: str,
     ste: str,
+    threshold: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return ``(y, selected)`` of the convolution op; ``span=0`` makes each image one block."""
     up = accumulate_dtype(x)
     code = F.conv2d(x.to(up), light_down.to(up), None, stride, padding, dilation)
     full = F.conv2d(x.to(up), weight.to(up), None, stride, padding, dilation)
     y, selected = interpolate_image(
-        code, full, bias, light_up, gate_weight, gate_bias, noise, k, group_size, span, interpolation
+        code, full, bias, light_up, gate_weight, gate_bias, noise, k, group_size, span, interpolation, threshold
     )
     return y.to(x.dtype), selected
 
@@ -130,6 +133,7 @@ def conv2d_backward(
     interpolation: str,
     ste: str,
     needs: list[bool],
+    padded: bool = False,
 ) -> Grads:
     """Return the gradients of the seven tensors from x to gate_bias, empty where not needed."""
     up = accumulate_dtype(x)
@@ -232,12 +236,13 @@ def interpolate(
     group_size: int,
     span: int,
     interpolation: str,
+    threshold: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return ``(y, selected)`` from code (..., T, r) and full path (..., T, n): light path, gate, selection, mix."""
     positions, num_groups = full.shape[-2], full.shape[-1] // group_size
     light = code @ light_up.to(code.dtype).T
     logits = gate_logits(code, bias, light_up, gate_weight, gate_bias, group_size, span)
-    selected = topk_groups(logits if noise is None else logits + noise.to(logits.dtype), k)
+    selected = topk_groups(logits if noise is None else logits + noise.to(logits.dtype), k, threshold)
     mask = selection_mask(selected, num_groups)
     mask = _to_neurons(mask, positions, group_size, span)
     mixed = full  # with a = 1, to the last bit
@@ -259,11 +264,12 @@ def interpolate_image(
     group_size: int,
     span: int,
     interpolation: str,
+    threshold: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`interpolate` for images (B, r, H, W) and (B, n, H, W)."""
     y, selected = interpolate(
         _to_positions(code, span), _to_positions(full, span), bias, light_up, gate_weight, gate_bias, noise, k,
-        group_size, span or full.shape[2] * full.shape[3], interpolation,
+        group_size, span or full.shape[2] * full.shape[3], interpolation, threshold,
     )  # fmt: skip
     return _to_image(y, full.shape), selected
 

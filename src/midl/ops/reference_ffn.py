@@ -42,6 +42,7 @@ def ffn(
     activation: str,
     interpolation: str,
     ste: str,
+    threshold: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return ``(y, selected)`` of the FFN op."""
     up = accumulate_dtype(x)
@@ -51,7 +52,7 @@ def ffn(
         hidden = hidden * _linear(xu, value_weight, value_bias)
     y, selected = select_and_project(
         xu @ light_down.to(up).T, hidden, down_weight, down_bias, light_up, light_hidden, light_bias, gate_weight,
-        gate_bias, noise, k, group_size, interpolation,
+        gate_bias, noise, k, group_size, interpolation, threshold,
     )  # fmt: skip
     return y.to(x.dtype), selected
 
@@ -77,6 +78,7 @@ def ffn_backward(
     interpolation: str,
     ste: str,
     needs: list[bool],
+    padded: bool = False,
 ) -> tuple[Tensor, ...]:
     """Return the gradients of the thirteen tensors from x to gate_bias, empty where not needed."""
     up = accumulate_dtype(x)
@@ -130,10 +132,11 @@ def select_and_project(
     k: int,
     group_size: int,
     interpolation: str,
+    threshold: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return ``(y, selected)`` from code (..., r) and all hidden units (..., m): gate, selection, down-projection."""
     logits = _linear(code, gate_weight, gate_bias)
-    selected = topk_groups(logits if noise is None else logits + noise.to(logits.dtype), k)
+    selected = topk_groups(logits if noise is None else logits + noise.to(logits.dtype), k, threshold)
     mixed = _mix(code, hidden, selected, light_up, light_hidden, gate_weight, gate_bias, interpolation)
     y = _linear(mixed.hidden, down_weight, down_bias) + mixed.light_share * mixed.light + light_bias.to(code.dtype)
     return y, selected

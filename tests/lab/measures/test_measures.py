@@ -16,11 +16,12 @@ from midl.lab.data import Dataset, Split
 from midl.lab.measures import MEASURES, measure_all
 from midl.lab.measures.activity import measure_activity
 from midl.lab.measures.corruptions import corruptions_for
-from midl.lab.measures.gate import layer_logits, measure_gates
+from midl.lab.measures.gate import measure_gates
 from midl.lab.measures.robustness import measure_robustness
 from midl.lab.measures.smi import SETS, _Pool, measure_smi
 from midl.lab.measures.watching import mid_layers, sample_test_rows, watch_layers
 from midl.layers.base import observers
+from midl.layers.logits import layer_logits
 from midl.selection import topk_groups
 
 
@@ -92,7 +93,7 @@ def test_the_logits_are_those_the_layer_selects_by(case: tuple[nn.Module, Datase
 
     def see(name: str, x: torch.Tensor, y: torch.Tensor, selected: torch.Tensor) -> None:
         layer = mid_layers(model)[name]
-        seen.append(torch.equal(topk_groups(layer_logits(layer, x), layer.num_selected), selected))
+        seen.append(torch.equal(topk_groups(layer_logits(layer, x), layer.num_selected), selected.flatten(0, 1)))
 
     with torch.no_grad(), midl.kernels("reference"), watch_layers(mid_layers(model), see):
         model(dataset.batch(dataset.test, slice(0, 10))[0])
@@ -167,7 +168,7 @@ def test_smi_by_hand_on_the_masked_outputs() -> None:
     x, y = dataset.batch(dataset.test, slice(0, 120))
     with torch.no_grad():
         outputs = model[0](x)
-        mask = torch.zeros(120, 6).scatter(1, topk_groups(layer_logits(model[0], x)[:, 0], 3).long(), 1.0)
+        mask = torch.zeros(120, 6).scatter(1, topk_groups(layer_logits(model[0], x), 3).long(), 1.0)
     centred = ((outputs - outputs.mean(0)) * mask.repeat_interleave(4, dim=1)).double().numpy()
     expected = estimate_mutual_information(centred @ _directions(24, 16, 0), y.numpy()).mean()
     assert report["layers"]["0"]["inputs"]["selected"]["mean"] == pytest.approx(expected, abs=2e-3)

@@ -10,36 +10,10 @@ from torch import Tensor, nn
 
 from midl.lab.data import Dataset
 from midl.lab.measures.watching import evaluating, mid_layers, sample_test_rows, watch_layers
-from midl.layers import MIDConv2d, MIDLayer
-from midl.ops.reference import gate_logits
+from midl.layers.logits import layer_logits
 from midl.selection import selection_mask
 
-__all__ = ["layer_logits", "measure_gates"]
-
-
-def layer_logits(layer: MIDLayer, x: Tensor) -> Tensor:
-    """Return the gate logits of a layer on its input, (rows, choices, groups).
-
-    >>> from midl import MIDLinear
-    >>> layer_logits(MIDLinear(16, 32, rank=2, group_size=4), torch.randn(5, 16)).shape
-    torch.Size([5, 1, 8])
-    """
-    span = layer.config.span
-    if isinstance(layer, MIDConv2d):
-        down = layer.to_conv2d()  # knows how to pad
-        down.weight, down.bias = layer.light_down, None
-        code = down(x).movedim(1, -1)
-        if layer.config.select == "image":
-            code = code.flatten(1, 2)
-            span = code.shape[1]
-    else:
-        code = x @ layer.light_down.T
-    if code.dim() == 2:
-        code = code.unsqueeze(1)
-    logits = gate_logits(
-        code, layer.bias, layer.light_up, layer.gate_weight, layer.gate_bias, layer.config.group_size, span
-    )
-    return logits.reshape(len(x), -1, layer.num_groups)
+__all__ = ["measure_gates"]
 
 
 def measure_gates(model: nn.Module, dataset: Dataset, rows: int = 300, bins: int = 30) -> dict[str, Any]:

@@ -44,10 +44,13 @@ def _unavailable() -> str | None:
 
 
 def _unsupported(
-    op: str, x: Tensor, *, weight: Tensor, k: int, group_size: int, ste: str = "selected", **_: object
-) -> str | None:
+    op: str, x: Tensor, *, weight: Tensor, k: int, group_size: int, ste: str = "selected",
+    threshold: float | None = None, padded: bool = False, **_: object,
+) -> str | None:  # fmt: skip
     if x.device.type != "cuda" and not (interpreted() and x.device.type == "cpu"):
         return f"x is on {x.device}, expected a CUDA device"
+    if threshold is not None or padded:
+        return "a layer with a threshold: rows select different numbers of groups, expected threshold=None"
     if x.dtype not in DTYPES:
         return f"x is {x.dtype}, expected float32, float16 or bfloat16"
     if x.device.type == "cpu" and x.dtype == torch.bfloat16 and not _interpreter_multiplies_bfloat16():

@@ -17,7 +17,7 @@ __all__ = ["conv2d", "conv2d_backward"]
 def conv2d(
     x: Tensor, weight: Tensor, bias: Tensor | None, light_down: Tensor, light_up: Tensor, gate_weight: Tensor | None,
     gate_bias: Tensor | None, noise: Tensor | None, stride: list[int], padding: list[int], dilation: list[int],
-    k: int, group_size: int, span: int, interpolation: str, ste: str,
+    k: int, group_size: int, span: int, interpolation: str, ste: str, threshold: None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return ``(y, selected)`` of the convolution op; ``span=0`` makes each image one block."""
     rows, height, width = _image_rows(x, weight, stride, padding, dilation, span)
@@ -38,6 +38,7 @@ def conv2d_backward(
     grad_y: Tensor, selected: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, light_down: Tensor,
     light_up: Tensor, gate_weight: Tensor | None, gate_bias: Tensor | None, stride: list[int], padding: list[int],
     dilation: list[int], group_size: int, span: int, interpolation: str, ste: str, needs: list[bool],
+    padded: bool = False,
 ) -> Grads:  # fmt: skip
     """Return the gradients of the seven tensors from x to gate_bias, empty where not needed."""
     rows, height, width = _image_rows(x, weight, stride, padding, dilation, span)

@@ -16,6 +16,7 @@ __all__ = ["contiguous", "linear", "linear_backward", "zero_grads"]
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, light_down: Tensor, light_up: Tensor, gate_weight: Tensor | None,
     gate_bias: Tensor | None, noise: Tensor | None, k: int, group_size: int, span: int, interpolation: str, ste: str,
+    threshold: None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return ``(y, selected)`` of the linear op; see :mod:`midl.ops` for the arguments."""
     blocks = -(-x.shape[-2] // span)
@@ -34,7 +35,7 @@ def linear(
 def linear_backward(
     grad_y: Tensor, selected: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, light_down: Tensor,
     light_up: Tensor, gate_weight: Tensor | None, gate_bias: Tensor | None, group_size: int, span: int,
-    interpolation: str, ste: str, needs: list[bool],
+    interpolation: str, ste: str, needs: list[bool], padded: bool = False,
 ) -> Grads:  # fmt: skip
     """Return the gradients of the seven tensors from x to gate_bias, empty where not needed."""
     if x.numel() == 0:
