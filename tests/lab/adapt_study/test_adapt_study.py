@@ -12,7 +12,7 @@ pytest.importorskip("safetensors")
 import midl
 from midl.errors import MIDLError
 from midl.lab.adapt_study import __main__ as command
-from midl.lab.adapt_study import ablation, elastic
+from midl.lab.adapt_study import ablation, elastic, threshold
 from midl.lab.adapt_study.low_rank import factorise
 from midl.lab.adapt_study.oracle import select_by_oracle
 from midl.lab.adapt_study.render import render
@@ -99,6 +99,20 @@ def test_annealing_ends_at_the_configured_fraction():
     assert seen == pytest.approx([1.0, 0.8125, 0.625, 0.4375, 0.25, 0.25, 0.25, 0.25, 0.25])
 
 
+def test_what_each_input_takes_adds_up_to_the_recorded_activity():
+    model = nn.Sequential(
+        midl.MIDConv2d(3, 16, 3, rank=2, group_size=2, threshold=0.1), nn.Flatten(),
+        midl.MIDLinear(64, 32, rank=2, threshold=0.2, most=0.5),
+    ).eval()  # fmt: skip
+    x = torch.randn(50, 3, 4, 4)
+    with midl.record_activity(model) as activity:
+        model(x)
+    shares = threshold._shares(model, x)
+    assert len(shares.unique()) > 5
+    assert float(shares.mean()) == pytest.approx(activity.fraction_active)
+    assert float(threshold._shares(model, x[7:8])) == pytest.approx(float(shares[7]))
+
+
 @pytest.mark.slow
 def test_every_study_runs_goes_on_and_is_rendered(tmp_path, monkeypatch, capsys):
     digits = subject_for(load("digits"))
@@ -111,6 +125,10 @@ def test_every_study_runs_goes_on_and_is_rendered(tmp_path, monkeypatch, capsys)
     assert all(10 < row[name] <= 100 for row in both for name in names)
     monkeypatch.setattr(elastic, "BUDGETS", (0.5, 1.0))
     assert len(elastic.run_elastic(digits, 0, tmp_path, distil_epochs=1)) == 2
+    (row,) = threshold.run_threshold(digits, 0, tmp_path, budgets=(1.5,), distil_epochs=1)
+    assert row["low"] < row["realised"] < row["high"]
+    assert row["realised"] == pytest.approx(row["active"], abs=0.05)
+    assert threshold.run_threshold(digits, 0, tmp_path, budgets=(1.5,), distil_epochs=1) == [row]
     few = {name: ablation.VARIANTS[name] for name in ("base", "annealed active", "random start", "distilled")}
     monkeypatch.setattr(ablation, "VARIANTS", few)
     for mode in ("scratch", "converted"):
@@ -120,6 +138,7 @@ def test_every_study_runs_goes_on_and_is_rendered(tmp_path, monkeypatch, capsys)
     text = capsys.readouterr().out
     assert text.strip() == render(tmp_path).strip()
     assert "| 1.5x | 8 | 1 |" in text
+    assert "a fixed number of groups against a threshold" in text
     assert "ablation, converted" in text
 
 

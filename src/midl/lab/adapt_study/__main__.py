@@ -14,9 +14,10 @@ from midl.lab.adapt_study.elastic import run_elastic
 from midl.lab.adapt_study.render import render
 from midl.lab.adapt_study.study import Settings, run_study
 from midl.lab.adapt_study.subject import Subject, subject_for
+from midl.lab.adapt_study.threshold import run_threshold
 from midl.lab.data import load
 
-_STUDIES = ("budgets", "elastic", "scratch", "converted")
+_STUDIES = ("budgets", "elastic", "threshold", "scratch", "converted")
 
 
 def main() -> None:
@@ -54,6 +55,12 @@ def _run(arguments: Any, subject: Subject, seed: int, on_row: Callable[[dict[str
     elif arguments.study == "elastic":
         choices = {} if arguments.distil_epochs is None else {"distil_epochs": arguments.distil_epochs}
         run_elastic(subject, seed, arguments.out, dense_epochs=arguments.epochs, on_row=on_row, **choices)
+    elif arguments.study == "threshold":
+        choices = {} if arguments.distil_epochs is None else {"distil_epochs": arguments.distil_epochs}
+        budgets = tuple(map(float, arguments.budgets.split(",")))
+        run_threshold(
+            subject, seed, arguments.out, budgets=budgets, dense_epochs=arguments.epochs, on_row=on_row, **choices
+        )
     else:
         run_ablation(
             subject, seed, arguments.out, mode=arguments.study, epochs=arguments.distil_epochs,

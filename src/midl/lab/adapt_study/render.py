@@ -30,8 +30,9 @@ def render(folder: Path) -> str:
     parts: list[str] = []
     for dataset in sorted({row["dataset"] for row in rows}):
         own = [row for row in rows if row["dataset"] == dataset]
-        parts += _budget_tables(dataset, [row for row in own if "budget" in row])
+        parts += _budget_tables(dataset, [row for row in own if "calibrated" in row])
         parts += _elastic_table(dataset, [row for row in own if "elastic" in row])
+        parts += _threshold_table(dataset, [row for row in own if "threshold" in row])
         for mode in ("scratch", "converted"):
             parts += _ablation_table(dataset, mode, [row for row in own if row.get("mode") == mode])
     return "\n".join(parts)
@@ -67,6 +68,34 @@ def _elastic_table(dataset: str, rows: Sequence[dict[str, Any]]) -> Iterable[str
         same = [row for row in rows if row["active"] == active]
         cells = [_mean(same, name) for name in ("dense", "elastic", "alone")]
         yield f"| {active:.0%} | {len(same)} | " + " | ".join([*cells, _difference(same, "elastic", "alone")]) + " |"
+    yield ""
+
+
+def _threshold_table(dataset: str, rows: Sequence[dict[str, Any]]) -> Iterable[str]:
+    if not rows:
+        return
+    yield f"### {dataset}: a fixed number of groups against a threshold\n"
+    heads = ("fixed, undistilled", "threshold, undistilled", "fixed", "threshold", "threshold - fixed", "active, fixed",
+             "realised", "5 % to 95 % of the inputs")  # fmt: skip
+    speeds = (("1", "batch 1"), ("32", "batch 32"), ("least", "inputs that take least"), ("most", "most"))
+    titles = ["budget", "G", "seeds", "dense", *heads, *(f"speed, {title}" for _, title in speeds)]
+    yield f"| {' | '.join(titles)} |"
+    yield "|" + "---|" * len(titles)
+    for budget in sorted({row["budget"] for row in rows}):
+        same = [row for row in rows if row["budget"] == budget]
+        names = ("dense", "fixed_calibrated", "threshold_calibrated", "fixed", "threshold")
+        cells = [*(_mean(same, name) for name in names), _difference(same, "threshold", "fixed")]
+        active, realised, low, high = (
+            estimate_mean([row[name] for row in same]).mean for name in ("active", "realised", "low", "high")
+        )
+        cells += [f"{active:.3f}", f"{realised:.3f}", f"{low:.3f} to {high:.3f}"]
+        for kind, _ in speeds:
+            fixed, threshold = (
+                estimate_mean([row["latency"][kind]["dense"] / row["latency"][kind][name] for row in same]).mean
+                for name in ("fixed", "threshold")
+            )
+            cells.append(f"{fixed:.2f}x, {threshold:.2f}x")
+        yield f"| {budget:g}x | {same[0]['group_size']} | {len(same)} | " + " | ".join(cells) + " |"
     yield ""
 
 
