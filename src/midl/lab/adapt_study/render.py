@@ -75,8 +75,8 @@ def _threshold_table(dataset: str, rows: Sequence[dict[str, Any]]) -> Iterable[s
     if not rows:
         return
     yield f"### {dataset}: a fixed number of groups against a threshold\n"
-    heads = ("fixed, undistilled", "threshold, undistilled", "fixed", "threshold", "threshold - fixed", "active, fixed",
-             "realised", "5 % to 95 % of the inputs")  # fmt: skip
+    heads = ("fixed, undistilled", "threshold, undistilled", "fixed", "threshold", "threshold - fixed",
+             "output error, undistilled", "active, fixed", "realised", "5 % to 95 % of the inputs")  # fmt: skip
     speeds = (("1", "batch 1"), ("32", "batch 32"), ("least", "inputs that take least"), ("most", "most"))
     titles = ["budget", "G", "seeds", "dense", *heads, *(f"speed, {title}" for _, title in speeds)]
     yield f"| {' | '.join(titles)} |"
@@ -85,6 +85,8 @@ def _threshold_table(dataset: str, rows: Sequence[dict[str, Any]]) -> Iterable[s
         same = [row for row in rows if row["budget"] == budget]
         names = ("dense", "fixed_calibrated", "threshold_calibrated", "fixed", "threshold")
         cells = [*(_mean(same, name) for name in names), _difference(same, "threshold", "fixed")]
+        error = [row["threshold_error"] / row["fixed_error"] for row in same]
+        cells.append(f"{estimate_mean(error).mean:.3f} of fixed")
         active, realised, low, high = (
             estimate_mean([row[name] for row in same]).mean for name in ("active", "realised", "low", "high")
         )

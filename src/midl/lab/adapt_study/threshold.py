@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import midl
 from midl.adaptation import calibrate_threshold, soft_cross_entropy
+from midl.adaptation.measure import dense_outputs, output_error
 from midl.lab.adapt_study.batches import ShuffledBatches
 from midl.lab.adapt_study.subject import Subject
 from midl.lab.files import write_json
@@ -41,8 +42,10 @@ def run_threshold(
     """Return a row per budget: an adapted network with a fixed number of groups and the same one with thresholds.
 
     Thresholds are calibrated on training rows for what each layer takes anyhow, before distillation and, again, after
-    it; weights are the same on both sides. ``active`` and ``realised`` are what both take on the test rows, ``low`` and
-    ``high`` what 5 % and 95 % of the test inputs stay below; latencies are seconds per input, one by one and in
+    it; weights are the same on both sides. ``..._error`` is the mean square of the change in the output that adapting
+    makes, relative to the output's variance, on the first test rows and before distillation. ``active`` and
+    ``realised`` are what both take on the test rows, ``low`` and ``high`` what 5 % and 95 % of the test inputs stay
+    below; latencies are seconds per input, one by one and in
     batches of 32, and one by one for the inputs that take ``least`` and ``most``. Finished parts are taken from
     ``folder``: without its ``latency`` a row is timed again.
 
@@ -90,18 +93,21 @@ def _adapt(
     row: Row = {"dataset": subject.name, "seed": seed, "budget": budget, "group_size": group_size}
     row |= {"epochs": distil_epochs, "dense": measure_accuracy(dense, dataset)[0]}
 
-    def score(suffix: str) -> None:
-        row[f"fixed{suffix}"] = measure_accuracy(model, dataset)[0]
-        row["active"] = float(_shares(model, dataset.batch(dataset.test, slice(0, 1))[0]))
-        calibrate_threshold(model, batches, samples=_CALIBRATION)
-        row[f"threshold{suffix}"] = measure_accuracy(model, dataset)[0]
-
-    score("_calibrated")
+    x = [dataset.batch(dataset.test, slice(0, _CALIBRATION))[0]]
+    outputs = dense_outputs(dense, x)
+    row["active"] = float(_shares(model, x[0][:1]))
+    row["fixed_error"] = output_error(model, x, outputs)
+    row["fixed_calibrated"] = measure_accuracy(model, dataset)[0]
+    calibrate_threshold(model, batches, samples=_CALIBRATION)
+    row["threshold_error"] = output_error(model, x, outputs)
+    row["threshold_calibrated"] = measure_accuracy(model, dataset)[0]
     for layer in mid_layers(model).values():
         layer.threshold = None
     loss = soft_cross_entropy()
     midl.adaptation.distil(model, dense, ShuffledBatches(dataset, seed), epochs=distil_epochs, loss=loss, seed=seed)
-    score("")
+    row["fixed"] = measure_accuracy(model, dataset)[0]
+    calibrate_threshold(model, batches, samples=_CALIBRATION)
+    row["threshold"] = measure_accuracy(model, dataset)[0]
     parts = torch.arange(len(dataset.test)).split(_LOOKED_AT)
     shares = torch.cat([_shares(model, dataset.batch(dataset.test, part)[0]) for part in parts])
     low, high = shares.quantile(torch.tensor([0.05, 0.95])).tolist()
