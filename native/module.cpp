@@ -160,6 +160,7 @@ std::vector<std::string> names(bool supported_only) {
 
 NB_MODULE(_native, m) {
   m.doc() = "CPU kernels of midl; called by midl.ops.native.";
+  m.attr("interface") = MIDL_INTERFACE;
   const auto released = nb::call_guard<nb::gil_scoped_release>();
   m.def("linear_forward", &linear_forward, released, "bfloat16"_a, "x"_a, "x_stride"_a, "rows"_a, "depth"_a,
         "neurons"_a, "rank"_a, "groups"_a, "selected_groups"_a, "threshold"_a, "positions"_a, "span"_a, "weight"_a,

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+interface: str  # SHA-256 of this file when the module was built
+
 def linear_forward(
     bfloat16: bool, x: int, x_stride: int, rows: int, depth: int, neurons: int, rank: int, groups: int,
     selected_groups: int, threshold: float, positions: int, span: int, weight: int, bias: int, light_down: int,

@@ -393,6 +393,24 @@ def test_the_environment_forces_an_instruction_set(name):
         assert "MIDL_CPU='mmx' is not an instruction set that this CPU runs, expected one of" in run.stderr
 
 
+@pytest.mark.parametrize("attributes", [{}, {"interface": "0123456789"}])
+def test_a_module_built_from_other_sources_is_refused(attributes, tmp_path):
+    code = f"""
+import sys, types
+stale = types.ModuleType("midl._native")
+stale.__dict__.update({attributes})
+sys.modules["midl._native"] = stale
+import torch, midl
+assert midl.MIDLinear(8, 16, rank=2)(torch.ones(3, 8)).shape == (3, 16)
+midl.kernels("native")
+"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    interface = "01234567" if attributes else "none"
+    reason = f"the extension midl._native was built from other sources (interface {interface}, expected "
+    assert f"RuntimeWarning: {reason}" in run.stderr
+    assert f"name='native' is not available: {reason}" in run.stderr
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_torch_and_the_kernels_share_one_openmp_runtime():
     # In a process of its own: other packages, scikit-learn for one, bring a runtime that only they use.

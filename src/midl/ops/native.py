@@ -5,8 +5,11 @@ Weights that stay unchanged from call to call are packed once (:mod:`midl.ops.na
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
+import warnings
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -45,11 +48,26 @@ _CONVOLUTION_BACKWARD_GROUP = 8
 # Rows of a call from which packing inside the kernel costs next to nothing.
 _ROWS_THAT_PACK_THEMSELVES = 2048
 
+
+def _reason_against(module: ModuleType) -> str | None:
+    """Return why the compiled module cannot be called: it misreads arguments if built from other sources; or None."""
+    expected = hashlib.sha256(Path(__file__).parents[1].joinpath("_native.pyi").read_bytes()).hexdigest()
+    built = getattr(module, "interface", "none")
+    if built == expected:
+        return None
+    return (
+        f"the extension {module.__name__} was built from other sources (interface {built:.8}, expected {expected:.8}); "
+        "reinstall midl to build it again"
+    )
+
+
 try:
     # torch first: the kernels then share its OpenMP runtime.
     from midl import _native
 
-    _missing: str | None = None
+    _missing = _reason_against(_native)
+    if _missing:
+        warnings.warn(_missing, RuntimeWarning, stacklevel=1)
 except ImportError as error:
     _missing = f"the extension midl._native is not built ({error}); reinstall midl with a C++20 compiler"
 
