@@ -400,6 +400,13 @@ void mix_groups(const ForwardPlan<S>& plan, ThreadMemory& memory, std::int64_t i
   }
 }
 
+// Repeat the weight of each group for its `size` neurons.
+MIDL_INLINE void spread_gate(const float* gate, std::int64_t groups, std::int64_t size, float* weights) {
+  if (size == 1) return copy_floats(gate, groups, weights);
+  for (std::int64_t g = 0, j = 0; g < groups; ++g)
+    for (const std::int64_t end = j + size; j < end; ++j) weights[j] = gate[g];
+}
+
 // Narrow groups, many to a block of neurons: see kDotCost.
 template <class S>
 void mix_narrow_groups(const ForwardPlan<S>& plan, ThreadMemory& memory, std::int64_t index, Range rows,
@@ -421,8 +428,8 @@ void mix_narrow_groups(const ForwardPlan<S>& plan, ThreadMemory& memory, std::in
     const float* gate = memory.gate + (plan.blocks.block_of(rows.begin + r) - chunk_block) * plan.gate_stride;
     float* light = memory.light + r * kPanelWidth;
     float weights[kPanelWidth];
-    for (std::int64_t j = 0; j < kPanelWidth; ++j)
-      weights[j] = j < block.size ? gate[block.first_group + j / plan.group_size] : kUnselected;
+    spread_gate(gate + block.first_group, block.end_group - block.first_group, plan.group_size, weights);
+    for (std::int64_t j = block.size; j < kPanelWidth; ++j) weights[j] = kUnselected;
     if (dense) {
       const float* full = memory.full + r * kPanelWidth;
       for (int j = 0; j < kPanelWidth; j += L) {
@@ -459,8 +466,7 @@ void mix_computed(const ForwardPlan<S>& plan, ThreadMemory& memory, std::int64_t
     const T* full = static_cast<const T*>(c.full) + r * c.neurons + block.first;
     float* light = memory.light + (r - rows.begin) * kPanelWidth;
     float weights[kPanelWidth];
-    for (std::int64_t g = block.first_group, j = 0; g < block.end_group; ++g)
-      for (const std::int64_t end = j + size; j < end; ++j) weights[j] = gate[g];
+    spread_gate(gate + block.first_group, block.end_group - block.first_group, size, weights);
     std::int64_t j = 0;
     for (; j + L <= block.size; j += L) {
       const Vec weight = load(weights + j), l = load(light + j);

@@ -194,12 +194,14 @@ inline void select_row(const float* logits, const float* noise, std::int64_t n, 
     for (std::int64_t i = 0; i < n; ++i)
       if (keys[i] == threshold.key && left-- <= 0) keys[i] = kLowestKey;
   }
-  std::int64_t picked = 0;
-  for (std::int64_t i = 0; i < n; ++i) {
-    picks[picked] = std::int32_t(i);
-    picked += keys[i] >= threshold.key;
+  if (selected) {
+    std::int64_t picked = 0;
+    for (std::int64_t i = 0; i < n; ++i) {
+      picks[picked] = std::int32_t(i);
+      picked += keys[i] >= threshold.key;
+    }
+    write_selected(picks, count, rule.k, selected);
   }
-  if (selected) write_selected(picks, count, rule.k, selected);
   if (!weights) return;
   const IVec t = splat(threshold.key);
   for (std::int64_t i = 0; i < padded; i += L) {
