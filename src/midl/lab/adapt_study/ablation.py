@@ -18,7 +18,6 @@ from midl.lab.adapt_study.subject import Subject
 from midl.lab.distillation import distillation_loss
 from midl.lab.files import write_json
 from midl.lab.measure import measure_accuracy
-from midl.lab.recipes import recipes_for
 from midl.lab.training import train
 from midl.layers import MIDLayer
 
@@ -97,7 +96,7 @@ def run_ablation(
         if model is None:
             continue
         before = measure_accuracy(model, dataset)[0]
-        recipes = recipes_for(dataset.name, epochs if mode == "scratch" else dense_epochs)
+        recipes = subject.recipes(epochs if mode == "scratch" else dense_epochs)
         recipe = recipes.train if mode == "scratch" else recipes.distill
         if mode == "converted" and epochs is not None:
             recipe = dataclasses.replace(recipe, epochs=epochs)

@@ -64,7 +64,7 @@ def run_study(
     Args:
         subject: data set and architecture.
         settings: what to run.
-        folder: of ``<subject>-seed<seed>.json`` and the trained dense networks.
+        folder: of ``<subject>-seed<seed>.json``, the trained dense networks and the adapted ones.
         on_row: called with each row as it is done or found.
     """
     file = folder / f"{subject.name}-seed{settings.seed}.json"
@@ -79,7 +79,10 @@ def run_study(
             known = [row for row in rows if (row["budget"], row["group_size"]) == (budget, group_size)]
             if not known:
                 same_budget = next((row for row in rows if row["budget"] == budget), None)
-                rows.append(study.row(budget, group_size, same_budget))
+                row, adapted = study.row(budget, group_size, same_budget)
+                name = f"{subject.name}-{budget:g}x-groups{group_size}-seed{settings.seed}.safetensors"
+                midl.save(adapted, folder / name)
+                rows.append(row)
                 write_json(file, rows)
             on_row((known or rows[-1:])[0])
     return rows
@@ -92,8 +95,8 @@ class _Study:
     dense: nn.Module
     batches: Sequence[Tensor]
 
-    def row(self, budget: float, group_size: int, same_budget: Row | None) -> Row:
-        """Return one row; low rank knows no groups, so it is taken from a row of the same budget."""
+    def row(self, budget: float, group_size: int, same_budget: Row | None) -> tuple[Row, nn.Module]:
+        """Return one row and its distilled network; low rank knows no groups: a row of the same budget has it."""
         adapted, report = self._adapt(budget, group_size)
         calibrated = self._accuracy(adapted)
         with select_by_oracle(adapted, self.batches[0]):
@@ -120,7 +123,7 @@ class _Study:
         else:
             row |= {name: same_budget[name] for name in ("low_rank", "low_rank_distilled")}
         layers = [dataclasses.asdict(layer) for layer in report.layers]
-        return row | {"latency": latency, "threads": torch.get_num_threads(), "layers": layers}
+        return row | {"latency": latency, "threads": torch.get_num_threads(), "layers": layers}, adapted
 
     def _adapt(self, budget: float, group_size: int, **choices: Any) -> tuple[nn.Module, Any]:
         model = copy.deepcopy(self.dense)

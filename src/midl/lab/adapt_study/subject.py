@@ -11,8 +11,8 @@ from torch import nn
 import midl
 from midl.errors import MIDLError
 from midl.lab.data import Dataset
-from midl.lab.models import MLP, Architecture, architecture_for
-from midl.lab.recipes import recipes_for
+from midl.lab.models import MLP, Architecture, ResNet, architecture_for
+from midl.lab.recipes import Recipes, recipes_for
 from midl.lab.training import train
 
 __all__ = ["Subject", "subject_for"]
@@ -26,11 +26,17 @@ class Subject:
         name: of files and tables.
         dataset: to train and score on.
         architecture: of the dense network.
+        learnt_like: the data set whose recipe trains it.
     """
 
     name: str
     dataset: Dataset
     architecture: Architecture
+    learnt_like: str
+
+    def recipes(self, epochs: int | None = None) -> Recipes:
+        """Return how the networks are trained; ``epochs`` as in :func:`midl.lab.recipes.recipes_for`."""
+        return recipes_for(self.learnt_like, epochs)
 
     def train_dense(self, seed: int, folder: Path, epochs: int | None = None) -> nn.Module:
         """Return the dense network, trained by the data set's recipe; a second call loads what the first one saved.
@@ -48,14 +54,16 @@ class Subject:
         if file.exists():
             return midl.load_(model, file).eval()
         checkpoint = file.with_name(f"{file.stem}-checkpoint.safetensors")
-        train(model, self.dataset, recipes_for(self.dataset.name, epochs).train, seed=seed, checkpoint=checkpoint)
+        train(model, self.dataset, self.recipes(epochs).train, seed=seed, checkpoint=checkpoint)
         midl.save(model, file)
         checkpoint.unlink(missing_ok=True)
         return model.eval()
 
 
 def subject_for(dataset: Dataset, model: str | None = None) -> Subject:
-    """Return the data set with its own architecture, or with ``"mlp"``: two hidden layers of 1024.
+    """Return the data set with its own architecture, with ``"mlp"`` or with ``"cnn"``.
+
+    ``"mlp"`` has two hidden layers of 1024; ``"cnn"`` is the lab's ResNet in widths that groups of 32 divide.
 
     >>> from midl.lab.data import load
     >>> subject_for(load("digits"), "mlp").architecture.layer_names
@@ -65,8 +73,13 @@ def subject_for(dataset: Dataset, model: str | None = None) -> Subject:
         MIDLError: unknown model.
     """
     if model is None:
-        return Subject(dataset.name, dataset, architecture_for(dataset.name, dataset.input_shape, dataset.num_classes))
+        architecture = architecture_for(dataset.name, dataset.input_shape, dataset.num_classes)
+        return Subject(dataset.name, dataset, architecture, dataset.name)
+    if model == "cnn" and dataset.input_shape == (3, 32, 32):
+        resnet = ResNet(dataset.num_classes, widths=(16, 32, 64, 160))
+        return Subject(f"{dataset.name}-cnn", dataset, resnet, dataset.name)
     if model != "mlp":
-        raise MIDLError(f"subject_for: model={model!r}, expected 'mlp' or None")
+        raise MIDLError(f"subject_for: model={model!r}, expected 'mlp', None or, for images of 3 x 32 x 32, 'cnn'")
     inputs = torch.Size(dataset.input_shape).numel()
-    return Subject(f"{dataset.name}-mlp", dataset, MLP(inputs, (1024, 1024), dataset.num_classes))
+    mlp = MLP(inputs, (1024, 1024), dataset.num_classes)
+    return Subject(f"{dataset.name}-mlp", dataset, mlp, "mnist")

@@ -24,7 +24,7 @@ def architecture_for(dataset: str, input_shape: tuple[int, ...], num_classes: in
     >>> architecture_for("mnist", (1, 28, 28), 10)
     MLP(in_features=784, hidden=(1024, 1024), num_classes=10, dropout=0.0)
     >>> architecture_for("cifar10", (3, 32, 32), 10).layer_names[:2]
-    ['stage1.conv', 'stage1.residual.body.conv1']
+    ['stage1.conv', 'stage2.conv']
     """
     if dataset == "imdb":
         return Transformer(imdb.VOCABULARY, imdb.TOKENS, num_classes, padding=imdb.PADDING)
