@@ -118,6 +118,7 @@ def test_what_does_not_fit_is_an_error():
         ({"elastic": (0.0, 0.1)}, r"elastic: active=0.0"),
         ({"first_epoch": 3}, "first_epoch=3, expected 0 to epochs=1"),
         ({"epochs": -1}, "epochs=-1"),
+        ({"lr": 0.0}, "lr=0.0, expected a number above 0"),
         ({"data": iter(data())}, "data has no length"),
         ({"data": []}, "data is empty in this epoch"),
     ):

@@ -9,6 +9,7 @@ from midl.adaptation.gate import captured_energy, fit_gate
 from midl.adaptation.group import Chain, find_chains, group_neurons, order_neurons, permute
 from midl.adaptation.initialise import Start, initialise
 from midl.adaptation.light_path import LightPath, fit_light_path
+from midl.adaptation.normalization import refresh_normalization
 from midl.adaptation.report import AdaptedLayer, AdaptReport
 from midl.adaptation.sensitivity import OutputRows, sample_outputs
 from midl.adaptation.threshold import LayerThreshold, ThresholdReport, calibrate_threshold
@@ -39,6 +40,7 @@ __all__ = [
     "initialise",
     "order_neurons",
     "permute",
+    "refresh_normalization",
     "sample_outputs",
     "soft_cross_entropy",
     "squared_error",

@@ -16,6 +16,7 @@ from midl.adaptation.calibrate import calibrate
 from midl.adaptation.distil import Loss, distil, squared_error
 from midl.adaptation.group import group_neurons
 from midl.adaptation.measure import dense_outputs, output_error
+from midl.adaptation.normalization import refresh_normalization
 from midl.adaptation.outputs import hooked, to_rows
 from midl.adaptation.plan import Choice, choose, find_layers, list_choices
 from midl.adaptation.report import AdaptedLayer, AdaptReport
@@ -43,6 +44,7 @@ def adapt(
     ffn: bool | Sequence[FFNBlock] = False,
     samples: int = 2048,
     epochs: int = 0,
+    lr: float = 3e-4,
     optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
     loss: Loss = squared_error,
     elastic: tuple[float, float] | None = None,
@@ -75,6 +77,7 @@ def adapt(
         ffn: whether two-layer FFNs become :class:`midl.MIDFFN` blocks: True, or your own, as for :func:`midl.convert_`.
         samples: inputs to calibrate and measure on, from the start of ``data``.
         epochs: of distillation on all of ``data``; 0: none.
+        lr: of the distillation, as for ``distil``.
         optimizer: from parameters to the optimizer of the distillation; default as for ``distil``.
         loss: of the distillation, between the outputs of the adapted and of the dense model.
         elastic: range of ``active`` to distil for, as for ``distil``.
@@ -132,11 +135,12 @@ def adapt(
         plan = choose(choices, dense_flops, budget, uniform=allocation == "uniform")
         teacher = copy.deepcopy(model) if epochs else None
         _convert(model, layers, blocks, plan)
+        refresh_normalization(model, batches, measured, expected)
         error = error_initialised = output_error(model, measured, expected)
         losses: list[float] = []
         if teacher is not None:
             losses = distil(
-                model, teacher, data, epochs=epochs, loss=loss, elastic=elastic, seed=seed,
+                model, teacher, data, epochs=epochs, lr=lr, loss=loss, elastic=elastic, seed=seed,
                 optimizer=None if optimizer is None else optimizer(model.parameters()),
             )  # fmt: skip
             error = output_error(model, measured, expected)

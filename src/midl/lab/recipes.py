@@ -30,7 +30,7 @@ _RECIPES = {
 }
 # For photographs, and for whatever else has no recipe of its own.
 _RECIPES_ELSEWHERE = Recipes(
-    Recipe(epochs=12, lr=4e-3, weight_decay=0.05, label_smoothing=0.1), Recipe(epochs=2, lr=5e-4)
+    Recipe(epochs=12, lr=4e-3, weight_decay=0.05, label_smoothing=0.1), Recipe(epochs=2, lr=1e-3)
 )
 # Networks so small that a second thread only waits for the first.
 _THREADS = {"digits": 1, "adult": 1}

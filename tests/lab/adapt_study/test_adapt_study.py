@@ -19,6 +19,7 @@ from midl.lab.adapt_study.render import render
 from midl.lab.adapt_study.study import Settings, run_study
 from midl.lab.adapt_study.subject import subject_for
 from midl.lab.data import load
+from midl.lab.measure import measure_accuracy
 
 
 def test_the_oracle_selects_what_changes_the_next_layers_input_most():
@@ -111,6 +112,21 @@ def test_what_each_input_takes_adds_up_to_the_recorded_activity():
     assert len(shares.unique()) > 5
     assert float(shares.mean()) == pytest.approx(activity.fraction_active)
     assert float(threshold._shares(model, x[7:8])) == pytest.approx(float(shares[7]))
+
+
+def test_a_restart_goes_on_from_the_first_round(tmp_path):
+    digits = subject_for(load("digits"))
+    first = digits.train_dense(0, tmp_path / "first", epochs=1)
+    both = digits.train_dense(0, tmp_path / "both", epochs=1, further=1)
+    assert not any(torch.equal(a, b) for a, b in zip(first.parameters(), both.parameters(), strict=True))
+    assert measure_accuracy(both, digits.dataset)[0] > measure_accuracy(first, digits.dataset)[0]
+    assert [file.name for file in (tmp_path / "both").iterdir()] == ["digits-dense-seed0.safetensors"]
+
+
+@pytest.mark.parametrize("model", ["cnn", "vgg"])
+def test_a_model_that_does_not_fit_the_data_is_an_error(model):
+    with pytest.raises(MIDLError, match=f"model='{model}', expected 'mlp', None or, for images of 3 x 32 x 32, 'cnn'"):
+        subject_for(load("digits"), model)
 
 
 @pytest.mark.slow

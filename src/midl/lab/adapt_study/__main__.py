@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("--model", choices=["mlp", "cnn"], help="instead of the data set's own architecture")
     parser.add_argument("--seeds", default="0,1,2", help="separated by commas")
     parser.add_argument("--epochs", type=int, help="of the dense training; default: the recipe's")
+    parser.add_argument("--further-epochs", type=int, default=0, help="of the dense training after a restart")
     parser.add_argument("--distil-epochs", type=int, help="of distillation, or of each of the ablation's variants")
     parser.add_argument("--budgets", default="1.7,2.5")
     parser.add_argument("--group-sizes", default="1,16,32")
@@ -49,22 +50,27 @@ def _run(arguments: Any, subject: Subject, seed: int, on_row: Callable[[dict[str
         settings = Settings(
             budgets=tuple(map(float, arguments.budgets.split(","))),
             group_sizes=tuple(map(int, arguments.group_sizes.split(","))),
-            distil_epochs=arguments.distil_epochs or Settings.distil_epochs, epochs=arguments.epochs, seed=seed,
+            distil_epochs=arguments.distil_epochs or Settings.distil_epochs, epochs=arguments.epochs,
+            further=arguments.further_epochs, seed=seed,
         )  # fmt: skip
         run_study(subject, settings, arguments.out, on_row)
     elif arguments.study == "elastic":
         choices = {} if arguments.distil_epochs is None else {"distil_epochs": arguments.distil_epochs}
-        run_elastic(subject, seed, arguments.out, dense_epochs=arguments.epochs, on_row=on_row, **choices)
+        run_elastic(
+            subject, seed, arguments.out, dense_epochs=arguments.epochs, further=arguments.further_epochs,
+            on_row=on_row, **choices,
+        )  # fmt: skip
     elif arguments.study == "threshold":
         choices = {} if arguments.distil_epochs is None else {"distil_epochs": arguments.distil_epochs}
         budgets = tuple(map(float, arguments.budgets.split(",")))
         run_threshold(
-            subject, seed, arguments.out, budgets=budgets, dense_epochs=arguments.epochs, on_row=on_row, **choices
-        )
+            subject, seed, arguments.out, budgets=budgets, dense_epochs=arguments.epochs,
+            further=arguments.further_epochs, on_row=on_row, **choices,
+        )  # fmt: skip
     else:
         run_ablation(
             subject, seed, arguments.out, mode=arguments.study, epochs=arguments.distil_epochs,
-            dense_epochs=arguments.epochs, on_row=on_row,
+            dense_epochs=arguments.epochs, further=arguments.further_epochs, on_row=on_row,
         )  # fmt: skip
 
 

@@ -39,6 +39,7 @@ class Settings:
         group_sizes: neurons selected together.
         distil_epochs: of distillation; the docs report at most a fifth of the dense training's epochs.
         epochs: of the dense training; ``None`` for the recipe's.
+        further: epochs of the dense training after a restart.
         seed: of everything.
     """
 
@@ -46,6 +47,7 @@ class Settings:
     group_sizes: tuple[int, ...] = (1, 16, 32)
     distil_epochs: int = 2
     epochs: int | None = None
+    further: int = 0
     seed: int = 0
 
 
@@ -70,7 +72,7 @@ def run_study(
     file = folder / f"{subject.name}-seed{settings.seed}.json"
     rows: list[Row] = json.loads(file.read_text()) if file.exists() else []
     dataset = subject.dataset
-    dense = subject.train_dense(settings.seed, folder, settings.epochs)
+    dense = subject.train_dense(settings.seed, folder, settings.epochs, settings.further)
     order = torch.randperm(len(dataset.train), generator=torch.Generator().manual_seed(settings.seed))
     batches = [dataset.batch(dataset.train, rows)[0] for rows in order[:_CALIBRATION].split(256)]
     study = _Study(subject, settings, dense, batches)
@@ -137,7 +139,8 @@ class _Study:
     def _distil(self, model: nn.Module) -> None:
         batches = ShuffledBatches(self.dataset, self.settings.seed)
         epochs, seed = self.settings.distil_epochs, self.settings.seed
-        distil(model, self.dense, batches, epochs=epochs, loss=soft_cross_entropy(), seed=seed)
+        lr = self.subject.recipes().distill.lr
+        distil(model, self.dense, batches, epochs=epochs, lr=lr, loss=soft_cross_entropy(), seed=seed)
 
     def _plain(self, budget: float, group_size: int) -> float | None:
         """Return the accuracy of a conversion without data: every layer the same ratio, light path by SVD."""

@@ -38,13 +38,14 @@ class Subject:
         """Return how the networks are trained; ``epochs`` as in :func:`midl.lab.recipes.recipes_for`."""
         return recipes_for(self.learnt_like, epochs)
 
-    def train_dense(self, seed: int, folder: Path, epochs: int | None = None) -> nn.Module:
+    def train_dense(self, seed: int, folder: Path, epochs: int | None = None, further: int = 0) -> nn.Module:
         """Return the dense network, trained by the data set's recipe; a second call loads what the first one saved.
 
         Args:
             seed: of initialisation and training.
             folder: where the network is kept, and the checkpoint of a training under way.
             epochs: instead of the recipe's.
+            further: epochs after a restart at a quarter of the recipe's learning rate.
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -53,10 +54,16 @@ class Subject:
         file = folder / f"{self.name}-dense-seed{seed}.safetensors"
         if file.exists():
             return midl.load_(model, file).eval()
-        checkpoint = file.with_name(f"{file.stem}-checkpoint.safetensors")
-        train(model, self.dataset, self.recipes(epochs).train, seed=seed, checkpoint=checkpoint)
+        recipe = self.recipes(epochs).train
+        rounds = [recipe]
+        if further:
+            rounds.append(dataclasses.replace(recipe, epochs=further, lr=recipe.lr / 4, warmup=0.0))
+        checkpoints = [file.with_name(f"{file.stem}-checkpoint{i}.safetensors") for i in range(len(rounds))]
+        for i, (part, checkpoint) in enumerate(zip(rounds, checkpoints, strict=True)):
+            train(model, self.dataset, part, seed=seed + 1000 * i, checkpoint=checkpoint)
         midl.save(model, file)
-        checkpoint.unlink(missing_ok=True)
+        for checkpoint in checkpoints:
+            checkpoint.unlink(missing_ok=True)
         return model.eval()
 
 

@@ -37,6 +37,7 @@ def run_threshold(
     group_size: int = 16,
     distil_epochs: int = 1,
     dense_epochs: int | None = None,
+    further: int = 0,
     on_row: Callable[[Row], None] = lambda row: None,
 ) -> list[Row]:
     """Return a row per budget: an adapted network with a fixed number of groups and the same one with thresholds.
@@ -57,11 +58,12 @@ def run_threshold(
         group_size: neurons selected together.
         distil_epochs: of the adapted network, with a fixed number of groups.
         dense_epochs: of the dense network; ``None`` for the recipe's.
+        further: as for :meth:`Subject.train_dense`.
         on_row: called with each row as it is done or found.
     """
     file = folder / f"{subject.name}-threshold-seed{seed}.json"
     rows: list[Row] = json.loads(file.read_text()) if file.exists() else []
-    dense = subject.train_dense(seed, folder, dense_epochs)
+    dense = subject.train_dense(seed, folder, dense_epochs, further)
     for budget in budgets:
         row = next((row for row in rows if row["budget"] == budget), None)
         saved = file.with_name(f"{subject.name}-threshold-{budget:g}-seed{seed}.safetensors")
@@ -104,7 +106,10 @@ def _adapt(
     for layer in mid_layers(model).values():
         layer.threshold = None
     loss = soft_cross_entropy()
-    midl.adaptation.distil(model, dense, ShuffledBatches(dataset, seed), epochs=distil_epochs, loss=loss, seed=seed)
+    midl.adaptation.distil(
+        model, dense, ShuffledBatches(dataset, seed), epochs=distil_epochs,
+        lr=subject.recipes().distill.lr, loss=loss, seed=seed,
+    )  # fmt: skip
     row["fixed"] = measure_accuracy(model, dataset)[0]
     calibrate_threshold(model, batches, samples=_CALIBRATION)
     row["threshold"] = measure_accuracy(model, dataset)[0]
