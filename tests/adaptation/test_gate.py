@@ -152,3 +152,19 @@ def sample_outputs_of(weight):
     from midl.adaptation import OutputRows
 
     return OutputRows(torch.randn(20, len(weight)), torch.ones(20, len(weight)))
+
+
+def test_logits_of_different_rows_compare_where_that_is_asked_for():
+    torch.manual_seed(0)
+    size = torch.rand(500, 1) * 9 + 1
+    code = torch.cat([size, torch.randn(500, 3)], 1)
+    energy = (size * torch.rand(500, 8)) ** 2
+
+    def follow_size(**options):
+        weight, bias = fit_gate(code, energy, **options)
+        return float(
+            torch.corrcoef(torch.stack([(code.double() @ weight.T + bias).mean(1), size[:, 0].double()]))[0, 1]
+        )
+
+    assert follow_size(compare_rows=True) > 0.95
+    assert abs(follow_size()) < 0.5

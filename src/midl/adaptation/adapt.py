@@ -20,6 +20,7 @@ from midl.adaptation.normalization import refresh_normalization
 from midl.adaptation.outputs import hooked, to_rows
 from midl.adaptation.plan import Choice, choose, find_layers, list_choices
 from midl.adaptation.report import AdaptedLayer, AdaptReport
+from midl.adaptation.threshold import calibrate_threshold
 from midl.analysis.flops import count_flops, evaluation_mode
 from midl.config import check_positive_int
 from midl.conversion.blocks import FFNBlock
@@ -48,6 +49,7 @@ def adapt(
     optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
     loss: Loss = squared_error,
     elastic: tuple[float, float] | None = None,
+    threshold: bool = False,
     seed: int = 0,
 ) -> AdaptReport:
     """Convert a trained model in place so that it needs ``budget`` times fewer FLOPs and loses least; report how.
@@ -81,6 +83,8 @@ def adapt(
         optimizer: from parameters to the optimizer of the distillation; default as for ``distil``.
         loss: of the distillation, between the outputs of the adapted and of the dense model.
         elastic: range of ``active`` to distil for, as for ``distil``.
+        threshold: let every input take as many groups as it needs, the budget on average over ``data``: gates are
+            fitted so that the logits of different inputs compare, and :func:`calibrate_threshold` comes last.
         seed: of all random choices.
 
     Raises:
@@ -124,7 +128,16 @@ def adapt(
                 regrouped.add(name)
         choices = {
             name: list_choices(
-                model, name, layer, moments[name], batches, expected, rows=rows[name], group_size=group_size, seed=seed
+                model,
+                name,
+                layer,
+                moments[name],
+                batches,
+                expected,
+                rows=rows[name],
+                group_size=group_size,
+                seed=seed,
+                compare_rows=threshold,
             )
             for name, layer in layers.items()
         }
@@ -145,6 +158,8 @@ def adapt(
             )  # fmt: skip
             error = output_error(model, measured, expected)
         flops = count_flops(model, batches[0])
+        thresholds = calibrate_threshold(model, batches, samples=samples) if threshold else None
+        error = error if thresholds is None else output_error(model, measured, expected)
     except BaseException:
         originals = [block.originals() for block in blocks.values()]
         _restore(model, {**layers, **{name: m for found in originals for name, m in found.items()}}, before)
@@ -160,7 +175,7 @@ def adapt(
     }
     return AdaptReport(
         tuple(described.get(name) or AdaptedLayer(name, False, kept[name]) for name in names),
-        dense_flops / count, flops / count, error_initialised, error, tuple(losses),
+        dense_flops / count, flops / count, error_initialised, error, tuple(losses), thresholds,
     )  # fmt: skip
 
 

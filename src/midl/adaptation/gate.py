@@ -8,7 +8,7 @@ from torch import Tensor
 __all__ = ["captured_energy", "fit_gate"]
 
 
-def fit_gate(code: Tensor, energy: Tensor, ridge: float = 0.01) -> tuple[Tensor, Tensor]:
+def fit_gate(code: Tensor, energy: Tensor, ridge: float = 0.01, *, compare_rows: bool = False) -> tuple[Tensor, Tensor]:
     """Return ``(gate_weight, gate_bias)``, (N, r) and (N,), whose logits rank the groups by their expected energy.
 
     Ridge regression, in closed form, of the root of each row's energies (scaled to a sum of one, since only the
@@ -24,13 +24,16 @@ def fit_gate(code: Tensor, energy: Tensor, ridge: float = 0.01) -> tuple[Tensor,
         code: (rows, r).
         energy: (rows, N), at least 0.
         ridge: strength of the regularisation, relative to the code's variance.
+        compare_rows: whether logits of different rows are to compare, as thresholds need: energies then keep their
+            size.
     """
     z = code.double()
     mean, scale = z.mean(0), z.std(0, correction=0)
     scale = scale.where(scale > 0, 1.0)
     z = (z - mean) / scale
     share = energy.double()
-    share = (share / share.sum(-1, keepdim=True).clamp(min=1e-300)).sqrt()
+    total = share.sum(-1, keepdim=True)
+    share = (share / (total.mean() if compare_rows else total).clamp(min=1e-300)).sqrt()
     gram = z.T @ z / len(z) + ridge * torch.eye(z.shape[1], dtype=z.dtype, device=z.device)
     weight = torch.linalg.solve(gram, z.T @ (share - share.mean(0)) / len(z)).T / scale
     return weight, share.mean(0) - weight @ mean

@@ -85,6 +85,7 @@ def initialise(
     group_size: int,
     light_macs: int,
     active: float = 0.45,
+    compare_rows: bool = False,
 ) -> Start:
     """Return the start of a layer whose code, light path and gate cost at most ``light_macs`` per row.
 
@@ -99,6 +100,7 @@ def initialise(
         group_size: divides n.
         light_macs: at least one rank's worth.
         active: fraction of groups at which the two gates are compared.
+        compare_rows: as for :func:`fit_gate`.
 
     Raises:
         MIDLError: ``light_macs`` does not pay for rank 1, or too few rows to fit a gate.
@@ -109,7 +111,7 @@ def initialise(
     for gate in ("light", "projection"):
         rank = _rank_for(weight, gate, group_size, light_macs)
         if rank >= 1:
-            starts.append(_start(weight, bias, principal, rows, gate, rank, group_size))
+            starts.append(_start(weight, bias, principal, rows, gate, rank, group_size, compare_rows))
     if not starts:
         raise MIDLError(f"initialise: light_macs={light_macs}, expected at least {sum(weight.shape)} (rank 1)")
     return min(starts, key=lambda start: start.lost(active))
@@ -129,6 +131,7 @@ def _start(
     gate: Literal["projection", "light"],
     rank: int,
     group_size: int,
+    compare_rows: bool,
 ) -> Start:
     n, fan_in = weight.shape
     path = fit_light_path(weight, *principal, rank)
@@ -136,7 +139,7 @@ def _start(
     energy = rows.energy(code @ path.up.T.float(), group_size)
     fitting = torch.arange(len(code), device=code.device) % 4 != 0
     if gate == "projection":
-        gate_weight, gate_bias = fit_gate(code[fitting], energy[fitting])
+        gate_weight, gate_bias = fit_gate(code[fitting], energy[fitting], compare_rows=compare_rows)
     else:
         gate_weight = path.up.unflatten(0, (-1, group_size)).mean(1)
         offset = torch.zeros(n, device=weight.device) if bias is None else bias.detach()

@@ -85,6 +85,7 @@ def list_choices(
     rows: int,
     group_size: int,
     seed: int,
+    compare_rows: bool = False,
 ) -> list[Choice]:
     """Return the ways to run one layer with what each costs and loses, dense first.
 
@@ -98,6 +99,7 @@ def list_choices(
         rows: rows (positions) of the layer on the first batch, in which the costs are counted.
         group_size: divides the layer's width.
         seed: of the random choices.
+        compare_rows: as for :func:`midl.adaptation.fit_gate`.
     """
     weight, bias = weight_of(layer), getattr(layer, "bias", None)
     n, fan_in = weight.shape
@@ -111,7 +113,9 @@ def list_choices(
         light_macs = int(share * n * fan_in)
         if light_macs < n + fan_in:
             continue
-        start = initialise(weight, bias, principal, sampled, group_size=group_size, light_macs=light_macs)
+        start = initialise(
+            weight, bias, principal, sampled, group_size=group_size, light_macs=light_macs, compare_rows=compare_rows
+        )
         errors = [
             simulate(model, {name: layer}, {name: (start, active)}, batches[: len(expected)], expected)
             for active in ACTIVE

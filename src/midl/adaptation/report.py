@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from midl.adaptation.threshold import ThresholdReport
+
 __all__ = ["AdaptReport", "AdaptedLayer"]
 
 
@@ -53,6 +55,7 @@ class AdaptReport:
             calibration data after the conversion.
         error: the same at the end, after distillation.
         losses: of every epoch of distillation.
+        thresholds: what inputs take, where it differs from input to input; FLOPs are then averages.
     """
 
     layers: tuple[AdaptedLayer, ...]
@@ -61,6 +64,7 @@ class AdaptReport:
     error_initialised: float
     error: float
     losses: tuple[float, ...] = ()
+    thresholds: ThresholdReport | None = None
 
     @property
     def flops_ratio(self) -> float:
@@ -88,7 +92,11 @@ class AdaptReport:
         total = f"whole model {self.flops_ratio:.2f}x fewer FLOPs; output error {self.error_initialised:.2%}"
         if self.losses:
             total += f", after {len(self.losses)} epochs of distillation {self.error:.2%}"
-        return "\n".join([*lines, total])
+        if self.thresholds is None:
+            return "\n".join([*lines, total])
+        if not self.losses:
+            total += f", with thresholds {self.error:.2%}"
+        return "\n".join([*lines, total, str(self.thresholds)])
 
 
 def _cells(layer: AdaptedLayer) -> tuple[str, ...]:

@@ -42,13 +42,13 @@ def run_threshold(
 ) -> list[Row]:
     """Return a row per budget: an adapted network with a fixed number of groups and the same one with thresholds.
 
-    Thresholds are calibrated on training rows for what each layer takes anyhow, before distillation and, again, after
-    it; weights are the same on both sides. ``..._error`` is the mean square of the change in the output that adapting
-    makes, relative to the output's variance, on the first test rows and before distillation. ``active`` and
-    ``realised`` are what both take on the test rows, ``low`` and ``high`` what 5 % and 95 % of the test inputs stay
-    below; latencies are seconds per input, one by one and in
-    batches of 32, and one by one for the inputs that take ``least`` and ``most``. Finished parts are taken from
-    ``folder``: without its ``latency`` a row is timed again.
+    The weights are the same on both sides, the gates those of ``adapt(threshold=True)``. Thresholds are calibrated on
+    training rows for what each layer takes anyhow, before distillation and, again, after it. ``..._error`` is the mean
+    square of the change in the output that adapting makes, relative to the output's variance, on the first test rows
+    and before distillation. ``active`` and ``realised`` are what both take on the test rows, ``low`` and ``high`` what
+    5 % and 95 % of the test inputs stay below; latencies are seconds per input, one by one and in batches of 32, and
+    one by one for the inputs that take ``least`` and ``most``. Finished parts are taken from ``folder``: without its
+    ``latency`` a row is timed again.
 
     Args:
         subject: data set and architecture.
@@ -90,21 +90,20 @@ def _adapt(
     model = copy.deepcopy(dense)
     midl.adapt(
         model, batches, budget, group_size=group_size, samples=_CALIBRATION, seed=seed,
-        filter_fn=lambda module, name: name in names,
+        filter_fn=lambda module, name: name in names, threshold=True,
     )  # fmt: skip
     row: Row = {"dataset": subject.name, "seed": seed, "budget": budget, "group_size": group_size}
     row |= {"epochs": distil_epochs, "dense": measure_accuracy(dense, dataset)[0]}
 
     x = [dataset.batch(dataset.test, slice(0, _CALIBRATION))[0]]
     outputs = dense_outputs(dense, x)
-    row["active"] = float(_shares(model, x[0][:1]))
-    row["fixed_error"] = output_error(model, x, outputs)
-    row["fixed_calibrated"] = measure_accuracy(model, dataset)[0]
-    calibrate_threshold(model, batches, samples=_CALIBRATION)
     row["threshold_error"] = output_error(model, x, outputs)
     row["threshold_calibrated"] = measure_accuracy(model, dataset)[0]
     for layer in mid_layers(model).values():
         layer.threshold = None
+    row["active"] = float(_shares(model, x[0][:1]))
+    row["fixed_error"] = output_error(model, x, outputs)
+    row["fixed_calibrated"] = measure_accuracy(model, dataset)[0]
     loss = soft_cross_entropy()
     midl.adaptation.distil(
         model, dense, ShuffledBatches(dataset, seed), epochs=distil_epochs,
