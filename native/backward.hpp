@@ -9,12 +9,18 @@
 
 namespace {
 
+// A tile of sums: this many members or neurons by vectors of columns.
+constexpr int kOuterRows = L >= 16 ? 8 : 4, kOuterVectors = 3;
+constexpr std::int64_t kOuterColumns = kOuterVectors * L;
+static_assert(kOuterRows <= L);
 // Columns of the depth whose slices of inputs and weights stay in cache.
-constexpr std::int64_t kColumnBlock = 128;
+constexpr std::int64_t kColumnBlock = 96;
+static_assert(kColumnBlock % kOuterColumns == 0);
 // Fixed shares of the depth, each with its own partial sums for the gate.
 constexpr std::int64_t kDepthShares = 8;
-constexpr std::int64_t kBackwardRows = 256;
-constexpr int kOuterRows = panel_rows(2);
+constexpr std::int64_t kBackwardRows = 512;
+// Members whose shares of a gradient of weights are summed before the next ones: all they need stays in the nearest cache.
+constexpr std::int64_t kMembersAtOnce = 64;
 
 // Which rows selected which group: for each group its members, ascending. A member knows its place in `selected`.
 struct Members {
@@ -81,28 +87,30 @@ struct BackwardPlan {
   Range share(std::int64_t i) const { return part_of(call.depth, i, kDepthShares, kColumnBlock); }
 };
 
+// Elements from row to row of a block of columns: an odd number of cache lines, since rows a power of two apart would
+// share a few cache sets.
+MIDL_INLINE std::int64_t block_stride(std::int64_t width) { return round_up(width, kOuterColumns) + 16; }
+
 struct BackwardMemory {
   const float** rows;
-  float *slice, *light, *inputs, *gradients, *weights, *sums;
+  float *slice, *light, *inputs, *gradients, *weights;
 
   BackwardMemory(Carver& memory, const BackwardPlan& plan) {
     rows = memory.take<const float*>(kBackwardRows);
     slice = memory.take<float>(slice_floats());
     light = memory.take<float>(kBackwardRows * kPanelWidth);
     const std::int64_t rows = lesser(plan.call.rows, kBackwardRows);
-    inputs = memory.take<float>(rows * (kColumnBlock + 16));
-    gradients = memory.take<float>(rows * (kColumnBlock + 16));
-    weights = memory.take<float>(plan.group_size * kColumnBlock);
-    sums = memory.take<float>(kOuterRows * L);
+    inputs = memory.take<float>(rows * block_stride(kColumnBlock));
+    gradients = memory.take<float>(rows * block_stride(kColumnBlock));
+    weights = memory.take<float>(plan.group_size * block_stride(kColumnBlock));
   }
 };
 
-// Split grad_y of one group into the shares of full and light path, and sum grad_y * l over the group.
+// Split grad_y of one group's members into the shares of full and light path, and sum grad_y * l over the group. The
+// others' share is the light path's alone: grad_light begins as a copy.
 void split_gradient(const BackwardPlan& plan, BackwardMemory& memory, std::int64_t group) {
   const auto& c = plan.call;
   const std::int64_t size = plan.group_size, first = group * size;
-  for (std::int64_t r = 0; r < c.rows; ++r)
-    copy_floats(c.grad_y + r * c.neurons + first, size, c.grad_light + r * c.neurons + first);
   const std::int64_t end = plan.members.first[group + 1];
   for (std::int64_t e = plan.members.first[group]; e < end; e += kBackwardRows) {
     const std::int64_t m = lesser(kBackwardRows, end - e);
@@ -119,10 +127,20 @@ void split_gradient(const BackwardPlan& plan, BackwardMemory& memory, std::int64
         const std::int64_t at = plan.members.row[e + i] * c.neurons + first + part;
         const float weight = plan.weight_of(e + i);
         float* scaled = plan.scaled + (e + i) * size + part;
+        const float* light = memory.light + i * kPanelWidth;
+        Vec lanes = {};
+        std::int64_t j = 0;
+        for (; j + L <= width; j += L) {
+          const Vec grad = load(c.grad_y + at + j);
+          lanes += grad * load(light + j);
+          store(scaled + j, grad * weight);
+          store(c.grad_light + at + j, grad * (1 - weight));
+        }
         float total = 0;
-        for (std::int64_t j = 0; j < width; ++j) {
+        for (int lane = 0; lane < L; ++lane) total += lanes[lane];
+        for (; j < width; ++j) {
           const float grad = c.grad_y[at + j];
-          total += grad * memory.light[i * kPanelWidth + j];
+          total += grad * light[j];
           scaled[j] = grad * weight;
           c.grad_light[at + j] = grad * (1 - weight);
         }
@@ -132,38 +150,49 @@ void split_gradient(const BackwardPlan& plan, BackwardMemory& memory, std::int64
   }
 }
 
-// Copy `width` columns, padded with zeros to a multiple of 2 L.
-MIDL_INLINE void copy_columns(const float* from, std::int64_t width, float* to) {
+// Copy `width` columns, padded with zeros to a multiple of `step`.
+MIDL_INLINE void copy_columns(const float* from, std::int64_t width, std::int64_t step, float* to) {
   copy_floats(from, width, to);
-  for (std::int64_t j = width; j < round_up(width, 2 * L); ++j) to[j] = 0;
+  for (std::int64_t j = width; j < round_up(width, step); ++j) to[j] = 0;
 }
 
-// u = grad_full of R members . two vectors of columns of their group's weights; then grad_x += u, sums += u * x.
+// u = grad_full of R members . kOuterVectors vectors of columns of their group's weights, for all columns of a block; then
+// grad_x += u, sums += u . x. Weights and rows have the same stride.
 template <int R>
-[[gnu::noinline]] void input_tile(const float* scaled, std::int64_t size, const float* weights,
-                                  std::int64_t weights_stride, const std::int32_t* rows, const float* x, float* grad_x,
-                                  std::int64_t stride, float* sums) {
-  Vec acc[R][2] = {};
-  const float* a[R];
+[[gnu::noinline]] void input_tile(const float* scaled, std::int64_t size, const float* weights, const std::int32_t* rows,
+                                  const float* x, float* grad_x, std::int64_t stride, std::int64_t width, float* sums) {
+  constexpr int V = kOuterVectors;
+  Vec sum[L] = {};
+  for (std::int64_t i = 0; i < width; i += V * L) {
+    Vec acc[R][V] = {};
+    const float* b = weights + i;
+#pragma GCC unroll 4
+    for (std::int64_t k = 0; k < size; ++k, b += stride) {
+      Vec column[V];
 #pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) a[r] = scaled + r * size;
-  for (std::int64_t k = 0; k < size; ++k, weights += weights_stride) {
-    const Vec b0 = load(weights), b1 = load(weights + L);
+      for (int v = 0; v < V; ++v) column[v] = load(b + v * L);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        const Vec value = splat(scaled[r * size + k]);
+#pragma GCC unroll 16
+        for (int v = 0; v < V; ++v) acc[r][v] += value * column[v];
+      }
+    }
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      const Vec value = splat(a[r][k]);
-      acc[r][0] += value * b0;
-      acc[r][1] += value * b1;
+      const float* from = x + rows[r] * stride + i;
+      float* to = grad_x + rows[r] * stride + i;
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) {
+        store(to + v * L, load(to + v * L) + acc[r][v]);
+        sum[r] += acc[r][v] * load(from + v * L);
+      }
     }
   }
+  float total[L];
+  store(total, sum_lanes(sum));
 #pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) {
-    const float* from = x + rows[r] * stride;
-    float* to = grad_x + rows[r] * stride;
-    store(to, load(to) + acc[r][0]);
-    store(to + L, load(to + L) + acc[r][1]);
-    store(sums + r * L, load(sums + r * L) + acc[r][0] * load(from) + acc[r][1] * load(from + L));
-  }
+  for (int r = 0; r < R; ++r) sums[r] += total[r];
 }
 
 template <int R = kOuterRows, class... Args>
@@ -172,15 +201,11 @@ void input_rows(std::int64_t m, Args... args) {
   if constexpr (R > 1) input_rows<R - 1>(m, args...);
 }
 
-// A block of columns of the inputs, gathered with an odd number of cache lines from row to row: rows a power of two
-// apart would share a few cache sets.
-MIDL_INLINE std::int64_t block_stride(std::int64_t width) { return round_up(width, 2 * L) + 16; }
-
 void gather_columns(const BackwardPlan& plan, Range rows, std::int64_t col, std::int64_t width, float* block) {
   const auto& c = plan.call;
   const std::int64_t stride = block_stride(width);
   for (std::int64_t r = rows.begin; r < rows.end; ++r)
-    copy_columns(c.x + r * c.x_stride + col, width, block + (r - rows.begin) * stride);
+    copy_columns(c.x + r * c.x_stride + col, width, kOuterColumns, block + (r - rows.begin) * stride);
 }
 
 // grad_x over one share of the depth, and that share of the sums of grad_full * f.
@@ -191,8 +216,7 @@ void grad_input(const BackwardPlan& plan, BackwardMemory& memory, std::int64_t s
   float* sums = plan.full_sum + share * plan.entries;
   for (std::int64_t e = 0; e < plan.entries; ++e) sums[e] = 0;
   for (std::int64_t col = columns.begin; col < columns.end; col += kColumnBlock) {
-    const std::int64_t width = lesser(kColumnBlock, columns.end - col), padded = round_up(width, 2 * L);
-    const std::int64_t stride = block_stride(width);
+    const std::int64_t width = lesser(kColumnBlock, columns.end - col), stride = block_stride(width);
     for (std::int64_t start = 0; start < c.rows; start += kBackwardRows) {
       const std::int64_t stop = lesser(c.rows, start + kBackwardRows);
       gather_columns(plan, {start, stop}, col, width, memory.inputs);
@@ -203,16 +227,11 @@ void grad_input(const BackwardPlan& plan, BackwardMemory& memory, std::int64_t s
         const std::int64_t end = plan.members.find_row(begin, last, stop);
         if (begin == end) continue;
         for (std::int64_t j = 0; j < size; ++j)
-          copy_columns(c.weight + (g * size + j) * c.depth + col, width, memory.weights + j * padded);
-        for (std::int64_t e = begin; e < end; e += kOuterRows) {
-          const std::int64_t m = lesser(kOuterRows, end - e);
-          for (std::int64_t r = 0; r < m; ++r) store(memory.sums + r * L, Vec{});
-          for (std::int64_t i = 0; i < width; i += 2 * L)
-            input_rows(m, plan.scaled + e * size, size, memory.weights + i, padded, plan.members.row + e,
-                       memory.inputs + i - start * stride, memory.gradients + i - start * stride, stride, memory.sums);
-          for (std::int64_t r = 0; r < m; ++r)
-            for (int lane = 0; lane < L; ++lane) sums[e + r] += memory.sums[r * L + lane];
-        }
+          copy_columns(c.weight + (g * size + j) * c.depth + col, width, kOuterColumns, memory.weights + j * stride);
+        for (std::int64_t e = begin; e < end; e += kOuterRows)
+          input_rows(lesser(kOuterRows, end - e), plan.scaled + e * size, size, memory.weights,
+                                    plan.members.row + e, memory.inputs - start * stride,
+                                    memory.gradients - start * stride, stride, width, sums + e);
       }
       for (std::int64_t r = start; r < stop; ++r)
         copy_floats(memory.gradients + (r - start) * stride, width, c.grad_x + r * c.depth + col);
@@ -235,33 +254,34 @@ void grad_gate(const BackwardPlan& plan, std::int64_t group) {
   }
 }
 
-// grad[j][0 .. count) (+)= sum over members k of scaled[k][j] * x[rows[k]], for R neurons and two vectors of columns.
+// sums[j][0 .. kOuterColumns) (+)= sum over members k of scaled[k][j] * x[rows[k]], for R neurons.
 template <int R>
 [[gnu::noinline]] void weight_tile(const float* scaled, std::int64_t size, const float* x, std::int64_t stride,
-                                   const std::int32_t* rows, std::int64_t members, float* grad, std::int64_t depth,
-                                   std::int64_t count, bool accumulate) {
-  Vec acc[R][2] = {};
+                                   const std::int32_t* rows, std::int64_t members, float* sums, bool accumulate) {
+  constexpr int V = kOuterVectors;
+  Vec acc[R][V];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) acc[r][v] = accumulate ? load(sums + r * stride + v * L) : Vec{};
+  }
+#pragma GCC unroll 4
   for (std::int64_t k = 0; k < members; ++k, scaled += size) {
     const float* b = x + rows[k] * stride;
-    const Vec b0 = load(b), b1 = load(b + L);
+    Vec column[V];
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) column[v] = load(b + v * L);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       const Vec value = splat(scaled[r]);
-      acc[r][0] += value * b0;
-      acc[r][1] += value * b1;
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) acc[r][v] += value * column[v];
     }
   }
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
-    float* to = grad + r * depth;
-    if (count == 2 * L) {
-      store(to, accumulate ? load(to) + acc[r][0] : acc[r][0]);
-      store(to + L, accumulate ? load(to + L) + acc[r][1] : acc[r][1]);
-    } else {
-      float u[2 * L];
-      store(u, acc[r][0]), store(u + L, acc[r][1]);
-      for (std::int64_t j = 0; j < count; ++j) to[j] = accumulate ? to[j] + u[j] : u[j];
-    }
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) store(sums + r * stride + v * L, acc[r][v]);
   }
 }
 
@@ -271,13 +291,40 @@ void weight_rows(std::int64_t neurons, Args... args) {
   if constexpr (R > 1) weight_rows<R - 1>(neurons, args...);
 }
 
+// grad[j][0 .. width) (+)= sum over a group's members k of scaled[k][j] * x[rows[k]] for its `size` neurons; x is a block
+// of columns, `sums` has room for (size, block_stride(width)).
+void grad_group(const float* scaled, std::int64_t size, const float* x, const std::int32_t* rows, std::int64_t members,
+                std::int64_t width, float* sums, float* grad, std::int64_t grad_stride, bool accumulate) {
+  const std::int64_t stride = block_stride(width), tiles = divide_up(size, kOuterRows);
+  std::int64_t done = 0;
+  do {
+    const std::int64_t some = lesser(kMembersAtOnce, members - done);
+    for (std::int64_t i = 0; i < width; i += kOuterColumns)
+      for (std::int64_t t = 0; t < tiles; ++t) {
+        const std::int64_t j = size * t / tiles;
+        weight_rows(size * (t + 1) / tiles - j, scaled + done * size + j, size, x + i, stride, rows + done, some,
+                    sums + j * stride + i, done > 0);
+      }
+    done += some;
+  } while (done < members);
+  for (std::int64_t j = 0; j < size; ++j, sums += stride, grad += grad_stride) {
+    if (!accumulate) {
+      copy_floats(sums, width, grad);
+      continue;
+    }
+    std::int64_t i = 0;
+    for (; i + L <= width; i += L) store(grad + i, load(grad + i) + load(sums + i));
+    for (; i < width; ++i) grad[i] += sums[i];
+  }
+}
+
 // grad_weight over one share of the depth. A block of columns of the inputs is gathered once for all groups.
 void grad_neurons(const BackwardPlan& plan, BackwardMemory& memory, std::int64_t share) {
   const auto& c = plan.call;
-  const std::int64_t size = plan.group_size, tiles = divide_up(size, kOuterRows);
+  const std::int64_t size = plan.group_size;
   const Range columns = plan.share(share);
   for (std::int64_t col = columns.begin; col < columns.end; col += kColumnBlock) {
-    const std::int64_t width = lesser(kColumnBlock, columns.end - col), stride = block_stride(width);
+    const std::int64_t width = lesser(kColumnBlock, columns.end - col);
     for (std::int64_t start = 0; start < c.rows; start += kBackwardRows) {
       const std::int64_t stop = lesser(c.rows, start + kBackwardRows);
       gather_columns(plan, {start, stop}, col, width, memory.inputs);
@@ -286,14 +333,9 @@ void grad_neurons(const BackwardPlan& plan, BackwardMemory& memory, std::int64_t
         const std::int64_t begin = plan.members.find_row(plan.members.first[g], last, start);
         const std::int64_t end = plan.members.find_row(begin, last, stop);
         if (begin == end && start > 0) continue;
-        for (std::int64_t i = 0; i < width; i += 2 * L)
-          for (std::int64_t t = 0; t < tiles; ++t) {
-            const std::int64_t j = size * t / tiles;
-            weight_rows(size * (t + 1) / tiles - j, plan.scaled + begin * size + j, size,
-                        memory.inputs + i - start * stride, stride, plan.members.row + begin, end - begin,
-                        c.grad_weight + (g * size + j) * c.depth + col + i, c.depth, lesser(2 * L, width - i),
-                        start > 0);
-          }
+        grad_group(plan.scaled + begin * size, size, memory.inputs - start * block_stride(width),
+                   plan.members.row + begin, end - begin, width, memory.weights, c.grad_weight + g * size * c.depth + col,
+                   c.depth, start > 0);
       }
     }
   }
@@ -315,6 +357,10 @@ void linear_backward(const midl::LinearBackward& call) {
   {
     Carver mine(base + shared.used() + own.used() * std::size_t(omp_get_thread_num()));
     BackwardMemory memory(mine, plan);
+#pragma omp for schedule(static)
+    for (std::int64_t r = 0; r < call.rows; ++r)
+      __builtin_memcpy(call.grad_light + r * call.neurons, call.grad_y + r * call.neurons,
+                       std::size_t(call.neurons) * sizeof(float));
 #pragma omp for schedule(dynamic, 1)
     for (std::int64_t g = 0; g < call.groups; ++g) split_gradient(plan, memory, g);
     if (call.grad_x) {

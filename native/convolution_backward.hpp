@@ -14,7 +14,7 @@ namespace {
 // Output pixels that a unit should have: enough to repay reading all weights.
 constexpr std::int64_t kUnitRows = 256;
 // Columns of the windows whose slices of inputs and weights stay in cache.
-constexpr std::int64_t kWindowColumns = 128;
+constexpr std::int64_t kWindowColumns = kColumnBlock;
 constexpr int kUnitTile = panel_rows(2);
 // Pixels whose light path is computed at a time.
 constexpr std::int64_t kLightRows = 64;
@@ -77,7 +77,7 @@ struct ConvolutionBackwardPlan {
   }
   std::int64_t stretches() const { return padded.runs() * pieces; }
   Columns stretch(std::int64_t i) const {
-    const Range part = part_of(padded.run, i % pieces, pieces, 2 * L);
+    const Range part = part_of(padded.run, i % pieces, pieces, kOuterColumns);
     return {i / pieces * padded.run + part.begin, padded.run_start(i / pieces) + part.begin, part.end - part.begin};
   }
 };
@@ -87,13 +87,12 @@ struct ConvolutionBackwardMemory {
   float *slice, *light, *gradients, *weights, *inputs, *sums;
 
   ConvolutionBackwardMemory(Carver& memory, const ConvolutionBackwardPlan& plan) {
-    const std::int64_t padded = round_up(kWindowColumns, 2 * L);
     rows = memory.take<const float*>(kLightRows);
     slice = memory.take<float>(slice_floats());
     light = memory.take<float>(kLightRows * kPanelWidth);
     gradients = memory.take<float>(plan.call.grad_x ? plan.unit_floats : 0);
-    weights = memory.take<float>(plan.group_size * padded);
-    inputs = memory.take<float>(plan.unit_rows * block_stride(padded));
+    weights = memory.take<float>(plan.group_size * block_stride(kWindowColumns));
+    inputs = memory.take<float>(plan.unit_rows * block_stride(kWindowColumns));
     sums = memory.take<float>(kUnitTile * L);
   }
 };
@@ -218,7 +217,7 @@ void grad_images(const ConvolutionBackwardPlan& plan, ConvolutionBackwardMemory&
       const std::int64_t stride = round_up(columns.width, 2 * L);
       for (std::int64_t j = 0; j < size; ++j)
         copy_columns(c.weight + (g * size + j) * plan.padded.depth + columns.at, columns.width,
-                     memory.weights + j * stride);
+                     2 * L, memory.weights + j * stride);
       for (std::int64_t e = begin; e < end; e += kUnitTile) {
         const std::int64_t m = lesser(kUnitTile, end - e);
         for (std::int64_t r = 0; r < m; ++r) store(memory.sums + r * L, Vec{});
@@ -268,21 +267,16 @@ void grad_filters(const ConvolutionBackwardPlan& plan, ConvolutionBackwardMemory
   const auto& c = plan.call;
   const Columns columns = plan.stretch(stretch);
   if (columns.width == 0) return;
-  const std::int64_t size = plan.group_size, tiles = divide_up(size, kUnitTile), stride = block_stride(columns.width);
+  const std::int64_t size = plan.group_size, stride = block_stride(columns.width);
   for (std::int64_t index = units.begin; index < units.end; ++index) {
     const Unit& u = plan.unit[index - units.begin];
     for (std::int64_t r = 0; r < plan.rows_of(index); ++r)
-      copy_columns(u.x + plan.window[r] + columns.start, columns.width, memory.inputs + r * stride);
+      copy_columns(u.x + plan.window[r] + columns.start, columns.width, kOuterColumns, memory.inputs + r * stride);
     for (std::int64_t g = 0; g < c.groups; ++g) {
       const std::int64_t begin = u.first[g], end = u.first[g + 1];
       if (begin == end && index > 0) continue;
-      for (std::int64_t i = 0; i < columns.width; i += 2 * L)
-        for (std::int64_t t = 0; t < tiles; ++t) {
-          const std::int64_t j = size * t / tiles;
-          weight_rows(size * (t + 1) / tiles - j, u.scaled + begin * size + j, size, memory.inputs + i, stride,
-                      u.pixel + begin, end - begin, c.grad_weight + (g * size + j) * plan.padded.depth + columns.at + i,
-                      plan.padded.depth, lesser(2 * L, columns.width - i), index > 0);
-        }
+      grad_group(u.scaled + begin * size, size, memory.inputs, u.pixel + begin, end - begin, columns.width,
+                 memory.weights, c.grad_weight + g * size * plan.padded.depth + columns.at, plan.padded.depth, index > 0);
     }
   }
 }

@@ -42,8 +42,7 @@ __all__ = [
     "wants_weight_panels",
 ]
 
-# Groups of fewer neurons take the dense backward; of convolutions, only wider ones have been timed.
-_BACKWARD_GROUP = 3
+# Convolutions of fewer neurons per group take the dense backward.
 _CONVOLUTION_BACKWARD_GROUP = 8
 # Rows of a call from which packing inside the kernel costs next to nothing.
 _ROWS_THAT_PACK_THEMSELVES = 2048
@@ -295,8 +294,7 @@ def _linear_backward(
     light_up: Tensor, gate_weight: Tensor | None, gate_bias: Tensor | None, group_size: int, span: int,
     interpolation: str, ste: str, needs: list[bool], padded: bool = False,
 ) -> reference.Grads:  # fmt: skip
-    if ste == "dense" or group_size < _BACKWARD_GROUP or x.numel() == 0:
-        # Every neuron's value or gradient is wanted, or groups too narrow to beat torch's matrix products.
+    if ste == "dense" or x.numel() == 0:  # every neuron's value is wanted
         return reference.linear_backward(
             grad_y, selected, x, weight, bias, light_down, light_up, gate_weight, gate_bias, group_size, span,
             interpolation, ste, needs,

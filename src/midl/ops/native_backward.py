@@ -2,6 +2,7 @@
 
 Nothing of the forward pass is kept but its inputs and the selection: code and logits are recomputed, the full path is
 not needed (native/backward.hpp says why), and nothing of the size (rows, n) is made but the gradient of the light path.
+Groups of one or two neurons go through dense products instead, whose operands are zero where nothing was selected.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from torch import Tensor
 from midl.ops.reference import Grads
 
 __all__ = ["Blocks", "gate_projection", "linear_backward", "repeat_first", "through_gate"]
+
+# Narrower groups leave the kernel's tiles so empty that dense products of zeros are faster.
+_KERNEL_GROUP = 3
 
 
 def linear_backward(
@@ -42,16 +46,23 @@ def linear_backward(
 
     full_weight = weight.float().contiguous()
     need_code = need_x or need_down or need_gate or need_gate_bias or need_up or (need_bias and gate_weight is None)
-    grad_light = torch.empty_like(grad)
-    grad_x = torch.empty_like(flat, memory_format=torch.contiguous_format) if need_code else None
-    grad_chosen = torch.empty_like(gate)
-    grad_weight = torch.empty_like(full_weight) if need_weight else None
-    kernels.linear_backward(
-        grad.data_ptr(), flat.data_ptr(), flat.stride(0), flat.shape[0], depth, n, rank, groups, k, positions, span,
-        full_weight.data_ptr(), code.data_ptr(), up.data_ptr(), chosen.data_ptr(), gate.data_ptr(),
-        interpolation == "hard", grad_light.data_ptr(), 0 if grad_x is None else grad_x.data_ptr(),
-        grad_chosen.data_ptr(), 0 if grad_weight is None else grad_weight.data_ptr(), torch.get_num_threads(),
-    )  # fmt: skip
+    grad_x: Tensor | None
+    grad_weight: Tensor | None
+    if group_size < _KERNEL_GROUP:
+        grad_light, grad_x, grad_chosen, grad_weight = _through_dense_products(
+            grad, flat, full_weight, code, up, index, gate, blocks, groups, interpolation, need_code, need_weight
+        )
+    else:
+        grad_light = torch.empty_like(grad)
+        grad_x = torch.empty_like(flat, memory_format=torch.contiguous_format) if need_code else None
+        grad_chosen = torch.empty_like(gate)
+        grad_weight = torch.empty_like(full_weight) if need_weight else None
+        kernels.linear_backward(
+            grad.data_ptr(), flat.data_ptr(), flat.stride(0), flat.shape[0], depth, n, rank, groups, k, positions, span,
+            full_weight.data_ptr(), code.data_ptr(), up.data_ptr(), chosen.data_ptr(), gate.data_ptr(),
+            interpolation == "hard", grad_light.data_ptr(), 0 if grad_x is None else grad_x.data_ptr(),
+            grad_chosen.data_ptr(), 0 if grad_weight is None else grad_weight.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
 
     out: list[Tensor | None] = [None, grad_weight, None, None, None, None, None]
     grad_bias = grad.sum(0) if need_bias else None
@@ -67,6 +78,24 @@ def linear_backward(
     return tuple(  # type: ignore[return-value]
         x.new_empty(0) if g is None or not need else g.to(x.dtype) for g, need in zip(out, needs, strict=True)
     )
+
+
+def _through_dense_products(
+    grad: Tensor, flat: Tensor, weight: Tensor, code: Tensor, up: Tensor, index: Tensor, gate: Tensor, blocks: Blocks,
+    groups: int, interpolation: str, need_code: bool, need_weight: bool,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:  # fmt: skip
+    """Return the gradients of light path, x (the full path's share), logits at ``index`` and weight."""
+    share = gate if interpolation == "sigmoid" else torch.ones_like(gate)
+    shares = blocks.repeat(grad.new_zeros(len(index), groups).scatter_(1, index, share))
+    grad_full = (grad.view(len(grad), groups, -1) * shares.unsqueeze(2)).view_as(grad)
+    grad_light = grad - grad_full
+    grad_weight = grad_full.T @ flat if need_weight else None
+    if not need_code:
+        return grad_light, None, gate, grad_weight
+    mixed = (flat @ weight.T).addmm_(code, up.T, alpha=-1).mul_(grad).view(len(grad), groups, -1)
+    per_group = mixed.squeeze(2) if mixed.shape[2] == 1 else mixed.sum(2)
+    grad_chosen = blocks.sum(per_group).gather(1, index).mul_(gate * (1 - gate))
+    return grad_light, grad_full @ weight, grad_chosen, grad_weight
 
 
 def repeat_first(values: Tensor, chosen: Tensor) -> Tensor:
@@ -126,11 +155,19 @@ class Blocks:
         self.block = row // positions * -(-positions // span) + row % positions // span
         self.sizes = torch.bincount(self.block).unsqueeze(1)
 
-    def mean(self, code: Tensor) -> Tensor:
+    def sum(self, values: Tensor) -> Tensor:
         """(rows, r) -> (blocks, r)."""
         if self.span == 1:
-            return code
-        return code.new_zeros(len(self.sizes), code.shape[1]).index_add_(0, self.block, code) / self.sizes
+            return values
+        return values.new_zeros(len(self.sizes), values.shape[1]).index_add_(0, self.block, values)
+
+    def mean(self, code: Tensor) -> Tensor:
+        """(rows, r) -> (blocks, r)."""
+        return code if self.span == 1 else self.sum(code) / self.sizes
+
+    def repeat(self, values: Tensor) -> Tensor:
+        """(blocks, r) -> (rows, r), each block's for all of its rows."""
+        return values if self.span == 1 else values[self.block]
 
     def spread(self, grad: Tensor) -> Tensor:
         """(blocks, r) -> (rows, r)."""
