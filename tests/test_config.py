@@ -18,12 +18,11 @@ from midl.errors import MIDLError
 @pytest.mark.parametrize(
     ("field", "value", "expected"),
     [
-        ("active", 0, "a number in (0, 1]"),
-        ("active", -0.1, "a number in (0, 1]"),
-        ("active", 1.01, "a number in (0, 1]"),
-        ("active", float("nan"), "a number in (0, 1]"),
-        ("active", "half", "a number in (0, 1]"),
-        ("active", True, "a number in (0, 1]"),
+        ("active", -0.1, "a number in [0, 1]"),
+        ("active", 1.01, "a number in [0, 1]"),
+        ("active", float("nan"), "a number in [0, 1]"),
+        ("active", "half", "a number in [0, 1]"),
+        ("active", True, "a number in [0, 1]"),
         ("rank", 0, "a positive int or 'auto'"),
         ("rank", 2.5, "a positive int or 'auto'"),
         ("rank", "max", "a positive int or 'auto'"),

@@ -70,7 +70,7 @@ def set_active(
 def spread_active(layers: Sequence[MIDLayer], mean: float) -> None:
     """Set the layers' ``active`` to ``mean`` on average, their odds multiplied by a common factor.
 
-    Layers with equal ``active`` all get ``mean``.
+    Layers with equal ``active`` all get ``mean``; those that select nothing stay so and do not count.
 
     >>> from midl import MIDLinear
     >>> layers = [MIDLinear(8, 64, rank=2, active=a) for a in (0.2, 0.6)]
@@ -78,6 +78,9 @@ def spread_active(layers: Sequence[MIDLayer], mean: float) -> None:
     >>> [round(layer.active, 3) for layer in layers]
     [0.074, 0.326]
     """
+    layers = [layer for layer in layers if layer.active]
+    if not layers:
+        return
     starts = [layer.active for layer in layers]
     factor = _bisect(lambda c: sum(_scaled(a, c) for a in starts) / len(starts) <= mean)
     for layer, start in zip(layers, starts, strict=True):
@@ -110,11 +113,11 @@ def _meet_ratio(model: nn.Module, layers: Sequence[MIDLayer], ratio: float, exam
     def selected(factor: float) -> list[int]:
         return [num_active_groups(_scaled(a, factor), x.num_groups) for a, x in zip(starts, layers, strict=True)]
 
-    least = costs.total([1] * len(layers))
+    least = costs.total([min(1, x.num_selected) for x in layers])
     if least > budget:
         raise MIDLError(
             f"set_active: flops_ratio={ratio:g} cannot be met, expected at most {costs.dense / least:.3f} "
-            "(one active group in every layer)"
+            "(one active group in every layer that selects any)"
         )
     factor = _bisect(lambda c: costs.total(selected(c)) <= budget)
     for layer, start in zip(layers, starts, strict=True):

@@ -28,8 +28,8 @@ class MIDConfig:
     True
 
     Args:
-        active: fraction of the neuron groups that take the full path, in (0, 1]; with a threshold, the average over
-            inputs that it was calibrated for.
+        active: fraction of the neuron groups that take the full path, at least one group; with a threshold, the
+            average over inputs that it was calibrated for. 0: none ever, the light path alone.
         rank: width of the low-rank code, or ``"auto"``: the largest that meets ``flops_ratio``.
         flops_ratio: with ``rank="auto"``, dense multiply-adds divided by the layer's, at least this (the paper: 1.7).
         group_size: neurons selected together (1: each neuron alone, as in the paper). Must divide the layer's width.
@@ -68,7 +68,7 @@ class MIDConfig:
     most: float = 1.0
 
     def __post_init__(self) -> None:
-        check_active("MIDConfig", self.active)
+        check_active("MIDConfig", self.active, zero=True)
         if self.rank != "auto":
             check_positive_int("MIDConfig", "rank", self.rank, "a positive int or 'auto'")
         check_positive_int("MIDConfig", "group_size", self.group_size)
@@ -77,6 +77,10 @@ class MIDConfig:
             raise MIDLError(f"MIDConfig: flops_ratio={self.flops_ratio!r}, expected a number above 0")
         if self.threshold is not None and not _is_number(self.threshold):
             raise MIDLError(f"MIDConfig: threshold={self.threshold!r}, expected a finite number or None")
+        if self.threshold is not None and self.active == 0:
+            raise MIDLError(
+                f"MIDConfig: threshold={self.threshold!r} with active=0, expected None: nothing is selected"
+            )
         if not _is_number(self.most) or not 0 < self.most <= 1:
             raise MIDLError(f"MIDConfig: most={self.most!r}, expected a number in (0, 1]")
         if not _is_number(self.noise) or not self.noise >= 0:
@@ -140,10 +144,10 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def check_active(owner: str, active: object) -> None:
-    """Raise unless ``active`` is a number in (0, 1]."""
-    if not _is_number(active) or not 0 < active <= 1:  # type: ignore[operator]
-        raise MIDLError(f"{owner}: active={active!r}, expected a number in (0, 1]")
+def check_active(owner: str, active: object, *, zero: bool = False) -> None:
+    """Raise unless ``active`` is a number in (0, 1], or 0 where that is allowed."""
+    if not _is_number(active) or not 0 <= active <= 1 or (active == 0 and not zero):  # type: ignore[operator]
+        raise MIDLError(f"{owner}: active={active!r}, expected a number in {'[' if zero else '('}0, 1]")
 
 
 def check_positive_int(owner: str, name: str, value: object, expected: str = "a positive int") -> None:
@@ -153,12 +157,12 @@ def check_positive_int(owner: str, name: str, value: object, expected: str = "a 
 
 
 def num_active_groups(active: float, num_groups: int) -> int:
-    """Return k, how many of ``num_groups`` groups a fraction ``active`` selects: max(1, round(active * groups)).
+    """Return k, how many of ``num_groups`` groups a fraction ``active`` selects: at least 1, unless it is 0.
 
-    >>> num_active_groups(0.45, 128)
-    58
+    >>> num_active_groups(0.45, 128), num_active_groups(0.001, 128), num_active_groups(0, 128)
+    (58, 1, 0)
     """
-    return max(1, round(active * num_groups))
+    return max(1, round(active * num_groups)) if active else 0
 
 
 def layer_macs(

@@ -29,6 +29,7 @@ class PackedMIDLinear(MIDLinear):
     are meta tensors: shapes without values.
     """
 
+    may_be_light_alone = False
     _panels: Panels
 
     def forward(self, x: Tensor) -> Tensor:
@@ -93,7 +94,7 @@ def pack_(model: nn.Module) -> list[str]:
 
     Layers stay as they are, and are not named, where the kernels read the plain weights (groups of few neurons; the
     light gate in bfloat16), where there are no kernels (other devices and dtypes), and where others may need the
-    weights (parametrizations, parameters that modules share).
+    weights (parametrizations, parameters that modules share), and where they are their light path alone.
 
     Args:
         model: in ``eval()`` mode; layers and their parameters keep their identity but not their memory.
@@ -114,7 +115,7 @@ def pack_(model: nn.Module) -> list[str]:
     packed = []
     for name, layer in layers.items():
         shared = any(users[id(parameter)] > 1 for parameter in layer.parameters(recurse=False))
-        if not shared and runs_on_panels(layer._parameters, layer.config.group_size):
+        if layer.active and not shared and runs_on_panels(layer._parameters, layer.config.group_size):
             _pack(layer)
             packed.append(name)
     return packed

@@ -41,6 +41,7 @@ def adapt(
     group_size: int = 16,
     group: bool = True,
     allocation: str = "layerwise",
+    light_alone: bool = True,
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     ffn: bool | Sequence[FFNBlock] = False,
     samples: int = 2048,
@@ -75,6 +76,8 @@ def adapt(
             those that matter together share a group. The weights then differ from the dense model's by that order.
         allocation: ``"layerwise"``: each layer its own density and rank, by what it loses; ``"uniform"``: the same
             density and the same share of light path for all, for comparison.
+        light_alone: whether a layer may become its light path alone (``active=0``) where that loses least. With
+            ``elastic`` or ``threshold`` none does: it would have nothing to choose.
         filter_fn: called with (module, qualified name); False keeps a layer dense.
         ffn: whether two-layer FFNs become :class:`midl.MIDFFN` blocks: True, or your own, as for :func:`midl.convert_`.
         samples: inputs to calibrate and measure on, from the start of ``data``.
@@ -93,6 +96,7 @@ def adapt(
     """
     _check(model, data, budget, group_size, allocation, samples, epochs)
     batches = collect(data, samples)
+    alone = light_alone and elastic is None and not threshold
     layers, kept = find_layers(model, group_size, filter_fn)
     blocks, no_blocks = find_blocks_to_adapt(model, ffn, group_size, filter_fn, shared_parameters(model))
     for block in blocks.values():
@@ -138,6 +142,7 @@ def adapt(
                 group_size=group_size,
                 seed=seed,
                 compare_rows=threshold,
+                alone=alone,
             )
             for name, layer in layers.items()
         }

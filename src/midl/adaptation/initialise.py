@@ -15,7 +15,7 @@ from midl.config import MIDConfig, layer_macs, num_active_groups
 from midl.errors import MIDLError
 from midl.layers import MIDLayer
 
-__all__ = ["Start", "initialise"]
+__all__ = ["Start", "initialise", "light_alone"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +49,8 @@ class Start:
 
     def captured(self, active: float) -> tuple[float, float]:
         """Return the share of the held-out energy in the selected groups: by the gate, and by the best choice."""
+        if not active:
+            return 0.0, 0.0
         k = num_active_groups(active, self.held_out_energy.shape[1])
         return (
             captured_energy(self.held_out_scores, self.held_out_energy, k),
@@ -115,6 +117,20 @@ def initialise(
     if not starts:
         raise MIDLError(f"initialise: light_macs={light_macs}, expected at least {sum(weight.shape)} (rank 1)")
     return min(starts, key=lambda start: start.lost(active))
+
+
+def light_alone(
+    weight: Tensor, bias: Tensor | None, principal: tuple[Tensor, Tensor], rows: OutputRows, *, group_size: int,
+    light_macs: int,
+) -> Start | None:  # fmt: skip
+    """Return the start of a layer that is its light path alone (``active=0``); None where rank 1 costs too much.
+
+    The arguments are those of :func:`initialise`.
+    """
+    rank = _rank_for(weight, "light", group_size, light_macs)
+    if not rank:
+        return None
+    return _start(weight, bias, principal, rows, "light", rank, group_size, compare_rows=False)
 
 
 def _rank_for(weight: Tensor, gate: Literal["projection", "light"], group_size: int, light_macs: int) -> int:

@@ -67,6 +67,8 @@ def simulate(
         light = code @ start.light_path.up.T.to(full.dtype)
         scores = code @ start.gate_weight.T.to(full.dtype) + start.gate_bias.to(full.dtype)
         num_groups = scores.shape[-1]
+        if not active:
+            return from_rows(layer, light + (rows - full), output)
         mask = selection_mask(topk_groups(scores, num_active_groups(active, num_groups)), num_groups)
         change = torch.where(mask.repeat_interleave(start.group_size, dim=-1), 0, light - full)
         return from_rows(layer, rows + change, output)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from midl.adaptation.allocate import Option, allocate
 from midl.adaptation.calibrate import Moments, weight_of
-from midl.adaptation.initialise import Start, initialise
+from midl.adaptation.initialise import Start, initialise, light_alone
 from midl.adaptation.light_path import fit_light_path, middle_rank
 from midl.adaptation.measure import simulate
 from midl.adaptation.sensitivity import sample_outputs
@@ -24,9 +24,11 @@ __all__ = ["Choice", "choose", "find_layers", "list_choices"]
 
 # Light paths, as shares of the dense layer's multiply-adds, and active fractions at which every layer is measured;
 # between two fractions the error is interpolated in steps of _STEP.
-LIGHT_SHARES = (0.03, 0.06, 0.1, 0.16)
+LIGHT_SHARES = (0.03, 0.06, 0.1, 0.16, 0.25)
 ACTIVE = (0.05, 0.15, 0.3, 0.5, 0.75)
 _STEP = 0.01
+# Shares of light paths that are tried alone, without any full path.
+LIGHT_ALONE = (0.08, 0.12, 0.18, 0.23, 0.29, 0.36, 0.43, 0.52, 0.62, 0.75)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Choice:
         flops: on the first batch.
         error: relative output error of the model with this layer alone made so.
         start: a :class:`midl.adaptation.Start`, for a block a BlockStart; None: dense.
-        active: fraction of groups on the full path.
+        active: fraction of groups on the full path; 0: the light path alone.
         light_share: multiply-adds that code, light path and gate were allowed, as a share of the dense layer's.
     """
 
@@ -86,6 +88,7 @@ def list_choices(
     group_size: int,
     seed: int,
     compare_rows: bool = False,
+    alone: bool = True,
 ) -> list[Choice]:
     """Return the ways to run one layer with what each costs and loses, dense first.
 
@@ -100,6 +103,7 @@ def list_choices(
         group_size: divides the layer's width.
         seed: of the random choices.
         compare_rows: as for :func:`midl.adaptation.fit_gate`.
+        alone: list light paths without any full path too.
     """
     weight, bias = weight_of(layer), getattr(layer, "bias", None)
     n, fan_in = weight.shape
@@ -131,6 +135,15 @@ def list_choices(
             for choice in interpolate(start, errors, n // group_size, macs, rows)
             if choice.flops < choices[0].flops
         ]
+    for share in LIGHT_ALONE if alone else ():
+        light_macs = int(share * n * fan_in)
+        path = light_alone(weight, bias, principal, sampled, group_size=group_size, light_macs=light_macs)
+        if path is None:
+            continue
+        error = simulate(model, {name: layer}, {name: (path, 0.0)}, batches[: len(expected)], expected)
+        flops = 2 * rows * path.light_macs
+        if math.isfinite(error) and flops < choices[0].flops:
+            choices.append(Choice(flops, error, path, 0.0, share))
     return choices
 
 
@@ -195,7 +208,10 @@ def _list_uniform(choices: Mapping[str, Sequence[Choice]]) -> list[list[Choice]]
 
     A layer without a choice that fits stays dense.
     """
-    plans = []
+    plans = [
+        [next((c for c in found if (c.active, c.light_share) == (0, share)), found[0]) for found in choices.values()]
+        for share in LIGHT_ALONE
+    ]
     for share in LIGHT_SHARES:
         for step in range(round(ACTIVE[0] / _STEP), round(1 / _STEP)):
             at_most = step * _STEP + 1e-9

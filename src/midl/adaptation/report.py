@@ -17,7 +17,7 @@ class AdaptedLayer:
         name: qualified name.
         changed: whether it is a MID-L layer now.
         detail: why it stayed dense; empty for a changed layer.
-        active: fraction of groups on the full path.
+        active: fraction of groups on the full path; 0: the layer is its light path alone.
         rank: width of the code.
         gate: ``"projection"`` or ``"light"``.
         flops_before: of the dense layer.
@@ -104,8 +104,10 @@ def _cells(layer: AdaptedLayer) -> tuple[str, ...]:
         return (layer.name, "dense", "", "", "1.00x", "", "", layer.detail)
     notes = ["regrouped"] if layer.regrouped else []
     notes += [f"{layer.dropped_rows} rows with NaN or Inf left out"] if layer.dropped_rows else []
+    ratio = f"{layer.flops_before / layer.flops_after:.2f}x"
+    if not layer.active:
+        return (layer.name, "0", str(layer.rank), "", ratio, "", "", ", ".join(["light path alone", *notes]))
     return (
-        layer.name, f"{layer.active:.3f}", str(layer.rank), layer.gate,
-        f"{layer.flops_before / layer.flops_after:.2f}x", f"{layer.captured:.3f}", f"{layer.oracle:.3f}",
-        ", ".join(notes),
+        layer.name, f"{layer.active:.3f}", str(layer.rank), layer.gate, ratio, f"{layer.captured:.3f}",
+        f"{layer.oracle:.3f}", ", ".join(notes),
     )  # fmt: skip

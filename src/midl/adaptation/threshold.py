@@ -101,9 +101,11 @@ def calibrate_threshold(
     """
     if active is not None:
         check_active("calibrate_threshold", active)
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, MIDLayer)}
+    layers = {
+        name: m for name, m in model.named_modules() if isinstance(m, MIDLayer) and (m.active or active is not None)
+    }
     if not layers:
-        raise MIDLError(f"calibrate_threshold: the {type(model).__name__} has no MID-L layers")
+        raise MIDLError(f"calibrate_threshold: the {type(model).__name__} has no MID-L layers that select")
     least = max((x.active for x in layers.values()), default=0.0) if active is None else active
     if most is not None and not (isinstance(most, (int, float)) and least <= most <= 1):
         raise MIDLError(f"calibrate_threshold: most={most!r}, expected a number from active={least:g} to 1")

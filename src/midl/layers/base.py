@@ -48,6 +48,7 @@ class MIDLayer(nn.Module):
         fan_in, light_width = math.prod(fan_in_shape), self._light_width(n)
         if dtype is not None and not dtype.is_floating_point:
             raise DTypeError(f"{owner}: dtype={dtype}, expected a floating-point dtype")
+        check_active(owner, config.active, zero=self.may_be_light_alone)
         if n % config.group_size:
             raise MIDLError(f"{owner}: group_size={config.group_size} does not divide {self._width_name}={n}")
         rank = config.rank
@@ -107,6 +108,9 @@ class MIDLayer(nn.Module):
     dense_family: str
     """The dense layer that this one goes back to, by its name in :mod:`midl.conversion.families`."""
 
+    may_be_light_alone = True
+    """Whether ``active`` may be 0."""
+
     @property
     def rank(self) -> int:
         """Width of the low-rank code."""
@@ -129,7 +133,7 @@ class MIDLayer(nn.Module):
 
     @property
     def active(self) -> float:
-        """Fraction of the groups that takes the full path. Assign to change the budget; the weights stay.
+        """Fraction of the groups that takes the full path, 0 for none. Assign to change the budget; the weights stay.
 
         A threshold belongs to the budget that it was calibrated for: assigning takes it away.
         """
@@ -137,7 +141,7 @@ class MIDLayer(nn.Module):
 
     @active.setter
     def active(self, value: float) -> None:
-        check_active(type(self).__name__, value)
+        check_active(type(self).__name__, value, zero=self.may_be_light_alone)
         self.config = self.config.replace(active=value, threshold=None, most=1.0)
 
     @property

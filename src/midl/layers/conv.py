@@ -192,6 +192,8 @@ class MIDConv2d(MIDLayer):
                 f"MIDConv2d: input of shape {tuple(x.shape)} is smaller than kernel_size={self.kernel_size} with "
                 f"dilation={self.dilation} and padding={self.padding!r}"
             )
+        if c.active == 0:
+            return self._light_alone(images, height, width)
         per_image = c.select == "image"
         noise = None
         if self.training and c.noise > 0:
@@ -203,6 +205,13 @@ class MIDConv2d(MIDLayer):
         if observers:
             self._observe(selected)
         return y
+
+    def _light_alone(self, images: Tensor, height: int, width: int) -> Tensor:
+        """Return the light path's output on padded images, for layers that select nothing."""
+        if observers:
+            self._observe(images.new_empty((len(images), height, width, 0), dtype=torch.int32))
+        code = F.conv2d(images, self.light_down, None, self.stride, tuple(self._op_padding), self.dilation)
+        return F.conv2d(code, self.light_up[:, :, None, None], self.bias)
 
     def extra_repr(self) -> str:
         """Return the constructor's arguments."""

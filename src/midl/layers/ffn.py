@@ -112,6 +112,7 @@ class MIDFFN(MIDLayer):
     """
 
     dense_family = "ffn"
+    may_be_light_alone = False
     _width_name = "hidden_features"
     _light_name = "out_features"
 

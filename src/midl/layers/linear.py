@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from midl.config import MIDConfig, check_positive_int
@@ -132,6 +133,8 @@ class MIDLinear(MIDLayer):
             raise MIDLError(f"MIDLinear: input is 0-dimensional, expected (..., {self.in_features})")
         self._check_input(x, -1, self.in_features, "features")
         c = self.config
+        if c.active == 0:
+            return self._light_alone(x)
         # A sequence keeps its axis only where positions share a selection.
         rows = x if x.dim() == 2 or (x.dim() > 2 and c.span > 1) else x.reshape(-1, self.in_features)
         noise = None
@@ -144,6 +147,12 @@ class MIDLinear(MIDLayer):
         if observers:
             self._observe(selected)
         return y if rows is x else y.view(*x.shape[:-1], self.out_features)
+
+    def _light_alone(self, x: Tensor) -> Tensor:
+        """Return the light path's output, for layers that select nothing."""
+        if observers:
+            self._observe(x.new_empty((*x.shape[:-1], 0), dtype=torch.int32))
+        return F.linear(F.linear(x, self.light_down), self.light_up, self.bias)
 
     def extra_repr(self) -> str:
         """Return the constructor's arguments."""

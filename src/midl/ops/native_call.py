@@ -74,6 +74,8 @@ def _prepare_linear(packed: Packed, x: Tensor, parameters: dict[str, Any], confi
         return None
     rows, groups = x.numel() // depth, n // config.group_size
     k = config.num_slots(groups)
+    if k == 0:
+        return None
     run = dispatch.resolve(
         "linear", x, weight=weight, k=k, group_size=config.group_size, span=1, threshold=config.threshold
     )
@@ -95,6 +97,8 @@ def _prepare_conv2d(packed: Packed, x: Tensor, parameters: dict[str, Any], confi
         return None
     groups = n // config.group_size
     k = config.num_slots(groups)
+    if k == 0:
+        return None
     span = 0 if config.select == "image" else config.span
     run = dispatch.resolve(
         "conv2d", x, weight=weight, k=k, group_size=config.group_size, span=span, threshold=config.threshold

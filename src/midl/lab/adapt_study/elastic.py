@@ -53,8 +53,8 @@ def run_elastic(
     names = subject.architecture.layer_names
     start = copy.deepcopy(dense)
     midl.adapt(
-        start, ShuffledBatches(dataset, seed), 1.7, group_size=group_size, allocation="uniform", seed=seed,
-        filter_fn=lambda module, name: name in names,
+        start, ShuffledBatches(dataset, seed), 1.7, group_size=group_size, allocation="uniform", light_alone=False,
+        filter_fn=lambda module, name: name in names, seed=seed,
     )  # fmt: skip
 
     def distilled(**choices: Any) -> Any:

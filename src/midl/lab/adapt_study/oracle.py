@@ -38,7 +38,7 @@ def select_by_oracle(model: nn.Module, example: Tensor) -> Iterator[None]:
     readers = _find_readers(model, example)
     handles = []
     for layer in model.modules():
-        if isinstance(layer, (MIDLinear, MIDConv2d)):
+        if isinstance(layer, (MIDLinear, MIDConv2d)) and layer.active:
             chain, outgoing = _what_follows(layer, readers)
             handles.append(layer.register_forward_hook(_choose(chain, outgoing)))
     try:

@@ -13,8 +13,9 @@ from midl.lab.statistics import Estimate, estimate_mean, paired_difference
 __all__ = ["render"]
 
 _BUDGETS = (
-    ("dense", "dense"), ("plain", "converted without data"), ("calibrated", "calibrated"), ("oracle", "oracle"),
-    ("distilled", "distilled"), ("low_rank_distilled", "low rank alone, distilled"),
+    ("dense", "dense"), ("plain", "converted without data"), ("calibrated", "calibrated"),
+    ("gated", "a gate in every sparse layer"), ("oracle", "its oracle"), ("distilled", "distilled"),
+    ("low_rank_distilled", "low rank alone, distilled"),
 )  # fmt: skip
 
 

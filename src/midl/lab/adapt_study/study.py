@@ -53,9 +53,11 @@ class Settings:
 
 Row = dict[str, Any]
 """One adapted network. Accuracies are test accuracies in percent: ``dense``; ``plain``: converted without data, the
-same ratio in every layer; ``calibrated``: adapted without training; ``oracle``: the same with the best selection;
-``distilled``; ``uniform``: calibrated, with every layer at the same density and rank share; ``low_rank`` and
-``low_rank_distilled``: low rank alone at the same FLOPs. ``latency``: batch to median seconds, dense and distilled."""
+same ratio in every layer; ``calibrated``: adapted without training; ``distilled``; ``uniform``: calibrated, with every
+layer at the same density and rank share; ``gated``: calibrated, with a gate and a full path in every layer that does
+not stay dense, and ``oracle``: the same with the best selection; ``low_rank`` and ``low_rank_distilled``: low rank
+alone at the same FLOPs, the same ratio in every layer. ``active``: share of neurons on the full path, averaged over the
+layers that are not dense. ``latency``: batch to median seconds, dense and adapted."""
 
 
 def run_study(
@@ -101,8 +103,7 @@ class _Study:
         """Return one row and its distilled network; low rank knows no groups: a row of the same budget has it."""
         adapted, report = self._adapt(budget, group_size)
         calibrated = self._accuracy(adapted)
-        with select_by_oracle(adapted, self.batches[0]):
-            oracle = self._accuracy(adapted)
+        gated, oracle = self._gated(budget, group_size)
         latency = {}
         for batch in _LATENCY_BATCHES:
             x = self.dataset.batch(self.dataset.test, slice(0, batch))[0]
@@ -113,8 +114,9 @@ class _Study:
         row: Row = {
             "dataset": self.subject.name, "seed": self.settings.seed, "budget": budget, "group_size": group_size,
             "flops_ratio": report.flops_ratio, "dense": self._accuracy(self.dense),
-            "plain": self._plain(budget, group_size), "calibrated": calibrated, "uniform": uniform, "oracle": oracle,
-            "distilled": self._accuracy(adapted),
+            "plain": self._plain(budget, group_size), "calibrated": calibrated, "uniform": uniform, "gated": gated,
+            "oracle": oracle, "distilled": self._accuracy(adapted),
+            "active": sum(layer.active for layer in report.changed) / len(report.changed),
         }  # fmt: skip
         if same_budget is None:
             low_rank = copy.deepcopy(self.dense)
@@ -135,6 +137,16 @@ class _Study:
             filter_fn=lambda module, name: name in names, **choices,
         )  # fmt: skip
         return model, report
+
+    def _gated(self, budget: float, group_size: int) -> tuple[float | None, float | None]:
+        """Return the accuracies by the gates and by the best selection; None where gates cannot meet the budget."""
+        try:
+            model = self._adapt(budget, group_size, light_alone=False)[0]
+        except MIDLError:
+            return None, None
+        accuracy = self._accuracy(model)
+        with select_by_oracle(model, self.batches[0]):
+            return accuracy, self._accuracy(model)
 
     def _distil(self, model: nn.Module) -> None:
         batches = ShuffledBatches(self.dataset, self.settings.seed)
