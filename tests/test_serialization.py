@@ -127,6 +127,15 @@ def assert_load_fails(path, model, match, error=CheckpointError):
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
+def test_equal_models_make_equal_files(tmp_path):
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"grün": make()})
+    for i in range(12):
+        midl.save(model, tmp_path / str(i))
+    assert len({(tmp_path / str(i)).read_bytes() for i in range(12)}) == 1
+    assert "grün.3.light_up" in midl.load_(nn.ModuleDict({"grün": make(False)}), tmp_path / "0").state_dict()
+
+
 def test_missing_file(tmp_path):
     assert_load_fails(tmp_path / "none", make(), "is not a file", FileNotFoundError)
 

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import IO, Any
 
 from torch import Tensor, nn
 
@@ -67,7 +67,9 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     os.close(handle)
     try:
         safetensors.torch.save_file(tensors, temporary, {"format": "pt", _KEY: json.dumps(description)})
-        with open(temporary, "rb") as file:
+        with open(temporary, "r+b") as file:
+            _sort_header(file)
+            file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
@@ -113,6 +115,18 @@ def _safetensors() -> ModuleType:
     except ImportError as error:
         raise MIDLError("save and load_ need safetensors: pip install 'midl[save]'") from error
     return safetensors
+
+
+def _sort_header(file: IO[bytes]) -> None:
+    """Put the header's entries in order: safetensors writes them as they hash, each time anew.
+
+    So equal models make equal files.
+    """
+    size = int.from_bytes(file.read(8), "little")
+    text = json.dumps(json.loads(file.read(size)), sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    if len(text) <= size:
+        file.seek(8)
+        file.write(text.ljust(size))
 
 
 def _umask() -> int:
