@@ -60,7 +60,7 @@ def check(
 @pytest.mark.parametrize("dtype", LIMITS)
 @pytest.mark.parametrize("gate", ["projection", "light"])
 @pytest.mark.parametrize("rule", ["sigmoid", "hard"])
-@pytest.mark.parametrize("group_size", [1, 8, 16, 48])
+@pytest.mark.parametrize("group_size", [1, 3, 8, 16, 48])
 def test_gradients_equal_the_reference(instruction_set, dtype, gate, rule, group_size):
     shape = (group_size * 6, 12, 3, 3)
     check(random_tensors((3, 12, 6, 7), shape, 7, group_size, gate=gate, dtype=dtype), 3, group_size, rule=rule)
