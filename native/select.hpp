@@ -10,6 +10,12 @@
 
 namespace {
 
+MIDL_INLINE IVec lane_numbers() {
+  IVec lane;
+  for (int i = 0; i < L; ++i) lane[i] = i;
+  return lane;
+}
+
 constexpr std::int32_t kLowestKey = INT32_MIN;
 constexpr std::int32_t kMinusInfinityKey = std::int32_t(0xff800000u ^ 0x7fffffffu);
 
@@ -149,22 +155,24 @@ inline void write_selected(const std::int32_t* picks, std::int64_t picked, std::
 inline void select_few(const float* logits, std::int64_t n, const Rule& rule, const std::int32_t* keys,
                        std::int32_t* picks, std::int32_t* selected, float* weights) {
   const IVec key = load(keys);
-  IVec lane, before = {};
-  for (int i = 0; i < L; ++i) lane[i] = i;
+  const IVec lane = lane_numbers();
+  IVec before = {};
   for (std::int64_t i = 0; i < n; ++i) {
     const IVec other = splat(keys[i]);
     before -= (IVec)((other > key) | ((other == key) & (lane > splat(std::int32_t(i)))));
   }
   const IVec reaches = (IVec)(key >= splat(to_key(rule.least)));
   const IVec chosen = (IVec)(before < splat(std::int32_t(rule.k))) & (reaches | (IVec)(before == splat(0)));
-  std::int32_t mask[L];
-  store(mask, chosen);
-  std::int64_t picked = 0;
-  for (std::int64_t i = 0; i < n; ++i) {
-    picks[picked] = std::int32_t(i);
-    picked -= mask[i];
+  if (selected) {
+    std::int32_t mask[L];
+    store(mask, chosen);
+    std::int64_t picked = 0;
+    for (std::int64_t i = 0; i < n; ++i) {
+      picks[picked] = std::int32_t(i);
+      picked -= mask[i];
+    }
+    write_selected(picks, picked, rule.k, selected);
   }
-  if (selected) write_selected(picks, picked, rule.k, selected);
   if (!weights) return;
   const Vec weight = rule.hard ? splat(1.0f) : sigmoid(load(logits));
   store(weights, chosen ? weight : splat(kUnselected));
@@ -176,13 +184,16 @@ inline void select_few(const float* logits, std::int64_t n, const Rule& rule, co
 inline void select_row(const float* logits, const float* noise, std::int64_t n, const Rule& rule, std::int32_t* keys,
                        std::int32_t* picks, std::int32_t* selected, float* weights) {
   const std::int64_t padded = (n + L - 1) / L * L;
-  for (std::int64_t i = 0; i < n; i += L) {
-    const std::int64_t count = n - i;
-    Vec score = count >= L ? load(logits + i) : load_first(logits + i, count);
-    if (noise) score += count >= L ? load(noise + i) : load_first(noise + i, count);
-    store(keys + i, to_keys(score));
+  std::int64_t whole = 0;
+  for (; whole + L <= n; whole += L)
+    store(keys + whole, to_keys(noise ? load(logits + whole) + load(noise + whole) : load(logits + whole)));
+  if (whole < n) {
+    // A whole vector where there is padding: gathering single lanes would take longer than all the rest of a short row.
+    const std::int64_t count = n - whole;
+    Vec score = weights ? load(logits + whole) : load_first(logits + whole, count);
+    if (noise) score += load_first(noise + whole, count);
+    store(keys + whole, (IVec)(lane_numbers() < splat(std::int32_t(count))) ? to_keys(score) : splat(kLowestKey));
   }
-  for (std::int64_t i = n; i < padded; ++i) keys[i] = kLowestKey;
 
   if (padded == L) return select_few(logits, n, rule, keys, picks, selected, weights);
 
