@@ -281,3 +281,10 @@ def test_an_ffn_block_has_activity_and_gates_but_no_outputs_of_single_neurons() 
 def test_wrong_choices_are_errors(choice: dict[str, Any], message: str) -> None:
     with pytest.raises(MIDLError, match=message):
         measure_all(make_mlp(), make_dataset((8,)), **choice)
+
+
+def test_layers_that_select_nothing_are_left_out() -> None:
+    model = nn.Sequential(make_mlp()[:2], midl.MIDLinear(24, 3, active=0, rank=2))
+    found = measure_all(model, make_dataset((8,)), rows=40)
+    assert json.dumps(found)
+    assert list(mid_layers(model)) == ["0.0"]

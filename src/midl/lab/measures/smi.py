@@ -69,11 +69,7 @@ def measure_smi(model: nn.Module, dataset: Dataset, rows: int = 1000, slices: in
     averaged over the layers. Empty for a model without MID-L layers.
     """
     # A MIDFFN's neurons are inside the block, where no next layer sees them.
-    layers = {
-        name: layer
-        for name, layer in mid_layers(model).items()
-        if isinstance(layer, (MIDLinear, MIDConv2d)) and layer.active
-    }
+    layers = {name: layer for name, layer in mid_layers(model).items() if isinstance(layer, (MIDLinear, MIDConv2d))}
     pools = {name: _Pool(layer) for name, layer in layers.items()}
     batches = sample_test_rows(dataset, rows)
 

@@ -30,8 +30,8 @@ def sample_test_rows(dataset: Dataset, rows: int) -> list[Batch]:
 
 
 def mid_layers(model: nn.Module) -> dict[str, MIDLayer]:
-    """Return the MID-L layers of a model by qualified name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, MIDLayer)}
+    """Return the MID-L layers of a model that select, by qualified name; those with ``active=0`` do not."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, MIDLayer) and module.active}
 
 
 @contextmanager
