@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from midl.analysis.flops import count_flops
-from midl.config import MIDConfig
+from midl.config import CONVERSION, MIDConfig
 from midl.conversion.blocks import (
     FFNBlock,
     absorb,
@@ -57,7 +57,8 @@ def convert_(
 
     Args:
         model: any module that contains the layers; it must not itself be one.
-        config: for every layer; default ``MIDConfig()``.
+        config: for every layer; default: the light gate and hard interpolation, which start closest to a
+            trained network, else ``MIDConfig()``.
         filter_fn: called with (module, qualified name) for each layer that could be converted; False keeps it dense.
         overrides: from a qualified name or shell pattern (``"*.mlp.*"``) to a MIDConfig, to fields that replace those
             of ``config``, or to None (stay dense). The first entry that matches a layer counts. For a layer named
@@ -74,7 +75,7 @@ def convert_(
         MIDLError: nothing was converted, an override matches nothing or does not fit its layer, or a block that was
             named is no FFN.
     """
-    config = config or MIDConfig()
+    config = config or CONVERSION
     if not isinstance(config, MIDConfig):
         raise MIDLError(f"convert_: config is a {type(config).__name__}, expected MIDConfig")
     _check_root(model)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from midl.config import MIDConfig, check_positive_int
+from midl.config import CONVERSION, MIDConfig, check_positive_int
 from midl.errors import MIDLError
 from midl.layers.base import MIDLayer, observers
 from midl.ops.conv2d import conv2d, output_size
@@ -121,14 +121,14 @@ class MIDConv2d(MIDLayer):
 
         Args:
             conv: the trained layer; it is left as it was and shares its parameters with the result.
-            config: how to convert; keywords override its fields.
+            config: how to convert; default: the light gate and hard interpolation. Keywords override its fields.
 
         Raises:
             MIDLError: ``conv`` is no nn.Conv2d, is grouped, or the configuration does not fit its sizes.
         """
         if not isinstance(conv, nn.Conv2d):
             raise MIDLError(f"MIDConv2d.from_conv2d: conv is a {type(conv).__name__}, expected nn.Conv2d")
-        layer = cls._like(conv, config, **choices)
+        layer = cls._like(conv, config or CONVERSION, **choices)
         layer.reset_light_path()
         return layer
 

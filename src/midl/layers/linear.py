@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from midl.config import MIDConfig, check_positive_int
+from midl.config import CONVERSION, MIDConfig, check_positive_int
 from midl.errors import MIDLError
 from midl.layers.base import MIDLayer, observers
 from midl.ops.linear import linear
@@ -88,14 +88,14 @@ class MIDLinear(MIDLayer):
 
         Args:
             linear: the trained layer; it is left as it was and shares its parameters with the result.
-            config: how to convert; keywords override its fields.
+            config: how to convert; default: the light gate and hard interpolation. Keywords override its fields.
 
         Raises:
             MIDLError: ``linear`` is no nn.Linear, or the configuration does not fit its sizes.
         """
         if not isinstance(linear, nn.Linear):
             raise MIDLError(f"MIDLinear.from_linear: linear is a {type(linear).__name__}, expected nn.Linear")
-        layer = cls._like(linear, config, **choices)
+        layer = cls._like(linear, config or CONVERSION, **choices)
         layer.reset_light_path()
         return layer
 
