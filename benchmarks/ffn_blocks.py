@@ -7,12 +7,13 @@ Converted are the FFNs' first layers alone, both layers one by one, or the FFN a
 path and gate fitted to reviews of IMDB's training split, none trained. The rank is what the share of the dense
 multiply-adds that the row says pays for. Measures, oracle and texts are those of sentence_encoder.py; the oracle of a
 block takes the hidden units of largest energy, (h - light value)^2 times the squared norm of the unit's column in the
-second layer.
+second layer. Speed is the dense encoder's median time over the converted one's, interleaved, for 1 and 32 reviews.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from midl.adaptation.blocks import find_blocks_to_adapt, group_units, sample_inp
 from midl.adaptation.calibrate import weight_of
 from midl.adaptation.light_path import fit_light_path, middle_rank
 from midl.conversion.convert import make_layer, replace_modules
+from midl.lab.measure import measure_latency
 from midl.layers import MIDFFN
 
 
@@ -89,6 +91,19 @@ def sparse_blocks(
         replace_modules(model, block.replacements(ffn))
 
 
+@torch.no_grad()
+def speeds(dense: nn.Module, model: nn.Module, batch: dict[str, Tensor]) -> str:
+    """Return how much faster ``model`` is than ``dense`` on one review and on 32, as two cells of the table."""
+    cells = []
+    for size in (1, 32):
+        inputs = {name: t[:size] for name, t in batch.items()}
+        ids = inputs.pop("input_ids")
+        calls = {"dense": functools.partial(dense, **inputs), "converted": functools.partial(model, **inputs)}
+        times = measure_latency(calls, ids)  # type: ignore[arg-type]
+        cells.append(f"{times['dense']['median'] / times['converted']['median']:.2f}x")
+    return " | ".join(cells)
+
+
 def tokenize(tokenizer: object, texts: list[str], tokens: int) -> list[dict[str, Tensor]]:
     """Return batches of 50 texts."""
     choices = {"truncation": True, "max_length": tokens, "padding": True, "return_tensors": "pt"}
@@ -100,9 +115,13 @@ def main() -> None:
     parser.add_argument("--reviews", type=int, default=100)
     parser.add_argument("--calibration", type=int, default=100)
     parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--threads", type=int)
     options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
 
     model, tokenizer = load_encoder()
+    unchanged = model
     test = tokenize(tokenizer, read_reviews(options.reviews), options.tokens)
     path = Path(os.environ["MIDL_DATA"]) / "imdb" / "train.parquet"
     texts = pyarrow.parquet.read_table(path, columns=["text"]).column("text").to_pylist()
@@ -112,8 +131,11 @@ def main() -> None:
     ffn_flops = sum(2 * m.weight.numel() for name, m in model.named_modules() if is_ffn_layer(name, "both layers"))
     others = dense_flops - ffn_flops * few["input_ids"].numel()
     measures = "cosine | worst 5 % | rank corr."
-    print(f"| converted | group | active | light | FFN | encoder | {measures} | oracle: {measures} |")
-    print("|---|---|---|---|---|---|---|---|---|---|---|---|")
+    titles = (
+        "converted", "group", "active", "light", "FFN", "encoder", measures, f"oracle: {measures}", "speed, 1", "32"
+    )  # fmt: skip
+    print(f"| {' | '.join(titles)} |")
+    print("|---" * 14 + "|")
     for scope, group_size, active, share in (
         ("block", 1, 0.45, 0.1), ("block", 1, 0.35, 0.2), ("block", 1, 0.25, 0.15), ("block", 16, 0.35, 0.2),
         ("first layers", 1, 0.45, 0.1), ("both layers", 1, 0.45, 0.1),
@@ -125,14 +147,16 @@ def main() -> None:
             sparse_layers(model, data, scope, active, share)
         flops = midl.count_flops(model, few)
         ratios = f"{(dense_flops - others) / (flops - others):.2f}x | {dense_flops / flops:.2f}x"
-        gate = compare(embed(model, test), dense)
+        gate, faster = compare(embed(model, test), dense), speeds(unchanged, model, test[0])
         use_oracle(model)
         for parent in list(model.modules()):
             for name, child in list(parent.named_children()):
                 if isinstance(child, MIDFFN) and not isinstance(parent, BlockOracle):
                     setattr(parent, name, BlockOracle(child))
         oracle = compare(embed(model, test), dense)
-        print(f"| {scope} | {group_size} | {active} | {share:.0%} | {ratios} | {gate} | {oracle} |", flush=True)
+        print(
+            f"| {scope} | {group_size} | {active} | {share:.0%} | {ratios} | {gate} | {oracle} | {faster} |", flush=True
+        )
 
 
 if __name__ == "__main__":
