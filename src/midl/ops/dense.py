@@ -13,6 +13,7 @@ from torch import Tensor
 from midl.ops import native, reference, reference_ffn
 from midl.ops.dispatch import Implementation, register
 from midl.ops.reference import accumulate_dtype
+from midl.selection import topk_groups
 
 __all__ = ["linear"]
 
@@ -64,6 +65,7 @@ def _ffn(
     y, selected = reference_ffn.select_and_project(
         F.linear(x.to(up), light_down.to(up)), hidden.to(up), down_weight, down_bias, light_up, light_hidden,
         light_bias, gate_weight, gate_bias, noise, k, group_size, interpolation, threshold,
+        native.topk_groups if up == torch.float32 and native.takes(x, weight) else topk_groups,
     )  # fmt: skip
     return y.to(x.dtype), selected
 

@@ -6,6 +6,7 @@ N = m / group_size; output (..., n). Half-precision inputs are computed in float
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -133,10 +134,14 @@ def select_and_project(
     group_size: int,
     interpolation: str,
     threshold: float | None = None,
+    choose: Callable[[Tensor, int, float | None], Tensor] = topk_groups,
 ) -> tuple[Tensor, Tensor]:
-    """Return ``(y, selected)`` from code (..., r) and all hidden units (..., m): gate, selection, down-projection."""
+    """Return ``(y, selected)`` from code (..., r) and all hidden units (..., m): gate, selection, down-projection.
+
+    ``choose`` may be a faster :func:`midl.selection.topk_groups`.
+    """
     logits = _linear(code, gate_weight, gate_bias)
-    selected = topk_groups(logits if noise is None else logits + noise.to(logits.dtype), k, threshold)
+    selected = choose(logits if noise is None else logits + noise.to(logits.dtype), k, threshold)
     mixed = _mix(code, hidden, selected, light_up, light_hidden, gate_weight, gate_bias, interpolation)
     y = _linear(mixed.hidden, down_weight, down_bias) + mixed.light_share * mixed.light + light_bias.to(code.dtype)
     return y, selected
