@@ -25,8 +25,6 @@ from midl.layers import MIDFFN
 
 __all__ = ["Block", "BlockStart", "find_blocks_to_adapt", "group_units", "list_block_choices", "sample_inputs"]
 
-# A block's code serves a gate for two layers: more of it pays than in one layer.
-_LARGEST_SHARE = 0.24
 _ROWS = 4096
 _PER_BATCH = 1024
 
@@ -169,7 +167,7 @@ def list_block_choices(
         return choices
     fit = FFNFit(plain, inputs)
     per_rank = plain.in_features + plain.out_features + plain.num_groups
-    for share in (*LIGHT_SHARES, _LARGEST_SHARE):
+    for share in LIGHT_SHARES:
         rank = min(int(share * plain.dense_macs) // per_rank, plain.in_features, plain.out_features)
         if rank < 1:
             continue
