@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ def main() -> None:
         print(render(arguments.out))
         return
     subject = subject_for(load(arguments.dataset), arguments.model)
+    subject = dataclasses.replace(subject, epochs=arguments.epochs, further=arguments.further_epochs)
     for seed in map(int, arguments.seeds.split(",")):
         _run(arguments, subject, seed, _print)
 
@@ -50,28 +52,18 @@ def _run(arguments: Any, subject: Subject, seed: int, on_row: Callable[[dict[str
         settings = Settings(
             budgets=tuple(map(float, arguments.budgets.split(","))),
             group_sizes=tuple(map(int, arguments.group_sizes.split(","))),
-            distil_epochs=arguments.distil_epochs or Settings.distil_epochs, epochs=arguments.epochs,
-            further=arguments.further_epochs, seed=seed,
+            distil_epochs=arguments.distil_epochs or Settings.distil_epochs, seed=seed,
         )  # fmt: skip
         run_study(subject, settings, arguments.out, on_row)
     elif arguments.study == "elastic":
         choices = {} if arguments.distil_epochs is None else {"distil_epochs": arguments.distil_epochs}
-        run_elastic(
-            subject, seed, arguments.out, dense_epochs=arguments.epochs, further=arguments.further_epochs,
-            on_row=on_row, **choices,
-        )  # fmt: skip
+        run_elastic(subject, seed, arguments.out, on_row=on_row, **choices)
     elif arguments.study == "threshold":
         choices = {} if arguments.distil_epochs is None else {"distil_epochs": arguments.distil_epochs}
         budgets = tuple(map(float, arguments.budgets.split(",")))
-        run_threshold(
-            subject, seed, arguments.out, budgets=budgets, dense_epochs=arguments.epochs,
-            further=arguments.further_epochs, on_row=on_row, **choices,
-        )  # fmt: skip
+        run_threshold(subject, seed, arguments.out, budgets=budgets, on_row=on_row, **choices)
     else:
-        run_ablation(
-            subject, seed, arguments.out, mode=arguments.study, epochs=arguments.distil_epochs,
-            dense_epochs=arguments.epochs, further=arguments.further_epochs, on_row=on_row,
-        )  # fmt: skip
+        run_ablation(subject, seed, arguments.out, mode=arguments.study, epochs=arguments.distil_epochs, on_row=on_row)
 
 
 def _print(row: dict[str, Any]) -> None:

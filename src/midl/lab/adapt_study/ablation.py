@@ -66,8 +66,6 @@ def run_ablation(
     *,
     mode: str = "scratch",
     epochs: int | None = None,
-    dense_epochs: int | None = None,
-    further: int = 0,
     on_row: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> list[dict[str, Any]]:
     """Train every variant with one seed and return a row each; finished ones are taken from ``folder``.
@@ -78,8 +76,6 @@ def run_ablation(
         folder: of ``<subject>-<mode>-ablation-seed<seed>.json`` and the trained dense networks.
         mode: ``"scratch"``, or ``"converted"``: starts from the trained dense network.
         epochs: of each variant; ``None`` for the recipe's of that mode.
-        dense_epochs: of the dense network; ``None`` for the recipe's.
-        further: as for :meth:`Subject.train_dense`.
         on_row: called with each row as it is done.
 
     Raises:
@@ -90,7 +86,7 @@ def run_ablation(
     file = folder / f"{subject.name}-{mode}-ablation-seed{seed}.json"
     rows: list[dict[str, Any]] = json.loads(file.read_text()) if file.exists() else []
     dataset = subject.dataset
-    dense = subject.train_dense(seed, folder, dense_epochs, further)
+    dense = subject.train_dense(seed, folder)
     for name, variant in VARIANTS.items():
         if any(row["variant"] == name for row in rows):
             continue
@@ -98,7 +94,7 @@ def run_ablation(
         if model is None:
             continue
         before = measure_accuracy(model, dataset)[0]
-        recipes = subject.recipes(epochs if mode == "scratch" else dense_epochs)
+        recipes = subject.recipes(epochs if mode == "scratch" else None)
         recipe = recipes.train if mode == "scratch" else recipes.distill
         if mode == "converted" and epochs is not None:
             recipe = dataclasses.replace(recipe, epochs=epochs)

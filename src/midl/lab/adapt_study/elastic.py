@@ -27,8 +27,6 @@ def run_elastic(
     *,
     group_size: int = 16,
     distil_epochs: int = 2,
-    dense_epochs: int | None = None,
-    further: int = 0,
     on_row: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> list[dict[str, Any]]:
     """Return a row per budget: accuracy of the elastic network and of one distilled at this budget alone.
@@ -42,14 +40,12 @@ def run_elastic(
         folder: of ``<subject>-elastic-seed<seed>.json``, the elastic and the dense networks.
         group_size: neurons selected together.
         distil_epochs: of every network.
-        dense_epochs: of the dense network; ``None`` for the recipe's.
-        further: as for :meth:`Subject.train_dense`.
         on_row: called with each row as it is done.
     """
     file = folder / f"{subject.name}-elastic-seed{seed}.json"
     rows: list[dict[str, Any]] = json.loads(file.read_text()) if file.exists() else []
     dataset = subject.dataset
-    dense = subject.train_dense(seed, folder, dense_epochs, further)
+    dense = subject.train_dense(seed, folder)
     names = subject.architecture.layer_names
     start = copy.deepcopy(dense)
     midl.adapt(

@@ -38,16 +38,12 @@ class Settings:
         budgets: FLOPs of the dense network, divided by those of the adapted one.
         group_sizes: neurons selected together.
         distil_epochs: of distillation; the docs report at most a fifth of the dense training's epochs.
-        epochs: of the dense training; ``None`` for the recipe's.
-        further: epochs of the dense training after a restart.
         seed: of everything.
     """
 
     budgets: tuple[float, ...] = (1.7, 2.5)
     group_sizes: tuple[int, ...] = (1, 16, 32)
     distil_epochs: int = 2
-    epochs: int | None = None
-    further: int = 0
     seed: int = 0
 
 
@@ -74,7 +70,7 @@ def run_study(
     file = folder / f"{subject.name}-seed{settings.seed}.json"
     rows: list[Row] = json.loads(file.read_text()) if file.exists() else []
     dataset = subject.dataset
-    dense = subject.train_dense(settings.seed, folder, settings.epochs, settings.further)
+    dense = subject.train_dense(settings.seed, folder)
     order = torch.randperm(len(dataset.train), generator=torch.Generator().manual_seed(settings.seed))
     batches = [dataset.batch(dataset.train, rows)[0] for rows in order[:_CALIBRATION].split(256)]
     study = _Study(subject, settings, dense, batches)

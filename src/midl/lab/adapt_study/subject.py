@@ -27,25 +27,27 @@ class Subject:
         dataset: to train and score on.
         architecture: of the dense network.
         learnt_like: the data set whose recipe trains it.
+        epochs: of the dense training, instead of the recipe's.
+        further: epochs of the dense training after a restart at a quarter of the recipe's learning rate.
     """
 
     name: str
     dataset: Dataset
     architecture: Architecture
     learnt_like: str
+    epochs: int | None = None
+    further: int = 0
 
     def recipes(self, epochs: int | None = None) -> Recipes:
         """Return how the networks are trained; ``epochs`` as in :func:`midl.lab.recipes.recipes_for`."""
         return recipes_for(self.learnt_like, epochs)
 
-    def train_dense(self, seed: int, folder: Path, epochs: int | None = None, further: int = 0) -> nn.Module:
+    def train_dense(self, seed: int, folder: Path) -> nn.Module:
         """Return the dense network, trained by the data set's recipe; a second call loads what the first one saved.
 
         Args:
             seed: of initialisation and training.
             folder: where the network is kept, and the checkpoint of a training under way.
-            epochs: instead of the recipe's.
-            further: epochs after a restart at a quarter of the recipe's learning rate.
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -54,10 +56,10 @@ class Subject:
         file = folder / f"{self.name}-dense-seed{seed}.safetensors"
         if file.exists():
             return midl.load_(model, file).eval()
-        recipe = self.recipes(epochs).train
+        recipe = self.recipes(self.epochs).train
         rounds = [recipe]
-        if further:
-            rounds.append(dataclasses.replace(recipe, epochs=further, lr=recipe.lr / 4, warmup=0.0))
+        if self.further:
+            rounds.append(dataclasses.replace(recipe, epochs=self.further, lr=recipe.lr / 4, warmup=0.0))
         checkpoints = [file.with_name(f"{file.stem}-checkpoint{i}.safetensors") for i in range(len(rounds))]
         for i, (part, checkpoint) in enumerate(zip(rounds, checkpoints, strict=True)):
             train(model, self.dataset, part, seed=seed + 1000 * i, checkpoint=checkpoint)

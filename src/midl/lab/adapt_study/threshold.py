@@ -36,8 +36,6 @@ def run_threshold(
     budgets: Sequence[float] = (1.7, 2.5),
     group_size: int = 16,
     distil_epochs: int = 1,
-    dense_epochs: int | None = None,
-    further: int = 0,
     on_row: Callable[[Row], None] = lambda row: None,
 ) -> list[Row]:
     """Return a row per budget: an adapted network with a fixed number of groups and the same one with thresholds.
@@ -57,13 +55,11 @@ def run_threshold(
         budgets: FLOPs of the dense network, divided by those of the adapted one.
         group_size: neurons selected together.
         distil_epochs: of the adapted network, with a fixed number of groups.
-        dense_epochs: of the dense network; ``None`` for the recipe's.
-        further: as for :meth:`Subject.train_dense`.
         on_row: called with each row as it is done or found.
     """
     file = folder / f"{subject.name}-threshold-seed{seed}.json"
     rows: list[Row] = json.loads(file.read_text()) if file.exists() else []
-    dense = subject.train_dense(seed, folder, dense_epochs, further)
+    dense = subject.train_dense(seed, folder)
     for budget in budgets:
         row = next((row for row in rows if row["budget"] == budget), None)
         saved = file.with_name(f"{subject.name}-threshold-{budget:g}-seed{seed}.safetensors")
