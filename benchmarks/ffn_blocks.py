@@ -64,7 +64,7 @@ def sparse_layers(model: nn.Module, batches: list[dict[str, Tensor]], scope: str
     for name, layer in layers.items():
         weight, principal = weight_of(layer), moments[name].principal_outputs()
         rows = sample_outputs(
-            model, name, layer, fit_light_path(weight, *principal, middle_rank(weight)), batches, rows=2048, draws=1
+            model, name, layer, fit_light_path(weight, principal, middle_rank(weight)), batches, rows=2048, draws=1
         )
         macs = int(share * weight.numel())
         start = initialise(weight, layer.bias, principal, rows, group_size=1, light_macs=macs, active=active)

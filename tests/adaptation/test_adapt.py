@@ -73,6 +73,21 @@ def test_loses_less_than_a_plain_conversion_of_the_same_flops():
     assert report.error < 0.5 * output_error(plain, [x], expected)
 
 
+def test_activations_that_work_in_place_change_nothing():
+    def make(inplace):
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Conv2d(3, 32, 3), nn.ReLU(inplace), nn.Conv2d(32, 32, 3), nn.ReLU(inplace), nn.Flatten(),
+            nn.Linear(512, 64), nn.ReLU(inplace), nn.Linear(64, 4),
+        )  # fmt: skip
+
+    x = torch.randn(64, 3, 8, 8)
+    models = {inplace: make(inplace) for inplace in (False, True)}
+    reports = [midl.adapt(model, x, 1.5, group_size=8) for model in models.values()]
+    assert reports[0] == reports[1]
+    assert torch.equal(models[False](x), models[True](x))
+
+
 @pytest.mark.parametrize(("make", "shape", "name"), [(mlp, (32,), "2"), (cnn, (3, 8, 8), "3")])
 def test_what_is_measured_is_what_the_converted_layer_computes(make, shape, name):
     model, x = make().eval(), torch.randn(64, *shape)

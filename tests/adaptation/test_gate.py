@@ -12,7 +12,7 @@ from midl.errors import MIDLError
 def light_path_of(model, x, rank):
     layer = model[0]
     principal = calibrate(model, [x], {"0": layer})["0"].principal_outputs()
-    return fit_light_path(layer.weight.detach(), *principal, rank), principal
+    return fit_light_path(layer.weight.detach(), principal, rank), principal
 
 
 def test_the_weight_of_a_neuron_is_the_squared_slope_of_all_that_follows():
@@ -56,7 +56,7 @@ def test_positions_of_images_are_sampled_as_rows():
 
 def light_path_of_conv(model, x):
     principal = calibrate(model, [x], {"0": model[0]})["0"].principal_outputs()
-    return fit_light_path(model[0].weight.detach().flatten(1), *principal, 2), principal
+    return fit_light_path(model[0].weight.detach().flatten(1), principal, 2), principal
 
 
 def test_a_layer_without_influence_weighs_nothing():
@@ -70,7 +70,9 @@ def test_a_layer_without_influence_weighs_nothing():
             return x * self.layer.weight.sum()
 
     model = Detached()
-    path = fit_light_path(model.layer.weight.detach(), torch.eye(4).double(), torch.ones(4).double(), 1)
+    path = fit_light_path(
+        model.layer.weight.detach(), Moments.empty(model.layer.weight.detach()).principal_outputs(), 1
+    )
     assert not sample_outputs(model, "layer", model.layer, path, [torch.randn(3, 4)]).weight.any()
     model.requires_grad_(False)
     assert not sample_outputs(model, "layer", model.layer, path, [torch.randn(3, 4)]).weight.any()

@@ -2,7 +2,7 @@
 
 from midl.adaptation.adapt import adapt
 from midl.adaptation.allocate import Option, allocate
-from midl.adaptation.calibrate import Moments, calibrate
+from midl.adaptation.calibrate import Moments, Principal, calibrate
 from midl.adaptation.distil import distil, soft_cross_entropy, squared_error
 from midl.adaptation.ffn import FFNStart, fit_ffn
 from midl.adaptation.gate import captured_energy, fit_gate
@@ -11,7 +11,7 @@ from midl.adaptation.initialise import Start, initialise
 from midl.adaptation.light_path import LightPath, fit_light_path
 from midl.adaptation.normalization import refresh_normalization
 from midl.adaptation.report import AdaptedLayer, AdaptReport
-from midl.adaptation.sensitivity import OutputRows, sample_outputs
+from midl.adaptation.sensitivity import OutputRows, sample_outputs, weigh_outputs
 from midl.adaptation.threshold import LayerThreshold, ThresholdReport, calibrate_threshold
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "Moments",
     "Option",
     "OutputRows",
+    "Principal",
     "Start",
     "ThresholdReport",
     "adapt",
@@ -44,4 +45,5 @@ __all__ = [
     "sample_outputs",
     "soft_cross_entropy",
     "squared_error",
+    "weigh_outputs",
 ]

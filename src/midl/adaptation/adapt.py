@@ -20,6 +20,7 @@ from midl.adaptation.normalization import refresh_normalization
 from midl.adaptation.outputs import hooked, to_rows
 from midl.adaptation.plan import Choice, choose, find_layers, list_choices
 from midl.adaptation.report import AdaptedLayer, AdaptReport
+from midl.adaptation.sensitivity import weigh_outputs
 from midl.adaptation.threshold import calibrate_threshold
 from midl.analysis.flops import count_flops, evaluation_mode
 from midl.config import check_positive_int
@@ -117,6 +118,7 @@ def adapt(
     if not layers and not blocks:
         reasons = "; ".join(f"{name}: {kept[name]}" for name in names[:8]) or "it has no dense layers"
         raise MIDLError(f"adapt: nothing in the {type(model).__name__} could be converted: {reasons}")
+    weigh_outputs(model, batches, layers, moments, seed=seed)
     measured = _first(batches, _MEASURED)
     expected = dense_outputs(model, measured)
     dense_flops = count_flops(model, batches[0])

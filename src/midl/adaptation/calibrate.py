@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,22 @@ from midl.adaptation.batches import run
 from midl.adaptation.outputs import hooked, to_rows
 from midl.analysis.flops import evaluation_mode
 
-__all__ = ["Moments", "calibrate"]
+__all__ = ["Moments", "Principal", "calibrate"]
+
+
+class Principal(NamedTuple):
+    """Directions of a layer's output in descending order of what the model loses without them, float64.
+
+    Attributes:
+        directions: (n, m); f is the sum of its components times these.
+        readers: (m, n); the components of f are ``readers @ f``.
+        energies: (m,), at least 0: the mean weighted squares of the components. Those beyond the first r add up to the
+            least error of any rank-r map.
+    """
+
+    directions: Tensor
+    readers: Tensor
+    energies: Tensor
 
 
 @dataclasses.dataclass
@@ -28,12 +43,15 @@ class Moments:
         second_moment: (m, m) float64, the sum of t t^T over the rows, t = basis^T f.
         rows: rows that were counted.
         dropped: rows with NaN or infinite values, which were not.
+        metric: (m, m) float64, what an error e in t costs the model's output, e^T metric e (positive definite);
+            None: every error costs its square. From :func:`midl.adaptation.weigh_outputs`.
     """
 
     basis: Tensor | None
     second_moment: Tensor
     rows: int = 0
     dropped: int = 0
+    metric: Tensor | None = None
 
     @classmethod
     def empty(cls, weight: Tensor) -> Moments:
@@ -56,16 +74,23 @@ class Moments:
         """Return the moments of the same layer with its neurons in ``order``."""
         if self.basis is not None:
             return dataclasses.replace(self, basis=self.basis[order])
-        return dataclasses.replace(self, second_moment=self.second_moment[order][:, order])
+        metric = None if self.metric is None else self.metric[order][:, order]
+        return dataclasses.replace(self, second_moment=self.second_moment[order][:, order], metric=metric)
 
-    def principal_outputs(self) -> tuple[Tensor, Tensor]:
-        """Return orthonormal directions (n, m) of the output in descending order of energy, and the energies (m,).
-
-        The energies are E[(u^T f)^2], at least 0; those beyond the first r add up to the least error of any rank-r map.
-        """
-        energies, directions = torch.linalg.eigh(self.second_moment / max(1, self.rows))
-        directions, energies = directions.flip(-1), energies.flip(-1).clamp(min=0)
-        return (directions if self.basis is None else self.basis @ directions), energies
+    def principal_outputs(self) -> Principal:
+        """Return the principal components of the output: orthonormal without a metric, else in that metric."""
+        second = self.second_moment / max(1, self.rows)
+        if self.metric is None:
+            energies, directions = torch.linalg.eigh(second)
+            readers = directions.T
+        else:
+            root = torch.linalg.cholesky(self.metric)  # an error e costs the square of root^T e
+            energies, rotation = torch.linalg.eigh(root.T @ second @ root)
+            directions = torch.linalg.solve_triangular(root.T, rotation, upper=True)
+            readers = rotation.T @ root.T
+        if self.basis is not None:
+            directions, readers = self.basis @ directions, readers @ self.basis.T
+        return Principal(directions.flip(-1), readers.flip(0), energies.flip(-1).clamp(min=0))
 
 
 @torch.no_grad()

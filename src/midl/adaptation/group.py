@@ -170,7 +170,7 @@ def group_neurons(
     permuted = set()
     for name, chain in find_chains(model, layers).items():
         weight = weight_of(chain.layer)
-        path = fit_light_path(weight, *moments[name].principal_outputs(), middle_rank(weight))
+        path = fit_light_path(weight, moments[name].principal_outputs(), middle_rank(weight))
         rows = sample_outputs(model, name, chain.layer, path, batches, seed=seed)
         if not rows.weight.any():
             continue

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from midl.adaptation.calibrate import Principal
 from midl.adaptation.gate import captured_energy, fit_gate
 from midl.adaptation.light_path import LightPath, fit_light_path
 from midl.adaptation.sensitivity import OutputRows
@@ -81,7 +82,7 @@ class Start:
 def initialise(
     weight: Tensor,
     bias: Tensor | None,
-    principal: tuple[Tensor, Tensor],
+    principal: Principal,
     rows: OutputRows,
     *,
     group_size: int,
@@ -120,7 +121,7 @@ def initialise(
 
 
 def light_alone(
-    weight: Tensor, bias: Tensor | None, principal: tuple[Tensor, Tensor], rows: OutputRows, *, group_size: int,
+    weight: Tensor, bias: Tensor | None, principal: Principal, rows: OutputRows, *, group_size: int,
     light_macs: int,
 ) -> Start | None:  # fmt: skip
     """Return the start of a layer that is its light path alone (``active=0``); None where rank 1 costs too much.
@@ -142,7 +143,7 @@ def _rank_for(weight: Tensor, gate: Literal["projection", "light"], group_size: 
 def _start(
     weight: Tensor,
     bias: Tensor | None,
-    principal: tuple[Tensor, Tensor],
+    principal: Principal,
     rows: OutputRows,
     gate: Literal["projection", "light"],
     rank: int,
@@ -150,7 +151,7 @@ def _start(
     compare_rows: bool,
 ) -> Start:
     n, fan_in = weight.shape
-    path = fit_light_path(weight, *principal, rank)
+    path = fit_light_path(weight, principal, rank)
     code = rows.full @ path.reader.T.float()
     energy = rows.energy(code @ path.up.T.float(), group_size)
     fitting = torch.arange(len(code), device=code.device) % 4 != 0

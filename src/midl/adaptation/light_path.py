@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from midl.adaptation.calibrate import Principal
+
 __all__ = ["LightPath", "fit_light_path", "middle_rank"]
 
 
@@ -20,26 +22,28 @@ class LightPath(NamedTuple):
     reader: Tensor
 
 
-def fit_light_path(weight: Tensor, directions: Tensor, energies: Tensor, rank: int) -> LightPath:
-    """Return the rank-``rank`` map that minimises E||W x - up down x||^2 over the inputs that were calibrated on.
+def fit_light_path(weight: Tensor, principal: Principal, rank: int) -> LightPath:
+    """Return the rank-``rank`` map that loses least over the inputs that were calibrated on.
 
-    The minimum projects the output on its ``rank`` directions of largest energy, the same as the truncated SVD of
-    W C^(1/2) with C = E[x x^T]; no matrix is inverted, so few or degenerate inputs do no harm. The energies are
-    split evenly between the two factors, as :func:`midl.layers.lowrank.truncated_svd` does with singular values.
+    Without a metric that is the minimum of E||W x - up down x||^2: the projection of the output on its ``rank``
+    directions of largest energy, the same as the truncated SVD of W C^(1/2) with C = E[x x^T]; no matrix of the
+    inputs is inverted, so few or degenerate inputs do no harm. With a metric M it is the minimum of
+    E[(W x - up down x)^T M (W x - up down x)], the truncated SVD of M^(1/2) W C^(1/2). The energies are split
+    evenly between the two factors, as :func:`midl.layers.lowrank.truncated_svd` does with singular values.
 
     Args:
         weight: (n, fan-in).
-        directions: (n, m) from :meth:`Moments.principal_outputs`.
-        energies: (m,) likewise, descending.
+        principal: from :meth:`Moments.principal_outputs`.
         rank: at most m.
 
-    Source: the whitening of SVD-LLM (arXiv 2403.07378) and ASVD (arXiv 2312.05821), written in the output space.
+    Source: the whitening of SVD-LLM (arXiv 2403.07378) and ASVD (arXiv 2312.05821), written in the output space; the
+    metric is the output side of the Fisher weighting of FWSVD (arXiv 2207.00112), with its off-diagonal part.
     """
-    chosen = directions[:, :rank].double()
+    chosen, readers = principal.directions[:, :rank].double(), principal.readers[:rank].double()
     # The root of the output's standard deviation; a direction that never occurs keeps its own scale.
-    scale = energies[:rank].double() ** 0.25
+    scale = principal.energies[:rank].double() ** 0.25
     scale = scale.where(scale > 1e-6 * scale.max().clamp(min=1e-30), 1.0)
-    reader = chosen.T / scale[:, None]
+    reader = readers / scale[:, None]
     return LightPath(reader @ weight.double(), chosen * scale, reader)
 
 

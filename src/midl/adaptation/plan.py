@@ -108,7 +108,7 @@ def list_choices(
     weight, bias = weight_of(layer), getattr(layer, "bias", None)
     n, fan_in = weight.shape
     principal = moments.principal_outputs()
-    middle = fit_light_path(weight, *principal, middle_rank(weight))
+    middle = fit_light_path(weight, principal, middle_rank(weight))
     sampled = sample_outputs(model, name, layer, middle, batches, seed=seed)
     choices = [Choice(2 * rows * n * fan_in, 0.0)]
     if len(sampled.full) < 8 or not sampled.weight.any():  # what cannot be judged stays dense

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from midl.adaptation.batches import run
-from midl.adaptation.calibrate import without_bias
+from midl.adaptation.calibrate import Moments, without_bias
 from midl.adaptation.light_path import LightPath
 from midl.adaptation.outputs import from_rows, hooked, to_rows
 from midl.analysis.flops import evaluation_mode
 from midl.errors import MIDLError
 
-__all__ = ["OutputRows", "sample_outputs"]
+__all__ = ["OutputRows", "sample_outputs", "weigh_outputs"]
 
 _PER_BATCH = 1024
+# How much of a metric is left to plain squares: it was measured on some rows and with the other layers dense.
+_SHRINKAGE = 0.05
 
 
 class OutputRows(NamedTuple):
@@ -76,7 +79,7 @@ def sample_outputs(
         mixed = torch.where(kept, 0, light - full)
         leaf = (output.detach() + from_rows(layer, mixed, output)).requires_grad_()
         calls.append((full, leaf))
-        return leaf
+        return leaf.clone()  # what follows may work in place
 
     with evaluation_mode(model), hooked({name: layer}, put_half_on_light), torch.enable_grad():
         for batch in batches:
@@ -99,6 +102,67 @@ def sample_outputs(
     return OutputRows(full[finite].float(), weight[finite].float())
 
 
+def weigh_outputs(
+    model: nn.Module, batches: Sequence[Any], layers: Mapping[str, nn.Module], moments: Mapping[str, Moments], *,
+    draws: int = 2, seed: int = 0,
+) -> None:  # fmt: skip
+    """Set the ``metric`` of every layer's moments: what an error in its output costs the model's output.
+
+    To first order an error e at one row costs ||J e||^2, J = dY / dy; the metric is the mean of J^T J over rows, from
+    random projections v . Y as in :func:`sample_outputs`, shrunk a little towards plain squares. A layer that the
+    output does not depend on keeps plain squares.
+
+    >>> from midl.adaptation import calibrate
+    >>> model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    >>> model[1].weight.data.copy_(torch.tensor([[1.0, 0.0, 0.0], [0.0, 2.0, 0.0]]))
+    tensor([[1., 0., 0.],
+            [0., 2., 0.]])
+    >>> layers, x = {"0": model[0]}, [torch.randn(500, 4)]
+    >>> moments = calibrate(model, x, layers)
+    >>> weigh_outputs(model, x, layers, moments)
+    >>> moments["0"].metric.diagonal().argsort().tolist()
+    [2, 0, 1]
+
+    Args:
+        model: left as it was.
+        batches: inputs of the model.
+        layers: name to dense layer of ``model``.
+        moments: of these layers.
+        draws: random vectors per batch.
+        seed: of the random vectors.
+
+    Raises:
+        MIDLError: gradients cannot be had.
+    """
+    sums = {name: torch.zeros_like(found.second_moment) for name, found in moments.items()}
+    called: list[tuple[str, Tensor]] = []
+
+    def keep(name: str, output: Tensor) -> Tensor:
+        output = output if output.requires_grad else output.detach().requires_grad_()
+        called.append((name, output))
+        return output.clone()  # what follows may work in place
+
+    with evaluation_mode(model), hooked(layers, keep), torch.enable_grad():
+        for i, batch in enumerate(batches):
+            called.clear()
+            output = run(model, batch)
+            random = torch.Generator(output.device).manual_seed(seed * 1_000_003 + i)
+            for _ in range(draws):
+                v = torch.randn(output.shape, generator=random, device=output.device).to(output.dtype)
+                grads = _gradients(output, v, [tensor for _, tensor in called], "the layers")
+                for (name, _), grad in zip(called, grads, strict=True):
+                    rows = to_rows(layers[name], grad)
+                    rows = rows[rows.isfinite().all(-1)].double()
+                    basis = moments[name].basis
+                    rows = rows if basis is None else rows @ basis
+                    sums[name] += rows.T @ rows
+    for name, total in sums.items():
+        size = float(total.trace()) / len(total)
+        if math.isfinite(size) and size > 0:
+            plain = torch.eye(len(total), dtype=total.dtype, device=total.device)
+            moments[name].metric = (1 - _SHRINKAGE) * total / size + _SHRINKAGE * plain
+
+
 def _some(full: Tensor, weight: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
     """Return a random part of the rows: the positions of an image are many and alike."""
     if len(full) <= _PER_BATCH:
@@ -109,7 +173,7 @@ def _some(full: Tensor, weight: Tensor, random: torch.Generator) -> tuple[Tensor
 
 def _gradients(output: Tensor, v: Tensor, leaves: list[Tensor], name: str) -> list[Tensor]:
     """Return the gradients of v . output, zero where the output does not depend on a leaf."""
-    if not output.requires_grad:
+    if not leaves or not output.requires_grad:
         return [torch.zeros_like(leaf) for leaf in leaves]
     try:
         grads = torch.autograd.grad((output * v).sum(), leaves, retain_graph=True, allow_unused=True)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import midl
+from midl.adaptation.calibrate import weight_of
 from midl.errors import MIDLError
 from midl.lab.adapt_study.subject import Subject
 from midl.lab.distillation import distillation_loss
@@ -122,13 +123,20 @@ def _nothing(step: int, steps: int) -> None:
 
 
 def _build(subject: Subject, dense: nn.Module, variant: Variant, mode: str, seed: int) -> nn.Module | None:
-    """Return the untrained model of a variant, or None where its span has no positions to run over."""
+    """Return the untrained model of a variant, or None where its span has no positions to run over.
+
+    A layer with a single group has nothing to choose from and stays dense.
+    """
     architecture = subject.architecture
     config = midl.MIDConfig(**(_BASE | variant.choices))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = copy.deepcopy(dense) if mode == "converted" else architecture.build()
-        names = architecture.layer_names
+        names = [
+            name
+            for name in architecture.layer_names
+            if weight_of(dense.get_submodule(name)).shape[0] > config.group_size
+        ]
         if config.span > 1 and any(isinstance(model.get_submodule(name), nn.Linear) for name in names):
             return None
         midl.convert_(model, config, filter_fn=lambda m, name: name in names, overrides=dict.fromkeys(names, config))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from midl.adaptation import calibrate, fit_light_path
+from midl.adaptation import calibrate, fit_light_path, weigh_outputs
 from midl.adaptation.calibrate import weight_of
 from midl.analysis import count_flops
 from midl.errors import MIDLError
@@ -32,7 +32,9 @@ def factorise(model: nn.Module, names: Sequence[str], batches: Sequence[Any], bu
         MIDLError: the budget cannot be met.
     """
     layers = {name: model.get_submodule(name) for name in names}
-    principal = {name: found.principal_outputs() for name, found in calibrate(model, batches, layers).items()}
+    moments = calibrate(model, batches, layers)
+    weigh_outputs(model, batches, layers, moments)
+    principal = {name: found.principal_outputs() for name, found in moments.items()}
     dense = count_flops(model, batches[0])
 
     def thin(share: float) -> int:
@@ -40,7 +42,7 @@ def factorise(model: nn.Module, names: Sequence[str], batches: Sequence[Any], bu
         for name, layer in layers.items():
             n, fan_in = weight_of(layer).shape
             rank = min(n, fan_in, max(1, int(share * n * fan_in / (n + fan_in))))
-            path = fit_light_path(weight_of(layer), *principal[name], rank)
+            path = fit_light_path(weight_of(layer), principal[name], rank)
             model.set_submodule(name, _factors(layer, path.down, path.up))
         return count_flops(model, batches[0])
 
