@@ -61,8 +61,12 @@ def test_elastic_draws_a_budget_every_step_and_restores_each_layers_own():
     seen = []
     student[0].register_forward_pre_hook(lambda m, args: seen.append((m.active, student[2].active)))
     distil(student, teacher, data(), epochs=2, elastic=(0.25, 0.9))
-    assert len(set(seen)) == len(seen) == 16
-    assert all(0.25 <= sum(pair) / 2 <= 0.9 for pair in seen)
+    assert len(seen) == 16
+    means = [sum(pair) / 2 for pair in seen]
+    low = [mean for mean in means if mean == pytest.approx(0.25)]
+    assert 2 <= len(low) <= 9
+    assert len(set(means)) >= 16 - len(low)
+    assert all(0.25 - 1e-9 <= mean <= 0.9 for mean in means)
     odds = [(b / (1 - b)) / (a / (1 - a)) for a, b in seen]
     assert odds == pytest.approx([6.0] * 16)
     assert (student[0].active, student[2].active) == (0.2, 0.6)

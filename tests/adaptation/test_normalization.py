@@ -36,6 +36,12 @@ def test_statistics_are_those_of_all_rows_layer_after_layer() -> None:
     assert model[1].num_batches_tracked == 0
 
 
+def test_without_anything_to_judge_by_the_new_statistics_are_kept() -> None:
+    model, x = _network(), torch.randn(64, 3, 10, 10)
+    assert refresh_normalization(model, [x])
+    torch.testing.assert_close(model[1].running_mean, model[0](x).mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+
+
 def test_statistics_that_help_nothing_are_not_kept() -> None:
     model = _network()
     x = torch.randn(64, 3, 10, 10)

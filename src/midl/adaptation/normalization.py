@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,12 +19,12 @@ __all__ = ["refresh_normalization"]
 
 @torch.no_grad()
 def refresh_normalization(
-    model: nn.Module, batches: Sequence[Any], measured: Sequence[Any], expected: Sequence[Tensor]
+    model: nn.Module, batches: Sequence[Any], measured: Sequence[Any] = (), expected: Sequence[Tensor] = ()
 ) -> bool:
     """Take the running statistics of batch normalisations anew; keep them if the output comes nearer to ``expected``.
 
-    A neuron varies less on the light path than in the dense layer, so the dense model's statistics no longer fit.
-    Returns whether the new ones were kept.
+    A neuron varies less on the light path than in the dense layer, so the dense model's statistics do not fit, nor do
+    those of one budget another: call this after :func:`midl.set_active` too. Returns whether the new ones were kept.
 
     >>> model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)).eval()
     >>> x = torch.randn(256, 8)
@@ -34,7 +35,7 @@ def refresh_normalization(
     Args:
         model: changed in place.
         batches: inputs to take the statistics from; a batch of a single input has none and is left out.
-        measured: inputs to judge by.
+        measured: inputs to judge by; none: the new statistics are kept whatever they do.
         expected: the outputs wanted for them.
 
     Source: the adaptive batch normalisation of B. Li et al., "EagleEye", arXiv 2007.02491.
@@ -45,7 +46,7 @@ def refresh_normalization(
         return False
     before = [{name: buffer.clone() for name, buffer in m.named_buffers()} for m in found]
     momenta, modes = [m.momentum for m in found], [m.training for m in found]
-    error = output_error(model, measured, expected)
+    error = output_error(model, measured, expected) if measured else math.inf
     try:
         with evaluation_mode(model):
             for m in found:
@@ -61,7 +62,7 @@ def refresh_normalization(
             if m.num_batches_tracked is not None:
                 m.num_batches_tracked.copy_(buffers["num_batches_tracked"])
     # Written so that NaN is no improvement.
-    if output_error(model, measured, expected) < error:
+    if not measured or output_error(model, measured, expected) < error:
         return True
     for m, buffers in zip(found, before, strict=True):
         for name, buffer in m.named_buffers():

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
 from torch import nn
 
+from midl.adaptation import refresh_normalization
+from midl.adaptation.measure import dense_outputs
 from midl.analysis import count_flops
 from midl.budget import set_active
 from midl.errors import MIDLError
 from midl.lab.data import Dataset
 from midl.lab.files import write_bytes
 from midl.lab.measure import measure_accuracy, measure_latency
-from midl.layers import MIDLayer
 
 __all__ = ["Point", "measure_curve", "plot_curve"]
 
@@ -49,7 +52,7 @@ def measure_curve(
     batches: Sequence[int] = (1, 64),
     on_point: Callable[[Point], None] = lambda point: None,
 ) -> list[Point]:
-    """Return a point per budget; the model's own budgets are restored afterwards.
+    """Return a point per budget; batch normalisations are refreshed for each. The model is left as it was.
 
     Args:
         model: with MID-L layers.
@@ -64,25 +67,23 @@ def measure_curve(
     """
     if not budgets:
         raise MIDLError("measure_curve: budgets is empty, expected active fractions in (0, 1]")
-    layers = [m for m in model.modules() if isinstance(m, MIDLayer)]
-    own = [layer.config for layer in layers]
+    model = copy.deepcopy(model)
     rows = {batch: dataset.batch(dataset.test, slice(0, batch))[0] for batch in {1, *batches}}
+    known = [dataset.batch(dataset.train, part)[0] for part in torch.arange(min(2048, len(dataset.train))).split(256)]
+    outputs = dense_outputs(dense, known)
     points = []
-    try:
-        for active in budgets:
-            set_active(model, active)
-            times = {batch: measure_latency({"model": model, "dense": dense}, rows[batch]) for batch in batches}
-            flops = count_flops(model, rows[1])
-            point = Point(
-                active, measure_accuracy(model, dataset)[0], flops, count_flops(dense, rows[1]) / flops,
-                {batch: found["model"]["median"] for batch, found in times.items()},
-                {batch: found["dense"]["median"] for batch, found in times.items()},
-            )  # fmt: skip
-            points.append(point)
-            on_point(point)
-    finally:
-        for layer, config in zip(layers, own, strict=True):
-            layer.config = config
+    for active in budgets:
+        set_active(model, active)
+        refresh_normalization(model, known, known, outputs)
+        times = {batch: measure_latency({"model": model, "dense": dense}, rows[batch]) for batch in batches}
+        flops = count_flops(model, rows[1])
+        point = Point(
+            active, measure_accuracy(model, dataset)[0], flops, count_flops(dense, rows[1]) / flops,
+            {batch: found["model"]["median"] for batch, found in times.items()},
+            {batch: found["dense"]["median"] for batch, found in times.items()},
+        )  # fmt: skip
+        points.append(point)
+        on_point(point)
     return points
 
 

@@ -8,8 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import midl
-from midl.adaptation import soft_cross_entropy
+from midl.adaptation import refresh_normalization, soft_cross_entropy
+from midl.adaptation.measure import dense_outputs
 from midl.lab.adapt_study.batches import ShuffledBatches
 from midl.lab.adapt_study.subject import Subject
 from midl.lab.files import write_json
@@ -31,7 +34,8 @@ def run_elastic(
 ) -> list[dict[str, Any]]:
     """Return a row per budget: accuracy of the elastic network and of one distilled at this budget alone.
 
-    All start from the same conversion of the same dense network and are distilled for the same number of epochs.
+    All start from the same conversion of the same dense network and are distilled for the same number of epochs; the
+    elastic one's batch normalisations are refreshed for each budget.
     Finished rows are taken from ``folder``.
 
     Args:
@@ -63,6 +67,8 @@ def run_elastic(
         )  # fmt: skip
         return model
 
+    known = [dataset.batch(dataset.train, part)[0] for part in torch.arange(min(2048, len(dataset.train))).split(256)]
+    outputs = dense_outputs(dense, known)
     saved = folder / f"{subject.name}-elastic-seed{seed}.safetensors"
     if saved.exists():
         elastic = midl.load_(copy.deepcopy(dense), saved).eval()
@@ -73,6 +79,7 @@ def run_elastic(
         if any(row["active"] == active for row in rows):
             continue
         midl.set_active(elastic, active)
+        refresh_normalization(elastic, known, known, outputs)
         rows.append(
             {
                 "dataset": subject.name,
