@@ -1,16 +1,20 @@
-"""Fixtures for all tests: fixed seeds, the kernel choice restored, and memory that shows when nobody wrote it."""
+"""Fixtures for all tests: fixed seeds, the kernel choice restored, a clock, and memory that nobody wrote to."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
+from layer_clock import LayerClock
+from torch.nn.modules.module import register_module_forward_hook
+from torch.utils.hooks import RemovableHandle
 
 import midl
+from midl.adaptation import latency
 
 # The same examples on every run, and no time limit for one of them on a busy machine.
 settings.register_profile("midl", derandomize=True, database=None, deadline=None)
@@ -29,6 +33,24 @@ def _restore_kernels() -> Iterator[None]:
     before = selected_kernels()
     yield
     midl.kernels(before)
+
+
+@pytest.fixture
+def set_clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., LayerClock]]:
+    """Have ``midl.adapt`` time with a :class:`LayerClock`, made of the arguments."""
+    handles: list[RemovableHandle] = []
+    for limit in ("_MOST_TURNS", "_WHOLE_MOST_TURNS"):  # no two calls differ
+        monkeypatch.setattr(latency, limit, 1)
+
+    def set_clock(**costs: Any) -> LayerClock:
+        clock = LayerClock(**costs)
+        monkeypatch.setattr(latency, "clock", clock)
+        handles.append(register_module_forward_hook(clock.see))
+        return clock
+
+    yield set_clock
+    for handle in handles:
+        handle.remove()
 
 
 def _called_from_midl() -> bool:

@@ -1,4 +1,4 @@
-"""adapt: from a trained model and a few batches of inputs to a MID-L model within a FLOPs budget."""
+"""adapt: from a trained model and a few batches of inputs to a MID-L model within a budget of FLOPs or of time."""
 
 from __future__ import annotations
 
@@ -10,22 +10,24 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from midl.adaptation.batches import Data, collect, run, size_of
-from midl.adaptation.blocks import Block, find_blocks_to_adapt, group_units, list_block_choices, sample_inputs
+from midl.adaptation.batches import Data, collect, inputs_of, run, size_of
+from midl.adaptation.blocks import find_blocks_to_adapt, group_units, list_block_choices, sample_inputs
 from midl.adaptation.calibrate import calibrate
 from midl.adaptation.distil import Loss, distil, squared_error
 from midl.adaptation.group import group_neurons
+from midl.adaptation.latency import choose_by_latency
 from midl.adaptation.measure import dense_outputs, output_error
 from midl.adaptation.normalization import refresh_normalization
 from midl.adaptation.outputs import hooked, to_rows
-from midl.adaptation.plan import Choice, choose, find_layers, list_choices
+from midl.adaptation.plan import Plan, choose_by_flops, find_layers, list_choices
+from midl.adaptation.replace import make_replacements
 from midl.adaptation.report import AdaptedLayer, AdaptReport
 from midl.adaptation.sensitivity import weigh_outputs
 from midl.adaptation.threshold import calibrate_threshold
 from midl.analysis.flops import count_flops, evaluation_mode
 from midl.config import check_positive_int
 from midl.conversion.blocks import FFNBlock
-from midl.conversion.convert import make_layer, replace_modules, shared_parameters
+from midl.conversion.convert import replace_modules, shared_parameters
 from midl.conversion.families import family_of
 from midl.errors import MIDLError
 
@@ -39,6 +41,7 @@ def adapt(
     data: Data,
     budget: float = 1.7,
     *,
+    latency_inputs: Any = None,
     group_size: int = 16,
     group: bool = True,
     allocation: str = "layerwise",
@@ -54,7 +57,7 @@ def adapt(
     threshold: bool = False,
     seed: int = 0,
 ) -> AdaptReport:
-    """Convert a trained model in place so that it needs ``budget`` times fewer FLOPs and loses least; report how.
+    """Convert a trained model in place so that it needs ``budget`` times less and loses least; report how.
 
     Every layer is calibrated on the data, gets the light path and the gate that lose least there, and is measured at
     several ranks and densities; then the budget is divided among the layers so that the model's output changes
@@ -67,11 +70,18 @@ def adapt(
     >>> report.flops_ratio >= 1.7
     True
 
+    With ``latency_inputs`` every way to run a layer is timed, and the budget is one of time: an adapted model that is
+    ``budget`` times as fast as the dense one on inputs like these, on this machine, with torch's present threads and
+    the kernels in force. What is not faster stays dense.
+
     Args:
         model: trained; nn.Linear, nn.Conv2d without groups and transformers' Conv1D are candidates.
         data: a tensor of inputs or an iterable of batches: a tensor, a dict of keyword arguments, or a tuple that
             starts with one of them (labels behind it are not used).
-        budget: FLOPs of the whole model before, divided by those after, at least.
+        budget: FLOPs of the whole model before, divided by those after, at least. With ``latency_inputs`` the median
+            times instead, and up to 3 % less for the noise of timings.
+        latency_inputs: one batch of the size that will be served, as those of ``data`` are; None: the budget counts
+            FLOPs.
         group_size: neurons selected together; a layer whose width it does not divide stays dense.
         group: let neurons of a layer change places where nothing else can see it (in a plain nn.Sequential), so that
             those that matter together share a group. The weights then differ from the dense model's by that order.
@@ -95,7 +105,8 @@ def adapt(
         MIDLError: data that does not fit the model, a budget that cannot be met (the message says the nearest that
             can), nothing to convert, or a distillation that diverges.
     """
-    _check(model, data, budget, group_size, allocation, samples, epochs)
+    _check(model, data, budget, group_size, allocation, samples, epochs, latency_inputs, threshold)
+    served = None if latency_inputs is None else _check_served(model, latency_inputs)
     batches = collect(data, samples)
     alone = light_alone and elastic is None and not threshold
     layers, kept = find_layers(model, group_size, filter_fn)
@@ -152,9 +163,13 @@ def adapt(
             choices[name] = list_block_choices(
                 model, block, inputs[name], batches, expected, rows=rows[name], group_size=group_size
             )
-        plan = choose(choices, dense_flops, budget, uniform=allocation == "uniform")
+        uniform = allocation == "uniform"
+        if served is None:
+            plan = choose_by_flops(choices, dense_flops, budget, uniform=uniform)
+        else:
+            plan = choose_by_latency(model, layers, blocks, choices, served, budget, uniform=uniform)
         teacher = copy.deepcopy(model) if epochs else None
-        _convert(model, layers, blocks, plan)
+        replace_modules(model, make_replacements(layers, blocks, plan.chosen))
         refresh_normalization(model, batches, measured, expected)
         error = error_initialised = output_error(model, measured, expected)
         losses: list[float] = []
@@ -178,23 +193,32 @@ def adapt(
     dropped = {name: found.dropped for name, found in moments.items()}
     dropped |= {name: int((~x.isfinite().all(-1)).sum()) for name, x in inputs.items()}
     described = {
-        name: _describe(name, plan[name], choices[name], count, name in regrouped, dropped[name]) for name in plan
+        name: _describe(name, plan, len(found), count, name in regrouped, dropped[name])
+        for name, found in choices.items()
     }
     return AdaptReport(
         tuple(described.get(name) or AdaptedLayer(name, False, kept[name]) for name in names),
         dense_flops / count, flops / count, error_initialised, error, tuple(losses), thresholds,
+        plan.latency_before, plan.latency_after,
     )  # fmt: skip
 
 
 def _check(
-    model: Any, data: Any, budget: Any, group_size: Any, allocation: Any, samples: Any, epochs: Any
+    model: Any, data: Any, budget: Any, group_size: Any, allocation: Any, samples: Any, epochs: Any,
+    latency_inputs: Any, threshold: bool,
 ) -> None:  # fmt: skip
     if not isinstance(model, nn.Module):
         raise MIDLError(f"adapt: model is a {type(model).__name__}, expected torch.nn.Module")
     if family_of(model) is not None:
         raise MIDLError(f"adapt: model is itself a {type(model).__name__}, expected a module that contains layers")
     if not isinstance(budget, (int, float)) or isinstance(budget, bool) or not budget > 1:
-        raise MIDLError(f"adapt: budget={budget!r}, expected a FLOPs ratio above 1")
+        kind = "FLOPs" if latency_inputs is None else "latency"
+        raise MIDLError(f"adapt: budget={budget!r}, expected a {kind} ratio above 1")
+    if latency_inputs is not None and threshold:
+        raise MIDLError(
+            "adapt: latency_inputs with threshold=True, expected one of them: with a threshold some inputs take longer "
+            "than others, so that those given cannot speak for all"
+        )
     check_positive_int("adapt", "group_size", group_size)
     if allocation not in ("layerwise", "uniform"):
         raise MIDLError(f"adapt: allocation={allocation!r}, expected 'layerwise' or 'uniform'")
@@ -209,6 +233,14 @@ def _check(
         raise MIDLError("adapt: called in inference mode, expected a place where gradients can be had")
     if any(t.is_inference() for t in (*model.parameters(), *model.buffers())):
         raise MIDLError("adapt: model has tensors made in inference mode, expected normal ones (build it outside)")
+
+
+def _check_served(model: nn.Module, latency_inputs: Any) -> Any:
+    """Return the inputs, which the model takes."""
+    inputs = inputs_of(latency_inputs, "latency_inputs are")
+    with evaluation_mode(model), torch.no_grad():
+        run(model, inputs, "latency_inputs")
+    return inputs
 
 
 def _first(batches: list[Any], samples: int) -> list[Any]:
@@ -233,21 +265,6 @@ def _count_rows(model: nn.Module, layers: Mapping[str, nn.Module], batch: Any) -
     return rows
 
 
-def _convert(
-    model: nn.Module, layers: Mapping[str, nn.Module], blocks: Mapping[str, Block], plan: Mapping[str, Choice]
-) -> None:
-    """Replace what the plan makes sparse by MID-L layers with their starts."""
-    replacements: dict[int, nn.Module] = {}
-    for name, choice in plan.items():
-        if choice.start is None:
-            continue
-        config = choice.start.config(choice.active)
-        layer: Any = blocks[name].sparse(config) if name in blocks else make_layer(layers[name], config)
-        choice.start.write(layer)
-        replacements.update(blocks[name].replacements(layer) if name in blocks else {id(layers[name]): layer})
-    replace_modules(model, replacements)
-
-
 def _restore(model: nn.Module, layers: Mapping[str, nn.Module], before: list[tuple[Tensor, Tensor]]) -> None:
     """Put the very same dense layers back, with the values that their tensors had."""
     replaced = {}
@@ -260,15 +277,25 @@ def _restore(model: nn.Module, layers: Mapping[str, nn.Module], before: list[tup
         tensor.data.copy_(value)
 
 
-def _describe(
-    name: str, choice: Choice, choices: Sequence[Choice], inputs: int, regrouped: bool, dropped: int
-) -> AdaptedLayer:
-    dense = choices[0].flops / inputs
+def _describe(name: str, plan: Plan, ways: int, inputs: int, regrouped: bool, dropped: int) -> AdaptedLayer:
+    """Return the row of a layer that ``ways`` to run it, dense included, were measured of."""
+    dense, choice = plan.choices[name][0], plan.chosen[name]
+    times: tuple[float | None, float | None] = (None, None)
+    if dense.nanoseconds is not None and choice.nanoseconds is not None:
+        times = (dense.nanoseconds / 1e9, choice.nanoseconds / 1e9)
     if choice.start is None:
-        reason = "dense is worth its FLOPs" if len(choices) > 1 else "too small, or the model's output does not show it"
-        return AdaptedLayer(name, False, reason, flops_before=dense, flops_after=dense)
+        if len(plan.choices[name]) > 1:
+            reason = "dense is worth its FLOPs" if times[0] is None else "dense is worth its time"
+        elif ways > 1 and times[0] is not None:
+            reason = "nothing is faster on this machine"
+        else:
+            reason = "too small, or the model's output does not show it"
+        return AdaptedLayer(
+            name, False, reason, flops_before=dense.flops / inputs, flops_after=dense.flops / inputs,
+            latency_before=times[0], latency_after=times[1],
+        )  # fmt: skip
     captured, oracle = choice.start.captured(choice.active)
     return AdaptedLayer(
-        name, True, "", choice.active, choice.start.rank, choice.start.gate, dense, choice.flops / inputs, captured,
-        oracle, regrouped, dropped,
+        name, True, "", choice.active, choice.start.rank, choice.start.gate, dense.flops / inputs,
+        choice.flops / inputs, captured, oracle, regrouped, dropped, *times,
     )  # fmt: skip

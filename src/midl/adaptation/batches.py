@@ -49,14 +49,14 @@ def collect(data: Data, samples: int) -> list[Any]:
     return found
 
 
-def inputs_of(batch: Any) -> Tensor | Mapping[str, Any]:
-    """Return the inputs of a batch, without labels."""
+def inputs_of(batch: Any, what: str = "data has a batch") -> Tensor | Mapping[str, Any]:
+    """Return the inputs of a batch, without labels; errors call it ``what``."""
     inputs = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
     if isinstance(inputs, (Tensor, Mapping)) and any(True for _ in _tensors(inputs)):
         return inputs
     raise MIDLError(
-        f"adapt: data has a batch of type {type(inputs).__name__}, expected a tensor, a dict of tensors, or a "
-        "tuple that starts with one"
+        f"adapt: {what} of type {type(inputs).__name__}, expected a tensor, a dict of tensors, or a tuple that starts "
+        "with one"
     )
 
 
@@ -66,8 +66,10 @@ def size_of(inputs: Any) -> int:
     return first.shape[0] if first.dim() else 1
 
 
-def run(model: nn.Module, inputs: Any) -> Tensor:
+def run(model: nn.Module, inputs: Any, what: str = "the data") -> Tensor:
     """Return the model's output on one batch: the tensor itself, the field ``logits``, or else the first tensor.
+
+    Errors call the batch ``what``.
 
     Raises:
         MIDLError: the model does not take the data, or gives no floating-point tensor.
@@ -83,7 +85,7 @@ def run(model: nn.Module, inputs: Any) -> Tensor:
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         shapes = [tuple(t.shape) for t in _tensors(inputs)]
         raise MIDLError(
-            f"adapt: the {type(model).__name__} does not take the data, a batch of shape {shapes[0]}: {error}"
+            f"adapt: the {type(model).__name__} does not take {what}, a batch of shape {shapes[0]}: {error}"
         ) from error
     found = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if found is None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,10 +15,11 @@ from midl.adaptation.ffn import FFNFit
 from midl.adaptation.group import order_neurons
 from midl.adaptation.measure import output_error
 from midl.adaptation.plan import ACTIVE, LIGHT_SHARES, Choice, interpolate
+from midl.adaptation.replace import replaced
 from midl.analysis.flops import evaluation_mode
 from midl.config import MIDConfig, layer_macs
 from midl.conversion.blocks import FFNBlock, absorb, make_ffn, parts_of, remember
-from midl.conversion.convert import find_ffns, replace_modules
+from midl.conversion.convert import find_ffns
 from midl.conversion.families import family_of
 from midl.layers import MIDFFN
 
@@ -45,6 +45,10 @@ class Block:
     def replacements(self, ffn: MIDFFN) -> dict[int, nn.Module]:
         """Return what replaces the block's modules, by their ids."""
         return absorb(self.parts, ffn)
+
+    def ends(self) -> tuple[list[str], str]:
+        """Return the names of the modules that may be called first, and that of the last."""
+        return [self.names.roles[role] for role in ("up", "value") if role in self.names.roles], self.names.down
 
     def originals(self) -> dict[str, nn.Module]:
         """Return the block's modules by name."""
@@ -176,7 +180,7 @@ def list_block_choices(
         for active in ACTIVE:
             ffn = block.sparse(start.config(active))
             start.write(ffn)
-            with _installed(model, block, ffn):
+            with replaced(model, block.replacements(ffn)):
                 errors.append(output_error(model, batches[: len(expected)], expected))
         if not all(math.isfinite(error) for error in errors):  # overflow in half precision
             continue
@@ -191,17 +195,5 @@ def list_block_choices(
         choices += [
             dataclasses.replace(choice, light_share=share)
             for choice in interpolate(start, errors, plain.num_groups, macs, rows)
-            if choice.flops < choices[0].flops
         ]
     return choices
-
-
-@contextmanager
-def _installed(model: nn.Module, block: Block, ffn: MIDFFN) -> Iterator[None]:
-    replacements = block.replacements(ffn)
-    replace_modules(model, replacements)
-    try:
-        yield
-    finally:
-        back = {id(replacements[id(module)]): module for module in block.parts.values()}
-        replace_modules(model, back)

@@ -20,7 +20,16 @@ from midl.conversion.convert import own_parameters, shared_parameters
 from midl.conversion.families import family_of, why_not
 from midl.errors import MIDLError
 
-__all__ = ["Choice", "choose", "find_layers", "list_choices"]
+__all__ = [
+    "Choice",
+    "Plan",
+    "cheaper_than_dense",
+    "choose",
+    "choose_by_flops",
+    "find_layers",
+    "largest_budget",
+    "list_choices",
+]
 
 # Light paths, as shares of the dense layer's multiply-adds, and active fractions at which every layer is measured;
 # between two fractions the error is interpolated in steps of _STEP.
@@ -41,6 +50,7 @@ class Choice:
         start: a :class:`midl.adaptation.Start`, for a block a BlockStart; None: dense.
         active: fraction of groups on the full path; 0: the light path alone.
         light_share: multiply-adds that code, light path and gate were allowed, as a share of the dense layer's.
+        nanoseconds: on the inputs of a latency budget; None: the budget is one of FLOPs.
     """
 
     flops: int
@@ -48,6 +58,29 @@ class Choice:
     start: Any = None
     active: float = 1.0
     light_share: float = 0.0
+    nanoseconds: int | None = None
+
+    @property
+    def cost(self) -> int:
+        """What the budget counts."""
+        return self.flops if self.nanoseconds is None else self.nanoseconds
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What becomes of every layer, and from what it was chosen.
+
+    Attributes:
+        chosen: the choice for each layer.
+        choices: those that cost less than the dense layer, and the dense one first.
+        latency_before: seconds of one call of the dense model; None: the budget is one of FLOPs.
+        latency_after: the same with the plan.
+    """
+
+    chosen: dict[str, Choice]
+    choices: dict[str, list[Choice]]
+    latency_before: float | None = None
+    latency_after: float | None = None
 
 
 def find_layers(
@@ -133,7 +166,6 @@ def list_choices(
         choices += [
             dataclasses.replace(choice, light_share=share)
             for choice in interpolate(start, errors, n // group_size, macs, rows)
-            if choice.flops < choices[0].flops
         ]
     for share in LIGHT_ALONE if alone else ():
         light_macs = int(share * n * fan_in)
@@ -141,9 +173,8 @@ def list_choices(
         if path is None:
             continue
         error = simulate(model, {name: layer}, {name: (path, 0.0)}, batches[: len(expected)], expected)
-        flops = 2 * rows * path.light_macs
-        if math.isfinite(error) and flops < choices[0].flops:
-            choices.append(Choice(flops, error, path, 0.0, share))
+        if math.isfinite(error):
+            choices.append(Choice(2 * rows * path.light_macs, error, path, 0.0, share))
     return choices
 
 
@@ -171,36 +202,65 @@ def interpolate(
     return list(choices.values())
 
 
-def choose(
+def choose_by_flops(
     choices: Mapping[str, Sequence[Choice]], dense_flops: int, budget: float, *, uniform: bool = False
-) -> dict[str, Choice]:
-    """Return the choice for each layer that together lose least with ``dense_flops / budget`` for the whole model.
-
-    Args:
-        choices: of each layer, dense first.
-        dense_flops: of the whole model.
-        budget: FLOPs ratio of the whole model.
-        uniform: let all layers have the same density and share of light path, as far as their groups allow.
+) -> Plan:
+    """Return the plan that loses least with ``dense_flops / budget`` for the whole model; arguments as for ``choose``.
 
     Raises:
         MIDLError: the budget cannot be met; the message says the nearest that can.
     """
-    elsewhere = dense_flops - sum(found[0].flops for found in choices.values())
-    left = int(dense_flops / budget) - elsewhere
-    plans = _list_uniform(choices) if uniform else [[min(found, key=lambda c: c.flops) for found in choices.values()]]
-    least = min(sum(choice.flops for choice in plan) for plan in plans)
-    if least > dense_flops / budget - elsewhere:
+    cheaper = {name: cheaper_than_dense(found) for name, found in choices.items()}
+    largest = largest_budget(cheaper, dense_flops, uniform=uniform)
+    if budget > largest:
         raise MIDLError(
-            f"adapt: budget={budget:g} cannot be met, expected at most "
-            f"{int(1000 * dense_flops / (elsewhere + least)) / 1000:g}: "
-            f"{elsewhere / dense_flops:.1%} of the FLOPs are outside the layers that can be converted"
+            f"adapt: budget={budget:g} cannot be met, expected at most {int(1000 * largest) / 1000:g}: "
+            f"{_elsewhere(cheaper, dense_flops) / dense_flops:.1%} of the FLOPs are outside the layers that can be "
+            "converted"
         )
+    return Plan(choose(cheaper, dense_flops, budget, uniform=uniform), cheaper)
+
+
+def choose(
+    choices: Mapping[str, Sequence[Choice]], total: int, budget: float, *, uniform: bool = False
+) -> dict[str, Choice]:
+    """Return the choice for each layer that together lose least with ``total / budget`` for the whole model.
+
+    Args:
+        choices: of each layer, dense first.
+        total: cost of the whole dense model.
+        budget: ratio of the whole model; at most :func:`largest_budget`.
+        uniform: let all layers have the same density and share of light path, as far as their groups allow.
+    """
+    left = total / budget - _elsewhere(choices, total)
+    # At the largest budget the cheapest plan must not be lost to rounding.
     if uniform:
-        within = [plan for plan in plans if sum(choice.flops for choice in plan) <= dense_flops / budget - elsewhere]
-        best = min(within, key=lambda plan: sum(choice.error for choice in plan))
+        plans = _list_uniform(choices)
+        left = max(left, min(map(_cost, plans)))
+        best = min((plan for plan in plans if _cost(plan) <= left), key=lambda plan: sum(c.error for c in plan))
         return dict(zip(choices, best, strict=True))
-    options = [[Option(choice.flops, choice.error) for choice in found] for found in choices.values()]
-    return {name: found[i] for (name, found), i in zip(choices.items(), allocate(options, left), strict=True)}
+    left = max(left, sum(min(choice.cost for choice in found) for found in choices.values()))
+    options = [[Option(choice.cost, choice.error) for choice in found] for found in choices.values()]
+    return {name: found[i] for (name, found), i in zip(choices.items(), allocate(options, int(left)), strict=True)}
+
+
+def largest_budget(choices: Mapping[str, Sequence[Choice]], total: int, *, uniform: bool = False) -> float:
+    """Return the largest ratio that :func:`choose`, with the same arguments, can meet."""
+    plans = _list_uniform(choices) if uniform else [[min(found, key=lambda c: c.cost) for found in choices.values()]]
+    return total / (_elsewhere(choices, total) + min(map(_cost, plans)))
+
+
+def cheaper_than_dense(found: Sequence[Choice]) -> list[Choice]:
+    """Return the dense choice, which comes first, and those that cost less."""
+    return [found[0], *(choice for choice in found[1:] if choice.cost < found[0].cost)]
+
+
+def _elsewhere(choices: Mapping[str, Sequence[Choice]], total: int) -> int:
+    return total - sum(found[0].cost for found in choices.values())
+
+
+def _cost(plan: Sequence[Choice]) -> int:
+    return sum(choice.cost for choice in plan)
 
 
 def _list_uniform(choices: Mapping[str, Sequence[Choice]]) -> list[list[Choice]]:

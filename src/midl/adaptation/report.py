@@ -27,6 +27,8 @@ class AdaptedLayer:
         oracle: the same for the best possible choice.
         regrouped: whether its neurons changed places, so that those that matter together share a group.
         dropped_rows: output rows with NaN or infinite values, left out.
+        latency_before: seconds that the dense layer takes in one call of the model; None without ``latency_inputs``.
+        latency_after: what the layer takes now, by interpolation between densities that were timed.
     """
 
     name: str
@@ -41,6 +43,8 @@ class AdaptedLayer:
     oracle: float = 1.0
     regrouped: bool = False
     dropped_rows: int = 0
+    latency_before: float | None = None
+    latency_after: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +60,8 @@ class AdaptReport:
         error: the same at the end, after distillation.
         losses: of every epoch of distillation.
         thresholds: what inputs take, where it differs from input to input; FLOPs are then averages.
+        latency_before: median seconds of one call of the dense model on ``latency_inputs``; None without them.
+        latency_after: the same of the adapted one, measured in turns with it.
     """
 
     layers: tuple[AdaptedLayer, ...]
@@ -65,11 +71,18 @@ class AdaptReport:
     error: float
     losses: tuple[float, ...] = ()
     thresholds: ThresholdReport | None = None
+    latency_before: float | None = None
+    latency_after: float | None = None
 
     @property
     def flops_ratio(self) -> float:
         """FLOPs of the whole model before, divided by those after."""
         return self.flops_before / self.flops_after
+
+    @property
+    def latency_ratio(self) -> float | None:
+        """Time of one call before, divided by that after, on ``latency_inputs``; None without them."""
+        return _ratio(self.latency_before, self.latency_after)
 
     @property
     def changed(self) -> tuple[AdaptedLayer, ...]:
@@ -82,14 +95,17 @@ class AdaptReport:
         return tuple(layer for layer in self.layers if not layer.changed)
 
     def __str__(self) -> str:
-        header = ("layer", "active", "rank", "gate", "FLOPs", "captured", "oracle", "")
-        rows = [header, *(_cells(layer) for layer in self.layers)]
+        timed = self.latency_ratio is not None
+        header = ("layer", "active", "rank", "gate", "FLOPs", *(("time",) if timed else ()), "captured", "oracle", "")
+        rows = [header, *(_cells(layer, timed) for layer in self.layers)]
         widths = [max(len(row[i]) for row in rows) for i in range(len(header) - 1)]
         lines = [
             "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]).rstrip()
             for row in rows
         ]
-        total = f"whole model {self.flops_ratio:.2f}x fewer FLOPs; output error {self.error_initialised:.2%}"
+        total = f"whole model {self.flops_ratio:.2f}x fewer FLOPs"
+        total += f", {self.latency_ratio:.2f}x as fast" if self.latency_ratio is not None else ""
+        total += f"; output error {self.error_initialised:.2%}"
         if self.losses:
             total += f", after {len(self.losses)} epochs of distillation {self.error:.2%}"
         if self.thresholds is None:
@@ -99,15 +115,22 @@ class AdaptReport:
         return "\n".join([*lines, total, str(self.thresholds)])
 
 
-def _cells(layer: AdaptedLayer) -> tuple[str, ...]:
+def _ratio(before: float | None, after: float | None) -> float | None:
+    return None if before is None or after is None else before / after
+
+
+def _cells(layer: AdaptedLayer, timed: bool) -> tuple[str, ...]:
+    ratios = [f"{layer.flops_before / layer.flops_after:.2f}x" if layer.changed else "1.00x"]
+    if timed:
+        faster = _ratio(layer.latency_before, layer.latency_after)
+        ratios.append("" if faster is None else f"{faster:.2f}x")
     if not layer.changed:
-        return (layer.name, "dense", "", "", "1.00x", "", "", layer.detail)
+        return (layer.name, "dense", "", "", *ratios, "", "", layer.detail)
     notes = ["regrouped"] if layer.regrouped else []
     notes += [f"{layer.dropped_rows} rows with NaN or Inf left out"] if layer.dropped_rows else []
-    ratio = f"{layer.flops_before / layer.flops_after:.2f}x"
     if not layer.active:
-        return (layer.name, "0", str(layer.rank), "", ratio, "", "", ", ".join(["light path alone", *notes]))
+        return (layer.name, "0", str(layer.rank), "", *ratios, "", "", ", ".join(["light path alone", *notes]))
     return (
-        layer.name, f"{layer.active:.3f}", str(layer.rank), layer.gate, ratio, f"{layer.captured:.3f}",
+        layer.name, f"{layer.active:.3f}", str(layer.rank), layer.gate, *ratios, f"{layer.captured:.3f}",
         f"{layer.oracle:.3f}", ", ".join(notes),
     )  # fmt: skip

@@ -46,6 +46,19 @@ def test_adapts_saves_and_reports(tmp_path):
     assert json.loads((tmp_path / "again" / "report.json").read_text())["accuracy"] == report["accuracy"]
 
 
+def test_a_budget_of_time_is_met_and_in_the_report(tmp_path, set_clock):
+    set_clock()
+    result = run(
+        "--epochs", "1", "--distil-epochs", "0", "--budget", "1.4", "--latency-batch", "4", "--threads", "1",
+        "--out", str(tmp_path),
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "x as fast" in result.output
+    written = json.loads((tmp_path / "report.json").read_text())
+    assert written["settings"]["latency_batch"] == 4
+    assert written["report"]["latency_before"] / written["report"]["latency_after"] >= 0.97 * 1.4
+
+
 def test_a_budget_that_cannot_be_met_is_one_line(tmp_path):
     result = run("--epochs", "1", "--budget", "40", "--threads", "1", "--out", str(tmp_path))
     assert result.exit_code == 1

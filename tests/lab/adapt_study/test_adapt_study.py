@@ -13,7 +13,7 @@ pytest.importorskip("safetensors")
 import midl
 from midl.errors import MIDLError
 from midl.lab.adapt_study import __main__ as command
-from midl.lab.adapt_study import ablation, elastic, threshold
+from midl.lab.adapt_study import ablation, elastic, latency, threshold
 from midl.lab.adapt_study.low_rank import factorise
 from midl.lab.adapt_study.oracle import select_by_oracle
 from midl.lab.adapt_study.render import render
@@ -158,6 +158,24 @@ def test_every_study_runs_goes_on_and_is_rendered(tmp_path, monkeypatch, capsys)
     assert "| 1.5x | 8 | 1 |" in text
     assert "a fixed number of groups against a threshold" in text
     assert "ablation, converted" in text
+
+
+def test_budgets_of_time_are_rendered_beside_those_of_flops_and_found_again(tmp_path, monkeypatch, set_clock):
+    set_clock()
+    monkeypatch.setattr(latency, "_TURNS", 2)
+    digits = dataclasses.replace(subject_for(load("digits")), epochs=1)
+    choices = {"budgets": (1.4, 90.0), "group_sizes": (16,), "batches": (4,)}
+    flops, met, refused = latency.run_latency(digits, 0, tmp_path, **choices)
+    assert flops["flops_ratio"] >= 1.7
+    assert met["latency_ratio"] >= 0.97 * 1.4
+    assert met["latency"].keys() == {"4"}
+    assert "budget=90 cannot be met on this machine" in refused["refused"]
+    assert latency.run_latency(digits, 0, tmp_path, **choices) == [flops, met, refused]
+    lines = render(tmp_path).splitlines()
+    assert lines[2].count("|") == lines[4].count("|") == lines[6].count("|")
+    assert lines[4].startswith("| 1.7x FLOPs | 16 | 1 |")
+    assert lines[5].startswith("| 1.4x time at batch 4 | 16 | 1 |")
+    assert "cannot be met: at most" in lines[6]
 
 
 def test_a_folder_without_results_is_an_error(tmp_path):

@@ -12,13 +12,14 @@ import torch
 
 from midl.lab.adapt_study.ablation import run_ablation
 from midl.lab.adapt_study.elastic import run_elastic
+from midl.lab.adapt_study.latency import run_latency
 from midl.lab.adapt_study.render import render
 from midl.lab.adapt_study.study import Settings, run_study
 from midl.lab.adapt_study.subject import Subject, subject_for
 from midl.lab.adapt_study.threshold import run_threshold
 from midl.lab.data import load
 
-_STUDIES = ("budgets", "elastic", "threshold", "scratch", "converted")
+_STUDIES = ("budgets", "latency", "elastic", "threshold", "scratch", "converted")
 
 
 def main() -> None:
@@ -55,6 +56,11 @@ def _run(arguments: Any, subject: Subject, seed: int, on_row: Callable[[dict[str
             distil_epochs=arguments.distil_epochs or Settings.distil_epochs, seed=seed,
         )  # fmt: skip
         run_study(subject, settings, arguments.out, on_row)
+    elif arguments.study == "latency":
+        run_latency(
+            subject, seed, arguments.out, budgets=tuple(map(float, arguments.budgets.split(","))),
+            group_sizes=tuple(map(int, arguments.group_sizes.split(","))), on_row=on_row,
+        )  # fmt: skip
     elif arguments.study == "elastic":
         choices = {} if arguments.distil_epochs is None else {"distil_epochs": arguments.distil_epochs}
         run_elastic(subject, seed, arguments.out, on_row=on_row, **choices)

@@ -42,6 +42,7 @@ class AdaptSettings:
     seed: int = 0
     threads: int | None = None
     model: str | None = None
+    latency_batch: int | None = None
 
 
 def adapt_once(settings: AdaptSettings, out: Path, checkpoint: Path | None = None) -> Iterator[str]:
@@ -52,8 +53,10 @@ def adapt_once(settings: AdaptSettings, out: Path, checkpoint: Path | None = Non
     """
     dataset, dense = _dense(settings, out, checkpoint)
     model = copy.deepcopy(dense)
+    served = settings.latency_batch
     report = midl.adapt(
         model, ShuffledBatches(dataset, settings.seed), settings.budget, group_size=settings.group_size,
+        latency_inputs=None if served is None else dataset.batch(dataset.train, slice(0, served))[0],
         epochs=settings.distil_epochs, loss=soft_cross_entropy(), seed=settings.seed,
     )  # fmt: skip
     midl.save(model, out / "adapted.safetensors")

@@ -31,7 +31,8 @@ def render(folder: Path) -> str:
     parts: list[str] = []
     for dataset in sorted({row["dataset"] for row in rows}):
         own = [row for row in rows if row["dataset"] == dataset]
-        parts += _budget_tables(dataset, [row for row in own if "calibrated" in row])
+        parts += _budget_tables(dataset, [row for row in own if "distilled" in row])
+        parts += _latency_table(dataset, [row for row in own if "served" in row])
         parts += _elastic_table(dataset, [row for row in own if "elastic" in row])
         parts += _threshold_table(dataset, [row for row in own if "threshold" in row])
         for mode in ("scratch", "converted"):
@@ -56,6 +57,33 @@ def _budget_tables(dataset: str, rows: Sequence[dict[str, Any]]) -> Iterable[str
             ratios = [row["latency"][batch]["dense"] / row["latency"][batch]["adapted"] for row in same]
             cells.append(f"{estimate_mean(ratios).mean:.2f}x")
         yield f"| {budget:g}x | {group_size} | {len(same)} | " + " | ".join(cells) + " |"
+    yield ""
+
+
+def _latency_table(dataset: str, rows: Sequence[dict[str, Any]]) -> Iterable[str]:
+    if not rows:
+        return
+    yield f"### {dataset}: budgets of time against one of FLOPs\n"
+    batches = list(next(row["latency"] for row in rows if "latency" in row))
+    titles = ["budget", "G", "seeds", "dense", "calibrated", "calibrated - dense", "FLOPs"]
+    titles += [f"speed, batch {batch}" for batch in batches]
+    yield f"| {' | '.join(titles)} |"
+    yield "|" + "---|" * len(titles)
+    for group_size, served, budget in dict.fromkeys((r["group_size"], r["served"], r["budget"]) for r in rows):
+        kind = "FLOPs" if served is None else f"time at batch {served}"
+        same = [r for r in rows if (r["group_size"], r["served"], r["budget"]) == (group_size, served, budget)]
+        met = [row for row in same if "refused" not in row]
+        cells = [f"{budget:g}x {kind}", f"{group_size}", f"{len(met)}"]
+        if met:
+            cells += [_mean(met, "dense"), _mean(met, "calibrated"), _difference(met, "calibrated", "dense")]
+            cells.append(f"{estimate_mean([row['flops_ratio'] for row in met]).mean:.2f}x")
+            for batch in batches:
+                ratios = [row["latency"][batch]["dense"] / row["latency"][batch]["adapted"] for row in met]
+                cells.append(f"{estimate_mean(ratios).mean:.2f}x")
+        else:
+            cells += ["", f"cannot be met: {same[0]['refused'].partition('expected ')[2].partition(':')[0]}"]
+            cells += [""] * (len(titles) - len(cells))
+        yield f"| {' | '.join(cells)} |"
     yield ""
 
 

@@ -1,4 +1,4 @@
-"""``midl adapt``: a trained network to a FLOPs budget, with its report, accuracy, latency and a saved model."""
+"""``midl adapt``: a trained network to a budget, with its report, accuracy, latency and a saved model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ __all__ = ["adapt"]
 
 def adapt(
     dataset: Annotated[str, typer.Argument(help="Data set: digits needs no download; see midl info.")] = "digits",
-    budget: Annotated[float, typer.Option(help="FLOPs of the dense network, divided by those of the result.")] = 1.7,
+    budget: Annotated[
+        float, typer.Option(help="FLOPs, or time, of the dense network, divided by those of the result.")
+    ] = 1.7,
+    latency_batch: Annotated[
+        int | None,
+        typer.Option(min=1, help="Inputs per call for which the budget is one of time.  [default: it counts FLOPs]"),
+    ] = None,
     group_size: Annotated[int, typer.Option(help="Neurons that are selected together.")] = 16,
     checkpoint: Annotated[
         Path | None, typer.Option(help="Dense network, as midl.save wrote it.  [default: train one]")
@@ -32,13 +38,15 @@ def adapt(
     ] = Path("adapted"),
     threads: Annotated[int | None, typer.Option(help="Threads.  [default: torch's]")] = None,
 ) -> None:
-    """Adapt a network to a FLOPs budget; print what happened to every layer, accuracy and latency; save the result.
+    """Adapt a network to a budget; print what happened to every layer, accuracy and latency; save the result.
 
     The network is the data set's of ``midl compare``, or what ``--model`` makes, trained here or loaded.
     """
     from midl.lab.adapt_study.once import AdaptSettings, adapt_once
 
     with readable_errors():
-        settings = AdaptSettings(dataset, budget, group_size, epochs, distil_epochs, seed, threads, model)
+        settings = AdaptSettings(
+            dataset, budget, group_size, epochs, distil_epochs, seed, threads, model, latency_batch
+        )
         for line in adapt_once(settings, out, checkpoint):
             typer.echo(line)
