@@ -177,6 +177,8 @@ class MIDLayer(nn.Module):
     def _adopt(self, dense: nn.Linear | nn.Conv2d) -> Self:
         """Take over a dense layer's parameters, as the very same objects, device and training flag included."""
         self.to_empty(device=dense.weight.device)
+        if isinstance(dense, nn.Conv2d) and not dense.weight.is_contiguous():
+            self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.weight = dense.weight  # type: ignore[assignment]
         self.register_parameter("bias", dense.bias)  # type: ignore[arg-type]
         return self.train(dense.training)
