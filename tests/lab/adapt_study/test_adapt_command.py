@@ -59,6 +59,20 @@ def test_a_budget_of_time_is_met_and_in_the_report(tmp_path, set_clock):
     assert written["report"]["latency_before"] / written["report"]["latency_after"] >= 0.97 * 1.4
 
 
+def test_thresholds_are_in_the_report_and_in_the_saved_model(tmp_path):
+    result = run(
+        "--epochs", "1", "--distil-epochs", "0", "--budget", "1.2", "--threshold", "--threads", "1",
+        "--out", str(tmp_path),
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "realised" in result.output
+    written = json.loads((tmp_path / "report.json").read_text())["report"]["thresholds"]["layers"]
+    loaded = midl.load_(architecture_for("digits", (64,), 10).build(), tmp_path / "adapted.safetensors")
+    assert {found["name"]: found["threshold"] for found in written} == {
+        name: layer.threshold for name, layer in loaded.named_modules() if isinstance(layer, midl.MIDLinear)
+    }
+
+
 def test_a_budget_that_cannot_be_met_is_one_line(tmp_path):
     result = run("--epochs", "1", "--budget", "40", "--threads", "1", "--out", str(tmp_path))
     assert result.exit_code == 1

@@ -43,6 +43,7 @@ class AdaptSettings:
     threads: int | None = None
     model: str | None = None
     latency_batch: int | None = None
+    threshold: bool = False
 
 
 def adapt_once(settings: AdaptSettings, out: Path, checkpoint: Path | None = None) -> Iterator[str]:
@@ -57,7 +58,7 @@ def adapt_once(settings: AdaptSettings, out: Path, checkpoint: Path | None = Non
     report = midl.adapt(
         model, ShuffledBatches(dataset, settings.seed), settings.budget, group_size=settings.group_size,
         latency_inputs=None if served is None else dataset.batch(dataset.train, slice(0, served))[0],
-        epochs=settings.distil_epochs, loss=soft_cross_entropy(), seed=settings.seed,
+        epochs=settings.distil_epochs, loss=soft_cross_entropy(), threshold=settings.threshold, seed=settings.seed,
     )  # fmt: skip
     midl.save(model, out / "adapted.safetensors")
     yield str(report)

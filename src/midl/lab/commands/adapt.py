@@ -22,6 +22,10 @@ def adapt(
         typer.Option(min=1, help="Inputs per call for which the budget is one of time.  [default: it counts FLOPs]"),
     ] = None,
     group_size: Annotated[int, typer.Option(help="Neurons that are selected together.")] = 16,
+    threshold: Annotated[
+        bool,
+        typer.Option("--threshold", help="Let every input take as many groups as it needs, the budget on average."),
+    ] = False,
     checkpoint: Annotated[
         Path | None, typer.Option(help="Dense network, as midl.save wrote it.  [default: train one]")
     ] = None,
@@ -46,7 +50,7 @@ def adapt(
 
     with readable_errors():
         settings = AdaptSettings(
-            dataset, budget, group_size, epochs, distil_epochs, seed, threads, model, latency_batch
+            dataset, budget, group_size, epochs, distil_epochs, seed, threads, model, latency_batch, threshold
         )
         for line in adapt_once(settings, out, checkpoint):
             typer.echo(line)
