@@ -110,11 +110,13 @@ def test_a_budget_that_cannot_be_met_names_the_nearest_that_can(set_clock):
     assert midl.adapt(model, x, nearest, **call).latency_ratio >= nearest
 
 
-def test_nothing_faster_than_dense_is_an_error_that_says_so(set_clock):
-    set_clock(sparse=lambda layer: 2 * layer.weight.numel())
+@pytest.mark.parametrize("watched", [2.0, 0.5])
+def test_nothing_faster_than_dense_is_an_error_that_says_so(set_clock, watched):
+    """Neither a layer where it is watched, nor the whole model where layers were."""
+    set_clock(sparse=lambda layer: (watched if layer._forward_hooks else 2) * layer.weight.numel())
     model = mlp()
     state = state_of(model)
-    with pytest.raises(MIDLError, match="expected a FLOPs budget or other latency_inputs: on these nothing is faster"):
+    with pytest.raises(MIDLError, match="expected a FLOPs budget or other latency_inputs: on these no plan is faster"):
         midl.adapt(model, torch.randn(256, 32), 1.2, latency_inputs=torch.randn(1, 32), group_size=4)
     assert_unchanged(model, state)
 

@@ -80,14 +80,9 @@ def choose_by_latency(
         call = _bind(model, inputs)
         timed, total = time_choices(model, layers, blocks, choices, call)
         limit = largest_budget(timed, total, uniform=uniform)
-        if limit <= 1:
-            raise MIDLError(
-                f"adapt: budget={budget:g} cannot be met on this machine, expected a FLOPs budget or other "
-                "latency_inputs: on these nothing is faster than the dense layers"
-            )
         met: list[Plan] = []
         nearest, target, missed, enough = 0.0, budget, 0.0, limit
-        for i in range(_PLANS):
+        for i in range(_PLANS if limit > 1 else 0):
             target = limit if i == _PLANS - 1 and not met else min(target, limit)
             chosen = choose(timed, total, target, uniform=uniform)
             before, after = compare_latency(model, make_replacements(layers, blocks, chosen), call)
@@ -105,11 +100,13 @@ def choose_by_latency(
                 target = (missed + enough) / 2
     if met:
         return min(met, key=lambda plan: sum(choice.error for choice in plan.chosen.values()))
-    outside = 1 - sum(ways[0].cost for ways in timed.values()) / total
-    raise MIDLError(
-        f"adapt: budget={budget:g} cannot be met on this machine, expected at most {int(1000 * nearest) / 1000:g}: "
-        f"{outside:.1%} of the time is outside the layers that can be converted"
-    )
+    if nearest <= 1:
+        wanted = "a FLOPs budget or other latency_inputs: on these no plan is faster than the dense model"
+    else:
+        outside = 1 - sum(ways[0].cost for ways in timed.values()) / total
+        wanted = f"at most {int(1000 * nearest) / 1000:g}: {outside:.1%} of the time is outside the layers that can be"
+        wanted += " converted"
+    raise MIDLError(f"adapt: budget={budget:g} cannot be met on this machine, expected {wanted}")
 
 
 def time_choices(

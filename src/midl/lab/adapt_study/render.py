@@ -69,9 +69,9 @@ def _latency_table(dataset: str, rows: Sequence[dict[str, Any]]) -> Iterable[str
     titles += [f"speed, batch {batch}" for batch in batches]
     yield f"| {' | '.join(titles)} |"
     yield "|" + "---|" * len(titles)
-    for group_size, served, budget in dict.fromkeys((r["group_size"], r["served"], r["budget"]) for r in rows):
-        kind = "FLOPs" if served is None else f"time at batch {served}"
-        same = [r for r in rows if (r["group_size"], r["served"], r["budget"]) == (group_size, served, budget)]
+    for group_size, served, budget in sorted({(r["group_size"], r["served"] or 0, r["budget"]) for r in rows}):
+        kind = f"time at batch {served}" if served else "FLOPs"
+        same = [r for r in rows if (r["group_size"], r["served"] or 0, r["budget"]) == (group_size, served, budget)]
         met = [row for row in same if "refused" not in row]
         cells = [f"{budget:g}x {kind}", f"{group_size}", f"{len(met)}"]
         if met:
