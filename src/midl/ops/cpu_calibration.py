@@ -129,7 +129,7 @@ class _Products:
             return rows * selected * _SIZE / max(whole - rest, whole / 4)
 
         def at_rows(rate: Callable[[int], float]) -> tuple[float, ...]:
-            return tuple(round(rate(rows), 2) for rows in ROWS)
+            return tuple(float(f"{rate(rows):.4g}") for rows in ROWS)  # a slow one must not become zero
 
         return Rates(
             dense=at_rows(dense),
