@@ -5,36 +5,11 @@ import functools
 
 import pytest
 import torch
+from adapted_models import assert_unchanged, cnn, mlp, state_of
 from torch import nn
 
 import midl
 from midl.errors import MIDLError
-
-
-def mlp():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(32, 96), nn.ReLU(), nn.Linear(96, 96), nn.GELU(), nn.Linear(96, 10))
-
-
-def cnn():
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
-        nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.BatchNorm2d(32), nn.SiLU(),
-        nn.Flatten(), nn.Linear(32 * 16, 5),
-    )  # fmt: skip
-
-
-def state_of(model):
-    tensors = {name: t.clone() for name, t in model.state_dict().items()}
-    return {name: (id(m), m.training) for name, m in model.named_modules()}, tensors
-
-
-def assert_unchanged(model, state):
-    modules, tensors = state_of(model)
-    assert modules == state[0]
-    assert all(torch.equal(t, state[1][name]) for name, t in tensors.items())
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 def time_of(model, x, clock):
