@@ -55,6 +55,51 @@ def test_layer_outputs_are_matched_when_asked():
     assert errors[1] < errors[0]
 
 
+def test_with_labels_the_student_becomes_better_than_its_teacher():
+    inputs = torch.cat(data())
+    labels = (inputs[:, 0] > 0).long() + 2 * (inputs[:, 1] > 0).long()  # of which the teacher knows nothing
+    wrong = {}
+    for shape, batches in (
+        ("tuples", list(zip(inputs.split(64), labels.split(64), strict=True))),
+        ("dicts", [{"input": x, "labels": y} for x, y in zip(inputs.split(64), labels.split(64), strict=True)]),
+    ):
+        student, teacher = pair()
+        if shape == "dicts":
+            student, teacher = Named(student), Named(teacher)
+        choices = {"task_loss": nn.CrossEntropyLoss(), "kd_ratio": 0.1, "loss": soft_cross_entropy(), "lr": 1e-2}
+        distil(student, teacher, batches, epochs=5, **choices)
+        model, dense = (m.body if shape == "dicts" else m for m in (student, teacher))
+        wrong[shape] = [(m(inputs).argmax(1) != labels).float().mean().item() for m in (model, dense)]
+    for student, teacher in wrong.values():
+        assert student < 0.5 * teacher
+    assert wrong["tuples"] == wrong["dicts"]
+
+
+def test_the_shares_of_teacher_and_labels_by_hand():
+    student, teacher = pair()
+    x, y = torch.cat(data()), torch.arange(512) % 4
+    student.eval()
+    with torch.no_grad():
+        soft = squared_error(student(x), teacher(x)).item()
+        hard = nn.functional.cross_entropy(student(x), y).item()
+    for ratio in (0.0, 0.25, 1.0):
+        losses = distil(
+            copy.deepcopy(student), teacher, [(x, y)], task_loss=nn.CrossEntropyLoss(), kd_ratio=ratio
+        )  # fmt: skip
+        assert losses == pytest.approx([ratio * soft + (1 - ratio) * hard], rel=1e-5)
+
+
+class Named(nn.Module):
+    """Takes its input, and labels that it does not use, by name."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.body = body
+
+    def forward(self, input, labels):
+        return self.body(input)
+
+
 def test_elastic_draws_a_budget_every_step_and_restores_each_layers_own():
     student, teacher = pair()
     student[0].active, student[2].active = 0.2, 0.6
@@ -123,6 +168,8 @@ def test_what_does_not_fit_is_an_error():
         ({"first_epoch": 3}, "first_epoch=3, expected 0 to epochs=1"),
         ({"epochs": -1}, "epochs=-1"),
         ({"lr": 0.0}, "lr=0.0, expected a number above 0"),
+        ({"kd_ratio": 1.5}, r"kd_ratio=1.5, expected a share in \[0, 1\]"),
+        ({"task_loss": nn.CrossEntropyLoss()}, "data has a batch of type Tensor without labels"),
         ({"data": iter(data())}, "data has no length"),
         ({"data": []}, "data is empty in this epoch"),
     ):

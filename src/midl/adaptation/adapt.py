@@ -53,6 +53,7 @@ def adapt(
     lr: float = 3e-4,
     optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
     loss: Loss = squared_error,
+    task_loss: Loss | None = None,
     elastic: tuple[float, float] | None = None,
     threshold: bool = False,
     seed: int = 0,
@@ -61,7 +62,8 @@ def adapt(
 
     Every layer is calibrated on the data, gets the light path and the gate that lose least there, and is measured at
     several ranks and densities; then the budget is divided among the layers so that the model's output changes
-    least, and the result is, if asked, distilled against the dense model. Labels are not needed. On an error the model
+    least, and the result is, if asked, distilled against the dense model. Labels are not needed, and used only by
+    ``task_loss``. On an error the model
     is as before.
 
     >>> import midl, torch
@@ -77,7 +79,7 @@ def adapt(
     Args:
         model: trained; nn.Linear, nn.Conv2d without groups and transformers' Conv1D are candidates.
         data: a tensor of inputs or an iterable of batches: a tensor, a dict of keyword arguments, or a tuple that
-            starts with one of them (labels behind it are not used).
+            starts with one of them (labels behind it are for ``task_loss``).
         budget: FLOPs of the whole model before, divided by those after, at least. With ``latency_inputs`` the median
             times instead, and up to 3 % less for the noise of timings.
         latency_inputs: one batch of the size that will be served, as those of ``data`` are; None: the budget counts
@@ -96,6 +98,8 @@ def adapt(
         lr: of the distillation, as for ``distil``.
         optimizer: from parameters to the optimizer of the distillation; default as for ``distil``.
         loss: of the distillation, between the outputs of the adapted and of the dense model.
+        task_loss: of the distillation, between the output of the adapted model and the labels, as for ``distil``; it
+            counts as much as ``loss``. None: labels are not used.
         elastic: range of ``active`` to distil for, as for ``distil``.
         threshold: let every input take as many groups as it needs, the budget on average over ``data``: gates are
             fitted so that the logits of different inputs compare, and :func:`calibrate_threshold` comes last.
@@ -175,7 +179,7 @@ def adapt(
         losses: list[float] = []
         if teacher is not None:
             losses = distil(
-                model, teacher, data, epochs=epochs, lr=lr, loss=loss, elastic=elastic, seed=seed,
+                model, teacher, data, epochs=epochs, lr=lr, loss=loss, task_loss=task_loss, elastic=elastic, seed=seed,
                 optimizer=None if optimizer is None else optimizer(model.parameters()),
             )  # fmt: skip
             error = output_error(model, measured, expected)

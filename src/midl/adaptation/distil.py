@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence, Sized
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from midl.layers import MIDLayer
 __all__ = ["distil", "soft_cross_entropy", "squared_error"]
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-"""Called with the student's and the teacher's output; returns a scalar."""
+"""Called with the student's output and the teacher's, or the labels; returns a scalar."""
 
 
 def squared_error(student: Tensor, teacher: Tensor) -> Tensor:
@@ -58,6 +58,8 @@ def distil(
     lr: float = 3e-4,
     optimizer: torch.optim.Optimizer | None = None,
     loss: Loss = squared_error,
+    task_loss: Loss | None = None,
+    kd_ratio: float = 0.5,
     match: Sequence[str] = (),
     elastic: tuple[float, float] | None = None,
     autocast: torch.dtype | None = None,
@@ -88,6 +90,10 @@ def distil(
             at 1e-3.
         optimizer: of the student's parameters, instead; its learning rate is left alone.
         loss: between the two outputs.
+        task_loss: between the student's output and the labels, such as ``nn.CrossEntropyLoss()``: the second element of
+            every batch of ``data``, or its entry ``labels`` where batches are dicts. With labels a student can become
+            better than its teacher. None: labels are not used.
+        kd_ratio: share of ``loss`` in the sum with ``task_loss``, which has the rest.
         match: names of submodules, the same in both models, whose outputs should agree too; the mean of their squared
             errors is added to the loss.
         elastic: (low, high): every step draws the mean ``active`` of the layers from this range, a third of them
@@ -102,6 +108,8 @@ def distil(
         MIDLError: arguments that do not fit, or the loss became NaN or infinite.
     """
     layers = _check(student, teacher, epochs, first_epoch, lr, match, elastic)
+    if not 0 <= kd_ratio <= 1:
+        raise MIDLError(f"distil: kd_ratio={kd_ratio!r}, expected a share in [0, 1]")
     parameters = [p for p in student.parameters() if p.requires_grad]
     if not parameters:
         raise MIDLError("distil: every parameter of the student is frozen, expected some with requires_grad")
@@ -135,7 +143,10 @@ def distil(
                         for layer, config in zip(layers, configs, strict=True):
                             layer.config = config
                         spread_active(layers, _draw(low, high))
-                    value = _loss(student, teacher, inputs_of(batch), loss, match, autocast)
+                    value, output = _loss(student, teacher, inputs_of(batch), loss, match, autocast)
+                    if task_loss is not None:
+                        labels = _labels_of(batch).to(output.device)
+                        value = kd_ratio * value + (1 - kd_ratio) * task_loss(output, labels)
                     optimizer.zero_grad(set_to_none=True)
                     value.backward()
                     optimizer.step()
@@ -166,7 +177,8 @@ def _draw(low: float, high: float) -> float:
 
 def _loss(
     student: nn.Module, teacher: nn.Module, inputs: Any, loss: Loss, match: Sequence[str], autocast: torch.dtype | None
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
+    """Return the distance of the two models' answers and the student's output."""
     seen: list[dict[str, Tensor]] = []
 
     def answer(model: nn.Module) -> Tensor:
@@ -184,10 +196,24 @@ def _loss(
         with torch.no_grad():
             expected = answer(teacher)
         actual = answer(student)
-    value = loss(actual.float(), expected.float())
+    actual = actual.float()
+    value = loss(actual, expected.float())
     for name in match:
         value = value + squared_error(seen[1][name].float(), seen[0][name].float()) / len(match)
-    return value
+    return value, actual
+
+
+def _labels_of(batch: Any) -> Tensor:
+    """Return the second element of a batch, or a dict's entry ``labels``."""
+    found = batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
+    if isinstance(batch, Mapping):
+        found = batch.get("labels")
+    if isinstance(found, Tensor):
+        return found
+    raise MIDLError(
+        f"distil: task_loss is given, but data has a batch of type {type(batch).__name__} without labels, expected "
+        "(inputs, labels), or a dict with the entry 'labels'"
+    )
 
 
 def _check(
