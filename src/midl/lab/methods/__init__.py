@@ -2,6 +2,7 @@
 
 from midl.errors import MIDLError
 from midl.lab.methods import (
+    adapted,
     converted,
     dense,
     dropout,
@@ -12,13 +13,13 @@ from midl.lab.methods import (
     narrow,
     scratch,
 )
-from midl.lab.methods.method import Budget, Method, count_neurons, load
+from midl.lab.methods.method import FIT_ROWS, NETWORK_RATIO, Budget, Method, count_neurons, load
 
-__all__ = ["METHODS", "Budget", "Method", "count_neurons", "find", "load"]
+__all__ = ["FIT_ROWS", "METHODS", "NETWORK_RATIO", "Budget", "Method", "count_neurons", "find", "load"]
 
 METHODS: dict[str, Method] = {
     module.METHOD.name: module.METHOD
-    for module in (dense, dropout, narrow, low_rank, magnitude, k_winners, scratch, converted, elastic)
+    for module in (dense, dropout, narrow, low_rank, magnitude, k_winners, scratch, converted, elastic, adapted)
 }
 
 

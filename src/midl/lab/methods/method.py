@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from midl.analysis import count_flops
 from midl.conversion.convert import replace_modules
@@ -17,7 +17,12 @@ from midl.lab.models import Architecture
 from midl.layers import MIDLayer
 from midl.serialization import load_
 
-__all__ = ["Budget", "Method", "Substitute", "count_neurons", "load", "replace_layers"]
+__all__ = ["FIT_ROWS", "NETWORK_RATIO", "Budget", "Method", "Substitute", "count_neurons", "load", "replace_layers"]
+
+NETWORK_RATIO = 1.7
+"""FLOPs of the dense network, divided by those of one that claims to save them, at least."""
+FIT_ROWS = 2048
+"""Training inputs that ``Method.fit`` is given, at most."""
 
 # The low-rank code, the light path and the gate get at least this share of a layer's budget: where what must stay dense
 # takes much of the network's FLOPs, the active share gives way.
@@ -40,7 +45,7 @@ class Budget:
 
     @classmethod
     def for_network(
-        cls, architecture: Architecture, group_size: int, *, active: float = 0.45, flops_ratio: float = 1.7
+        cls, architecture: Architecture, group_size: int, *, active: float = 0.45, flops_ratio: float = NETWORK_RATIO
     ) -> Budget:
         """Return the layers' budget with which the whole network needs ``flops_ratio`` times fewer FLOPs.
 
@@ -72,6 +77,9 @@ Build = Callable[[Architecture, Budget, nn.Module | None], nn.Module]
 """From architecture, budget and, for methods with a teacher, the trained dense network, which may be changed in place
 (a fresh one if None), to the untrained model; random choices follow from torch's random state."""
 
+Fit = Callable[[nn.Module, Architecture, Budget, Sequence[Tensor]], None]
+"""Changes the built model in place, from its architecture, the budget and batches of training inputs."""
+
 
 def _count_all(model: nn.Module, architecture: Architecture) -> int:
     return count_flops(model, architecture.example())
@@ -87,7 +95,8 @@ class Method:
         build: the untrained model.
         teacher: starts from the trained dense network and learns its answers, by the brief recipe; else it starts from
             scratch and learns the labels.
-        meets_ratio: claims to need ``flops_ratio`` times fewer FLOPs than dense; checked after building.
+        meets_ratio: claims to need ``NETWORK_RATIO`` times fewer FLOPs than dense; checked before training.
+        fit: called with what ``build`` made, before training; None: nothing.
         own_modules: trained weights load into what ``build`` makes; else they load into a dense network.
         flops: of the model on one example.
         before_step: called with the model before every training step.
@@ -100,6 +109,7 @@ class Method:
     build: Build
     teacher: bool = False
     meets_ratio: bool = True
+    fit: Fit | None = None
     own_modules: bool = False
     flops: Callable[[nn.Module, Architecture], int] = _count_all
     before_step: Callable[[nn.Module], None] | None = None

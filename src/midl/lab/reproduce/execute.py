@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import json
@@ -22,7 +23,7 @@ from midl.lab.environment import describe_environment
 from midl.lab.files import write_json, write_text
 from midl.lab.measure import measure_accuracy, peak_bytes, saved_bytes
 from midl.lab.measures import measure_all
-from midl.lab.methods import Method, count_neurons, find
+from midl.lab.methods import FIT_ROWS, NETWORK_RATIO, Method, count_neurons, find
 from midl.lab.processes import accelerator
 from midl.lab.reproduce.plan import MEASURES_VERSION, RESULTS_VERSION, Setting, Task, setting_for
 from midl.lab.reproduce.profiles import profile_named
@@ -37,8 +38,6 @@ MODEL = "model.safetensors"
 _CHECKPOINT = "checkpoint.safetensors"
 # Of the training rows as many as give the training accuracy to a tenth of a point or so.
 _TRAIN_ROWS = 10_000
-# The whole network's FLOPs of a method that claims to save them: dense / method, at least.
-_FLOPS_RATIO = 1.7
 
 OnStep = Callable[[int, int], None]
 
@@ -93,7 +92,7 @@ class _Job:
         tuned = json.loads((self.out / self.task.tuning / FINISHED["tuning"]).read_text())["tuned"]
         recipe = dataclasses.replace(self.task.recipe, **tuned)
         dataset = vary(self.setting.dataset, spec["train_fraction"], spec["label_noise"], spec["seed"])
-        model = self._build(spec["seed"])
+        model = self._build(spec["seed"], dataset)
         dense_flops = self._check_ratio(model)
         before = measure_accuracy(model, dataset)[0] if self.method.teacher and self.leads else None
         log = self._train(model, dataset, recipe, spec["seed"])
@@ -145,11 +144,12 @@ class _Job:
         dataset = dataset.hold_out()
         record = self.folder / "points.json"
         points: list[dict[str, Any]] = json.loads(record.read_text()) if record.exists() else []
+        start = self._build(0, dataset)
         for factor, decay in grid.points[len(points) :]:
             recipe = dataclasses.replace(
                 self.task.recipe, lr=self.task.recipe.lr * factor, weight_decay=decay
             )  # fmt: skip
-            model = self._build(0)
+            model = copy.deepcopy(start)
             log = self._train(model, dataset, recipe, 0, f"{len(points)}.")
             if not self.leads:
                 points.append({})
@@ -178,10 +178,16 @@ class _Job:
             "seconds": round(sum(point["seconds"] for point in points), 3),
         }
 
-    def _build(self, seed: int) -> nn.Module:
+    def _build(self, seed: int, dataset: Dataset) -> nn.Module:
+        """Return the untrained model, fitted to training rows where the method does that."""
+        architecture, budget = self.setting.architecture, self.setting.budget
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_for(seed, -1))
-            return self.method.build(self.setting.architecture, self.setting.budget, self._teacher())
+            model = self.method.build(architecture, budget, self._teacher())
+        if self.method.fit is not None:
+            inputs = dataset.batch(dataset.train, slice(0, FIT_ROWS))[0]
+            self.method.fit(model, architecture, budget, inputs.split(256))
+        return model
 
     def _teacher(self) -> nn.Module | None:
         """Return the trained dense network, a new copy each time."""
@@ -224,10 +230,10 @@ class _Job:
         with torch.random.fork_rng(devices=[]):
             dense = count_flops(architecture.build(), architecture.example())
         flops = self.method.flops(model, architecture)
-        if self.method.meets_ratio and flops * _FLOPS_RATIO > dense:
+        if self.method.meets_ratio and flops * NETWORK_RATIO > dense:
             raise MIDLError(
                 f"reproduce: {self.method.name} needs {flops} FLOPs of the dense network's {dense}, expected at least "
-                f"{_FLOPS_RATIO} times fewer"
+                f"{NETWORK_RATIO} times fewer"
             )
         return dense
 

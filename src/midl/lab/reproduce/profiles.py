@@ -111,7 +111,7 @@ PROFILES = {
         seeds=(0, 1, 2),
         grid=Grid(lr_factors=(0.33, 1.0, 3.0), weight_decays=(0.01, 0.1), rows=0.4, epochs=0.5),
         grids=dict.fromkeys(("imdb", "cifar10", "cifar100", "svhn"), _BRIEF),
-        methods={"cifar100": ("dense", "narrow", "low_rank", "scratch", "converted")},
+        methods={"cifar100": ("dense", "narrow", "low_rank", "scratch", "converted", "adapted")},
         studied=("mnist", "adult"),
     ),
 }

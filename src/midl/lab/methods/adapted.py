@@ -1,0 +1,35 @@
+"""adapted: the trained dense network through ``midl.adapt``, then taught the dense network's answers.
+
+What ``converted`` does with the weights alone this does with inputs: light paths and gates fitted to them, and each
+layer the density and rank that lose least, which may be a light path alone or no change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from midl.adaptation import adapt
+from midl.lab.methods.method import NETWORK_RATIO, Budget, Method
+from midl.lab.models import Architecture
+
+__all__ = ["METHOD"]
+
+_CHOICES: dict[str, Any] = {"samples": 2048, "seed": 0}
+
+
+def _build(architecture: Architecture, budget: Budget, teacher: nn.Module | None) -> nn.Module:
+    return teacher or architecture.build()
+
+
+def _fit(model: nn.Module, architecture: Architecture, budget: Budget, batches: Sequence[Tensor]) -> None:
+    names = architecture.layer_names
+    adapt(
+        model, batches, NETWORK_RATIO, group_size=budget.group_size,
+        filter_fn=lambda module, name: name in names, **_CHOICES,
+    )  # fmt: skip
+
+
+METHOD = Method("adapted", "MID-L adapted", _build, teacher=True, fit=_fit, settings={**_CHOICES, "version": 1})
