@@ -52,7 +52,9 @@ Row = dict[str, Any]
 same ratio in every layer; ``calibrated``: adapted without training; ``distilled``; ``uniform``: calibrated, with every
 layer at the same density and rank share; ``gated``: calibrated, with a gate and a full path in every layer that does
 not stay dense, and ``oracle``: the same with the best selection; ``low_rank`` and ``low_rank_distilled``: low rank
-alone at the same FLOPs, the same ratio in every layer. ``active``: share of neurons on the full path, averaged over the
+alone at the same FLOPs, the same ratio in every layer. ``labelled``, ``low_rank_labelled`` and ``dense_labelled``:
+distilled for as long, by the teacher's answers and the labels in equal shares; the last is the dense network itself,
+trained on like that. ``active``: share of neurons on the full path, averaged over the
 layers that are not dense. ``latency``: batch to median seconds, dense and adapted."""
 
 
@@ -61,7 +63,8 @@ def run_study(
 ) -> list[Row]:
     """Return a row per budget and group size; finished ones are taken from ``folder``, so a stopped run goes on.
 
-    The time to run is measured last, of the network that was saved: a row whose ``latency`` was removed is timed again.
+    The time to run is measured last, of the network that was saved: a row whose ``latency`` was removed is timed again,
+    one without ``labelled`` is distilled with labels.
 
     Args:
         subject: data set and architecture.
@@ -85,6 +88,9 @@ def run_study(
                 row, adapted = study.row(budget, group_size, same_budget)
                 midl.save(adapted, saved)
                 rows.append(row)
+                write_json(file, rows)
+            if "labelled" not in row:
+                row |= study.label(budget, group_size, rows)
                 write_json(file, rows)
             if "latency" not in row:
                 row |= study.time(midl.load_(copy.deepcopy(dense), saved).eval())
@@ -115,8 +121,7 @@ class _Study:
             "active": sum(layer.active for layer in report.changed) / len(report.changed),
         }  # fmt: skip
         if same_budget is None:
-            low_rank = copy.deepcopy(self.dense)
-            factorise(low_rank, self._names(), self.batches, budget)
+            low_rank = self._low_rank(budget)
             row["low_rank"] = self._accuracy(low_rank)
             self._distil(low_rank)
             row["low_rank_distilled"] = self._accuracy(low_rank)
@@ -124,6 +129,25 @@ class _Study:
             row |= {name: same_budget[name] for name in ("low_rank", "low_rank_distilled")}
         layers = [dataclasses.asdict(layer) for layer in report.layers]
         return row | {"layers": layers}, adapted
+
+    def label(self, budget: float, group_size: int, rows: Sequence[Row]) -> Row:
+        """Return the part of a row that is distilled with labels; what knows no groups or budgets may be in others."""
+        labelled = {}
+        for name, found in (
+            ("dense_labelled", [row for row in rows if "dense_labelled" in row]),
+            ("low_rank_labelled", [row for row in rows if row["budget"] == budget and "low_rank_labelled" in row]),
+            ("labelled", []),
+        ):
+            if found:
+                labelled[name] = found[0][name]
+                continue
+            if name == "labelled":
+                model = self._adapt(budget, group_size)[0]
+            else:
+                model = self._low_rank(budget) if name == "low_rank_labelled" else copy.deepcopy(self.dense)
+            self._distil(model, labels=True)
+            labelled[name] = self._accuracy(model)
+        return labelled
 
     def time(self, adapted: nn.Module) -> Row:
         """Return the part of a row that tells how long the two networks take."""
@@ -153,11 +177,19 @@ class _Study:
         with select_by_oracle(model, self.batches[0]):
             return accuracy, self._accuracy(model)
 
-    def _distil(self, model: nn.Module) -> None:
+    def _low_rank(self, budget: float) -> nn.Module:
+        model = copy.deepcopy(self.dense)
+        factorise(model, self._names(), self.batches, budget)
+        return model
+
+    def _distil(self, model: nn.Module, labels: bool = False) -> None:
         batches = ShuffledBatches(self.dataset, self.settings.seed)
         epochs, seed = self.settings.distil_epochs, self.settings.seed
-        lr = self.subject.recipes().distill.lr
-        distil(model, self.dense, batches, epochs=epochs, lr=lr, loss=soft_cross_entropy(), seed=seed)
+        recipes = self.subject.recipes()
+        distil(
+            model, self.dense, batches, epochs=epochs, lr=recipes.distill.lr, loss=soft_cross_entropy(),
+            task_loss=nn.CrossEntropyLoss(label_smoothing=recipes.train.label_smoothing) if labels else None, seed=seed,
+        )  # fmt: skip
 
     def _plain(self, budget: float, group_size: int) -> float | None:
         """Return the accuracy of a conversion without data: every layer the same ratio, light path by SVD."""
