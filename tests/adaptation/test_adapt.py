@@ -277,6 +277,14 @@ def test_layers_of_low_rank_become_their_light_path_alone(allocation):
     torch.testing.assert_close(model(x), expected, rtol=1e-3, atol=1e-3)
 
 
+def test_ranks_of_light_paths_alone_fill_vectors():
+    model = nn.Sequential(nn.Linear(96, 160), nn.ReLU(), nn.Linear(160, 160), nn.ReLU(), nn.Linear(160, 10))
+    midl.adapt(model, torch.randn(512, 96), 1.7, filter_fn=lambda layer, name: name != "4")
+    ranks = [layer.rank for layer in model if isinstance(layer, midl.MIDLinear) and layer.active == 0]
+    assert ranks
+    assert all(rank < 16 or rank % 8 == 0 for rank in ranks)
+
+
 @pytest.mark.parametrize("choice", [{"light_alone": False}, {"elastic": (0.2, 0.8), "epochs": 1}])
 def test_a_full_path_stays_where_it_is_asked_for(choice):
     model = _low_rank_network()

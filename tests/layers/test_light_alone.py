@@ -50,6 +50,39 @@ def test_conv2d_output_is_that_of_the_light_path(padding, choices):
     torch.testing.assert_close(layer(x[0]), dense(x[0]), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.randn(4, 19), "input of shape .4, 19. has 19 features, expected 20"),
+        (torch.randn(4, 20).double(), "input has dtype torch.float64, expected torch.float32"),
+        (torch.zeros(4, 20, dtype=torch.int64), "input has dtype torch.int64"),
+        (torch.tensor(1.0), "input is 0-dimensional"),
+        ([1.0] * 20, "input is a list"),
+    ],
+)
+def test_linear_refuses_what_it_refuses_with_a_full_path(x, message):
+    for layer in (_linear(), _linear(active=0.5)):
+        with pytest.raises(MIDLError, match=message):
+            layer(x)
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.randn(2, 4, 9, 9), "has 4 channels, expected 3"),
+        (torch.randn(3, 9), "expected .B, 3, H, W. or"),
+        (torch.randn(2, 3, 2, 9), "smaller than kernel_size"),
+        (torch.randn(2, 3, 9, 9).double(), "input has dtype torch.float64"),
+        (None, "input is a NoneType"),
+    ],
+)
+def test_conv2d_refuses_what_it_refuses_with_a_full_path(x, message):
+    for active in (0, 0.5):
+        layer = midl.MIDConv2d(3, 8, 3, active=active, rank=4, group_size=4)
+        with pytest.raises(MIDLError, match=message):
+            layer(x)
+
+
 @torch.no_grad()
 def test_a_budget_comes_and_goes_between_prepared_calls():
     layer, x = _linear(active=0.5), torch.randn(4, 20)

@@ -162,6 +162,11 @@ class MIDConv2d(MIDLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output, (B, n, H', W'), or (n, H', W') for one image."""
+        if self.config.active == 0 and not (observers or self._pad_before or torch.compiler.is_compiling()):
+            try:
+                return self._light_alone(x)
+            except (RuntimeError, TypeError):
+                pass  # what is wrong is found below
         if not torch.compiler.is_compiling() and not (
             observers or self._pad_before or (self.training and self.config.noise > 0)
         ):
@@ -193,7 +198,9 @@ class MIDConv2d(MIDLayer):
                 f"dilation={self.dilation} and padding={self.padding!r}"
             )
         if c.active == 0:
-            return self._light_alone(images, height, width)
+            if observers:
+                self._observe(images.new_empty((len(images), height, width, 0), dtype=torch.int32))
+            return self._light_alone(images)
         per_image = c.select == "image"
         noise = None
         if self.training and c.noise > 0:
@@ -206,12 +213,11 @@ class MIDConv2d(MIDLayer):
             self._observe(selected)
         return y
 
-    def _light_alone(self, images: Tensor, height: int, width: int) -> Tensor:
+    def _light_alone(self, images: Tensor) -> Tensor:
         """Return the light path's output on padded images, for layers that select nothing."""
-        if observers:
-            self._observe(images.new_empty((len(images), height, width, 0), dtype=torch.int32))
         code = F.conv2d(images, self.light_down, None, self.stride, tuple(self._op_padding), self.dilation)
-        return F.conv2d(code, self.light_up[:, :, None, None], self.bias)
+        up = self.light_up
+        return F.conv2d(code, up.view(*up.shape, 1, 1), self.bias)
 
     def extra_repr(self) -> str:
         """Return the constructor's arguments."""

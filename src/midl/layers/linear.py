@@ -125,6 +125,11 @@ class MIDLinear(MIDLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output, (..., out_features)."""
+        if self.config.active == 0 and not (observers or torch.compiler.is_compiling()):
+            try:
+                return self._light_alone(x)
+            except (RuntimeError, TypeError):
+                pass  # what is wrong is found below
         if not torch.compiler.is_compiling() and not observers and not (self.training and self.config.noise > 0):
             prepared = call_prepared(x, self._parameters, self.config)
             if prepared is not None:
@@ -134,6 +139,8 @@ class MIDLinear(MIDLayer):
         self._check_input(x, -1, self.in_features, "features")
         c = self.config
         if c.active == 0:
+            if observers:
+                self._observe(x.new_empty((*x.shape[:-1], 0), dtype=torch.int32))
             return self._light_alone(x)
         # A sequence keeps its axis only where positions share a selection.
         rows = x if x.dim() == 2 or (x.dim() > 2 and c.span > 1) else x.reshape(-1, self.in_features)
@@ -150,8 +157,6 @@ class MIDLinear(MIDLayer):
 
     def _light_alone(self, x: Tensor) -> Tensor:
         """Return the light path's output, for layers that select nothing."""
-        if observers:
-            self._observe(x.new_empty((*x.shape[:-1], 0), dtype=torch.int32))
         return F.linear(F.linear(x, self.light_down), self.light_up, self.bias)
 
     def extra_repr(self) -> str:
