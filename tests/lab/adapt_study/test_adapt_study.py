@@ -140,7 +140,7 @@ def test_every_study_runs_goes_on_and_is_rendered(tmp_path, monkeypatch, capsys)
     assert len(both) == 2
     assert all(row["flops_ratio"] >= 1.5 for row in both)
     names = ("dense", "plain", "calibrated", "oracle", "distilled", "uniform", "low_rank", "low_rank_distilled",
-             "labelled", "low_rank_labelled", "dense_labelled")  # fmt: skip
+             "dense_distilled")  # fmt: skip
     assert all(10 < row[name] <= 100 for row in both for name in names)
     monkeypatch.setattr(elastic, "BUDGETS", (0.5, 1.0))
     assert len(elastic.run_elastic(digits, 0, tmp_path, distil_epochs=1)) == 2

@@ -15,8 +15,7 @@ __all__ = ["render"]
 _BUDGETS = (
     ("dense", "dense"), ("plain", "converted without data"), ("calibrated", "calibrated"),
     ("gated", "a gate in every sparse layer"), ("oracle", "its oracle"), ("distilled", "distilled"),
-    ("low_rank_distilled", "low rank alone, distilled"), ("labelled", "distilled with labels"),
-    ("low_rank_labelled", "low rank alone, with labels"), ("dense_labelled", "dense, trained on with labels"),
+    ("low_rank_distilled", "low rank alone, distilled"), ("dense_distilled", "dense, distilled from itself"),
 )  # fmt: skip
 
 
@@ -32,7 +31,7 @@ def render(folder: Path) -> str:
     parts: list[str] = []
     for dataset in sorted({row["dataset"] for row in rows}):
         own = [row for row in rows if row["dataset"] == dataset]
-        parts += _budget_tables(dataset, [row for row in own if {"distilled", "labelled", "latency"} <= row.keys()])
+        parts += _budget_tables(dataset, [row for row in own if {"distilled", "latency"} <= row.keys()])
         parts += _latency_table(dataset, [row for row in own if "served" in row])
         parts += _elastic_table(dataset, [row for row in own if "elastic" in row])
         parts += _threshold_table(dataset, [row for row in own if "threshold" in row])
@@ -48,16 +47,13 @@ def _budget_tables(dataset: str, rows: Sequence[dict[str, Any]]) -> Iterable[str
     batches = list(rows[0]["latency"])
     speeds = "".join(f" speed, batch {batch} |" for batch in batches)
     titles = [title for _, title in _BUDGETS]
-    titles += ["distilled - dense", "with labels - dense", "layer-wise - uniform, calibrated"]
+    titles += ["distilled - dense", "layer-wise - uniform, calibrated"]
     yield f"| budget | G | seeds | {' | '.join(titles)} |{speeds}"
     yield "|" + "---|" * (3 + len(titles) + len(batches))
     for budget, group_size in sorted({(row["budget"], row["group_size"]) for row in rows}):
         same = [row for row in rows if (row["budget"], row["group_size"]) == (budget, group_size)]
         cells = [_mean(same, name) for name, _ in _BUDGETS]
-        cells += [
-            _difference(same, "distilled", "dense"), _difference(same, "labelled", "dense"),
-            _difference(same, "calibrated", "uniform"),
-        ]  # fmt: skip
+        cells += [_difference(same, "distilled", "dense"), _difference(same, "calibrated", "uniform")]
         for batch in batches:
             ratios = [row["latency"][batch]["dense"] / row["latency"][batch]["adapted"] for row in same]
             cells.append(f"{estimate_mean(ratios).mean:.2f}x")

@@ -38,12 +38,14 @@ class Settings:
         budgets: FLOPs of the dense network, divided by those of the adapted one.
         group_sizes: neurons selected together.
         distil_epochs: of distillation; the docs report at most a fifth of the dense training's epochs.
+        labels: whether the distillation sees labels beside the teacher's answers.
         seed: of everything.
     """
 
     budgets: tuple[float, ...] = (1.7, 2.5)
     group_sizes: tuple[int, ...] = (1, 16, 32)
     distil_epochs: int = 2
+    labels: bool = True
     seed: int = 0
 
 
@@ -52,9 +54,8 @@ Row = dict[str, Any]
 same ratio in every layer; ``calibrated``: adapted without training; ``distilled``; ``uniform``: calibrated, with every
 layer at the same density and rank share; ``gated``: calibrated, with a gate and a full path in every layer that does
 not stay dense, and ``oracle``: the same with the best selection; ``low_rank`` and ``low_rank_distilled``: low rank
-alone at the same FLOPs, the same ratio in every layer. ``labelled``, ``low_rank_labelled`` and ``dense_labelled``:
-distilled for as long, by the teacher's answers and the labels in equal shares; the last is the dense network itself,
-trained on like that. ``active``: share of neurons on the full path, averaged over the
+alone at the same FLOPs, the same ratio in every layer. ``dense_distilled``: the dense network
+itself, trained on for as long in the same way. ``active``: share of neurons on the full path, averaged over the
 layers that are not dense. ``latency``: batch to median seconds, dense and adapted."""
 
 
@@ -63,8 +64,7 @@ def run_study(
 ) -> list[Row]:
     """Return a row per budget and group size; finished ones are taken from ``folder``, so a stopped run goes on.
 
-    The time to run is measured last, of the network that was saved: a row whose ``latency`` was removed is timed again,
-    one without ``labelled`` is distilled with labels.
+    The time to run is measured last, of the network that was saved: a row whose ``latency`` was removed is timed again.
 
     Args:
         subject: data set and architecture.
@@ -84,13 +84,9 @@ def run_study(
             saved = folder / f"{subject.name}-{budget:g}x-groups{group_size}-seed{settings.seed}.safetensors"
             row = next((row for row in rows if (row["budget"], row["group_size"]) == (budget, group_size)), None)
             if row is None:
-                same_budget = next((row for row in rows if row["budget"] == budget), None)
-                row, adapted = study.row(budget, group_size, same_budget)
+                row, adapted = study.row(budget, group_size, rows)
                 midl.save(adapted, saved)
                 rows.append(row)
-                write_json(file, rows)
-            if "labelled" not in row:
-                row |= study.label(budget, group_size, rows)
                 write_json(file, rows)
             if "latency" not in row:
                 row |= study.time(midl.load_(copy.deepcopy(dense), saved).eval())
@@ -106,48 +102,32 @@ class _Study:
     dense: nn.Module
     batches: Sequence[Tensor]
 
-    def row(self, budget: float, group_size: int, same_budget: Row | None) -> tuple[Row, nn.Module]:
-        """Return one row without times and its network; low rank knows no groups: a row of the same budget has it."""
+    def row(self, budget: float, group_size: int, rows: Sequence[Row]) -> tuple[Row, nn.Module]:
+        """Return one row without times and its network; what knows no groups or no budget is taken from ``rows``."""
         adapted, report = self._adapt(budget, group_size)
         calibrated = self._accuracy(adapted)
         gated, oracle = self._gated(budget, group_size)
         uniform = self._accuracy(self._adapt(budget, group_size, allocation="uniform")[0])
-        self._distil(adapted)
         row: Row = {
             "dataset": self.subject.name, "seed": self.settings.seed, "budget": budget, "group_size": group_size,
-            "flops_ratio": report.flops_ratio, "dense": self._accuracy(self.dense),
+            "labels": self.settings.labels, "flops_ratio": report.flops_ratio, "dense": self._accuracy(self.dense),
             "plain": self._plain(budget, group_size), "calibrated": calibrated, "uniform": uniform, "gated": gated,
-            "oracle": oracle, "distilled": self._accuracy(adapted),
+            "oracle": oracle, "distilled": self._distil(adapted),
             "active": sum(layer.active for layer in report.changed) / len(report.changed),
         }  # fmt: skip
+        if rows:
+            row["dense_distilled"] = rows[0]["dense_distilled"]
+        else:
+            row["dense_distilled"] = self._distil(copy.deepcopy(self.dense))
+        same_budget = next((other for other in rows if other["budget"] == budget), None)
         if same_budget is None:
-            low_rank = self._low_rank(budget)
-            row["low_rank"] = self._accuracy(low_rank)
-            self._distil(low_rank)
-            row["low_rank_distilled"] = self._accuracy(low_rank)
+            low_rank = copy.deepcopy(self.dense)
+            factorise(low_rank, self._names(), self.batches, budget)
+            row |= {"low_rank": self._accuracy(low_rank), "low_rank_distilled": self._distil(low_rank)}
         else:
             row |= {name: same_budget[name] for name in ("low_rank", "low_rank_distilled")}
         layers = [dataclasses.asdict(layer) for layer in report.layers]
         return row | {"layers": layers}, adapted
-
-    def label(self, budget: float, group_size: int, rows: Sequence[Row]) -> Row:
-        """Return the part of a row that is distilled with labels; what knows no groups or budgets may be in others."""
-        labelled = {}
-        for name, found in (
-            ("dense_labelled", [row for row in rows if "dense_labelled" in row]),
-            ("low_rank_labelled", [row for row in rows if row["budget"] == budget and "low_rank_labelled" in row]),
-            ("labelled", []),
-        ):
-            if found:
-                labelled[name] = found[0][name]
-                continue
-            if name == "labelled":
-                model = self._adapt(budget, group_size)[0]
-            else:
-                model = self._low_rank(budget) if name == "low_rank_labelled" else copy.deepcopy(self.dense)
-            self._distil(model, labels=True)
-            labelled[name] = self._accuracy(model)
-        return labelled
 
     def time(self, adapted: nn.Module) -> Row:
         """Return the part of a row that tells how long the two networks take."""
@@ -177,19 +157,16 @@ class _Study:
         with select_by_oracle(model, self.batches[0]):
             return accuracy, self._accuracy(model)
 
-    def _low_rank(self, budget: float) -> nn.Module:
-        model = copy.deepcopy(self.dense)
-        factorise(model, self._names(), self.batches, budget)
-        return model
-
-    def _distil(self, model: nn.Module, labels: bool = False) -> None:
-        batches = ShuffledBatches(self.dataset, self.settings.seed)
-        epochs, seed = self.settings.distil_epochs, self.settings.seed
-        recipes = self.subject.recipes()
+    def _distil(self, model: nn.Module) -> float:
+        """Distil in place and return the accuracy."""
+        settings, recipes = self.settings, self.subject.recipes()
+        smoothing = recipes.train.label_smoothing
         distil(
-            model, self.dense, batches, epochs=epochs, lr=recipes.distill.lr, loss=soft_cross_entropy(),
-            task_loss=nn.CrossEntropyLoss(label_smoothing=recipes.train.label_smoothing) if labels else None, seed=seed,
+            model, self.dense, ShuffledBatches(self.dataset, settings.seed), epochs=settings.distil_epochs,
+            lr=recipes.distill.lr, loss=soft_cross_entropy(), seed=settings.seed,
+            task_loss=nn.CrossEntropyLoss(label_smoothing=smoothing) if settings.labels else None,
         )  # fmt: skip
+        return self._accuracy(model)
 
     def _plain(self, budget: float, group_size: int) -> float | None:
         """Return the accuracy of a conversion without data: every layer the same ratio, light path by SVD."""
