@@ -54,6 +54,7 @@ def adapt(
     optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
     loss: Loss = squared_error,
     task_loss: Loss | None = None,
+    kd_ratio: float = 0.5,
     elastic: tuple[float, float] | None = None,
     threshold: bool = False,
     seed: int = 0,
@@ -63,8 +64,7 @@ def adapt(
     Every layer is calibrated on the data, gets the light path and the gate that lose least there, and is measured at
     several ranks and densities; then the budget is divided among the layers so that the model's output changes
     least, and the result is, if asked, distilled against the dense model. Labels are not needed, and used only by
-    ``task_loss``. On an error the model
-    is as before.
+    ``task_loss``. On an error the model is as before.
 
     >>> import midl, torch
     >>> model = nn.Sequential(nn.Linear(32, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
@@ -98,8 +98,9 @@ def adapt(
         lr: of the distillation, as for ``distil``.
         optimizer: from parameters to the optimizer of the distillation; default as for ``distil``.
         loss: of the distillation, between the outputs of the adapted and of the dense model.
-        task_loss: of the distillation, between the output of the adapted model and the labels, as for ``distil``; it
-            counts as much as ``loss``. None: labels are not used.
+        task_loss: of the distillation, between the output of the adapted model and the labels, as for ``distil``. None:
+            labels are not used.
+        kd_ratio: share of ``loss`` in the sum with ``task_loss``.
         elastic: range of ``active`` to distil for, as for ``distil``.
         threshold: let every input take as many groups as it needs, the budget on average over ``data``: gates are
             fitted so that the logits of different inputs compare, and :func:`calibrate_threshold` comes last.
@@ -179,7 +180,8 @@ def adapt(
         losses: list[float] = []
         if teacher is not None:
             losses = distil(
-                model, teacher, data, epochs=epochs, lr=lr, loss=loss, task_loss=task_loss, elastic=elastic, seed=seed,
+                model, teacher, data, epochs=epochs, lr=lr, loss=loss, task_loss=task_loss, kd_ratio=kd_ratio,
+                elastic=elastic, seed=seed,
                 optimizer=None if optimizer is None else optimizer(model.parameters()),
             )  # fmt: skip
             error = output_error(model, measured, expected)

@@ -219,7 +219,12 @@ class _Job:
             teacher = self.load("dense", seed, folder) if way.teacher else None
             model = way.build(self.architecture, self.budget, teacher)
             recipe = self.recipes.distill if way.teacher else self.recipes.train
-            loss = distillation_loss(self.load("dense", seed, folder)) if way.teacher else None
+            loss = None
+            if way.teacher:
+                loss = distillation_loss(
+                    self.load("dense", seed, folder), kd_ratio=self.recipes.kd_ratio,
+                    label_smoothing=recipe.label_smoothing,
+                )  # fmt: skip
         zero_shot = measure_accuracy(model, self.dataset)[0] if way.teacher else None
         checkpoint = folder.checkpoint(name)
         losses = train(model, self.dataset, recipe, seed=seed, loss=loss, checkpoint=checkpoint, on_step=watcher.step)

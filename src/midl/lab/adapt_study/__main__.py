@@ -32,7 +32,6 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, help="of the dense training; default: the recipe's")
     parser.add_argument("--further-epochs", type=int, default=0, help="of the dense training after a restart")
     parser.add_argument("--distil-epochs", type=int, help="of distillation, or of each of the ablation's variants")
-    parser.add_argument("--no-labels", action="store_true", help="distil from the teacher's answers alone (budgets)")
     parser.add_argument("--budgets", default="1.7,2.5")
     parser.add_argument("--group-sizes", default="1,16,32")
     parser.add_argument("--threads", type=int)
@@ -54,8 +53,7 @@ def _run(arguments: Any, subject: Subject, seed: int, on_row: Callable[[dict[str
         settings = Settings(
             budgets=tuple(map(float, arguments.budgets.split(","))),
             group_sizes=tuple(map(int, arguments.group_sizes.split(","))),
-            distil_epochs=arguments.distil_epochs or Settings.distil_epochs,
-            labels=not arguments.no_labels, seed=seed,
+            distil_epochs=arguments.distil_epochs or Settings.distil_epochs, seed=seed,
         )  # fmt: skip
         run_study(subject, settings, arguments.out, on_row)
     elif arguments.study == "latency":

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 import midl
-from midl.adaptation import refresh_normalization, soft_cross_entropy
+from midl.adaptation import refresh_normalization
 from midl.adaptation.measure import dense_outputs
 from midl.lab.adapt_study.batches import ShuffledBatches
-from midl.lab.adapt_study.subject import Subject
+from midl.lab.adapt_study.subject import Subject, distillation
 from midl.lab.files import write_json
 from midl.lab.measure import measure_accuracy
 
@@ -62,8 +62,8 @@ def run_elastic(
         if (active := choices.pop("active", None)) is not None:
             midl.set_active(model, active)
         midl.adaptation.distil(
-            model, dense, ShuffledBatches(dataset, seed), epochs=distil_epochs, lr=subject.recipes().distill.lr,
-            loss=soft_cross_entropy(), seed=seed, **choices,
+            model, dense, ShuffledBatches(dataset, seed), epochs=distil_epochs, seed=seed,
+            **distillation(subject.recipes()), **choices,
         )  # fmt: skip
         return model
 

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 import midl
-from midl.adaptation import soft_cross_entropy
 from midl.errors import MIDLError
 from midl.lab.adapt_study.batches import ShuffledBatches
+from midl.lab.adapt_study.subject import distillation
 from midl.lab.curve import Point, measure_curve, plot_curve
 from midl.lab.data import Dataset, load
 from midl.lab.environment import describe_environment
@@ -58,7 +58,8 @@ def adapt_once(settings: AdaptSettings, out: Path, checkpoint: Path | None = Non
     report = midl.adapt(
         model, ShuffledBatches(dataset, settings.seed), settings.budget, group_size=settings.group_size,
         latency_inputs=None if served is None else dataset.batch(dataset.train, slice(0, served))[0],
-        epochs=settings.distil_epochs, loss=soft_cross_entropy(), threshold=settings.threshold, seed=settings.seed,
+        epochs=settings.distil_epochs, threshold=settings.threshold, seed=settings.seed,
+        **distillation(recipes_for(settings.dataset)),
     )  # fmt: skip
     midl.save(model, out / "adapted.safetensors")
     yield str(report)
@@ -92,8 +93,8 @@ def draw_curve(
     model = copy.deepcopy(dense)
     midl.adapt(
         model, ShuffledBatches(dataset, settings.seed), settings.budget, group_size=settings.group_size,
-        allocation="uniform", epochs=settings.distil_epochs, loss=soft_cross_entropy(),
-        elastic=(min(budgets), max(budgets)), seed=settings.seed,
+        allocation="uniform", epochs=settings.distil_epochs, elastic=(min(budgets), max(budgets)), seed=settings.seed,
+        **distillation(recipes_for(settings.dataset)),
     )  # fmt: skip
     midl.save(model, out / "elastic.safetensors")
     accuracy = measure_accuracy(dense, dataset)[0]

@@ -14,12 +14,11 @@ from torch import Tensor, nn
 
 import midl
 from midl.adaptation import adapt, distil
-from midl.adaptation.distil import soft_cross_entropy
 from midl.errors import MIDLError
 from midl.lab.adapt_study.batches import ShuffledBatches
 from midl.lab.adapt_study.low_rank import factorise
 from midl.lab.adapt_study.oracle import select_by_oracle
-from midl.lab.adapt_study.subject import Subject
+from midl.lab.adapt_study.subject import Subject, distillation
 from midl.lab.data import Dataset
 from midl.lab.files import write_json
 from midl.lab.measure import layer_flops, measure_accuracy, measure_latency
@@ -38,14 +37,12 @@ class Settings:
         budgets: FLOPs of the dense network, divided by those of the adapted one.
         group_sizes: neurons selected together.
         distil_epochs: of distillation; the docs report at most a fifth of the dense training's epochs.
-        labels: whether the distillation sees labels beside the teacher's answers.
         seed: of everything.
     """
 
     budgets: tuple[float, ...] = (1.7, 2.5)
     group_sizes: tuple[int, ...] = (1, 16, 32)
     distil_epochs: int = 2
-    labels: bool = True
     seed: int = 0
 
 
@@ -110,7 +107,8 @@ class _Study:
         uniform = self._accuracy(self._adapt(budget, group_size, allocation="uniform")[0])
         row: Row = {
             "dataset": self.subject.name, "seed": self.settings.seed, "budget": budget, "group_size": group_size,
-            "labels": self.settings.labels, "flops_ratio": report.flops_ratio, "dense": self._accuracy(self.dense),
+            "kd_ratio": self.subject.recipes().kd_ratio, "flops_ratio": report.flops_ratio,
+            "dense": self._accuracy(self.dense),
             "plain": self._plain(budget, group_size), "calibrated": calibrated, "uniform": uniform, "gated": gated,
             "oracle": oracle, "distilled": self._distil(adapted),
             "active": sum(layer.active for layer in report.changed) / len(report.changed),
@@ -159,13 +157,9 @@ class _Study:
 
     def _distil(self, model: nn.Module) -> float:
         """Distil in place and return the accuracy."""
-        settings, recipes = self.settings, self.subject.recipes()
-        smoothing = recipes.train.label_smoothing
-        distil(
-            model, self.dense, ShuffledBatches(self.dataset, settings.seed), epochs=settings.distil_epochs,
-            lr=recipes.distill.lr, loss=soft_cross_entropy(), seed=settings.seed,
-            task_loss=nn.CrossEntropyLoss(label_smoothing=smoothing) if settings.labels else None,
-        )  # fmt: skip
+        settings, batches = self.settings, ShuffledBatches(self.dataset, self.settings.seed)
+        choices = distillation(self.subject.recipes())
+        distil(model, self.dense, batches, epochs=settings.distil_epochs, seed=settings.seed, **choices)
         return self._accuracy(model)
 
     def _plain(self, budget: float, group_size: int) -> float | None:

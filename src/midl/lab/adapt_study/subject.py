@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 import midl
+from midl.adaptation import soft_cross_entropy
 from midl.errors import MIDLError
 from midl.lab.data import Dataset
 from midl.lab.models import MLP, Architecture, ResNet, architecture_for
 from midl.lab.recipes import Recipes, recipes_for
 from midl.lab.training import train
 
-__all__ = ["Subject", "subject_for"]
+__all__ = ["Subject", "distillation", "subject_for"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,3 +94,12 @@ def subject_for(dataset: Dataset, model: str | None = None) -> Subject:
     inputs = torch.Size(dataset.input_shape).numel()
     mlp = MLP(inputs, (1024, 1024), dataset.num_classes)
     return Subject(f"{dataset.name}-mlp", dataset, mlp, "mnist")
+
+
+def distillation(recipes: Recipes) -> dict[str, Any]:
+    """Return the arguments of :func:`midl.adaptation.distil` that say how fast and from what to learn."""
+    choices: dict[str, Any] = {"lr": recipes.distill.lr, "loss": soft_cross_entropy()}
+    if recipes.kd_ratio < 1:
+        choices["kd_ratio"] = recipes.kd_ratio
+        choices["task_loss"] = nn.CrossEntropyLoss(label_smoothing=recipes.distill.label_smoothing)
+    return choices

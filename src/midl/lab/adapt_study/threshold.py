@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import midl
-from midl.adaptation import calibrate_threshold, soft_cross_entropy
+from midl.adaptation import calibrate_threshold
 from midl.adaptation.measure import dense_outputs, output_error
 from midl.lab.adapt_study.batches import ShuffledBatches
-from midl.lab.adapt_study.subject import Subject
+from midl.lab.adapt_study.subject import Subject, distillation
 from midl.lab.files import write_json
 from midl.lab.measure import measure_accuracy, measure_latency
 from midl.lab.measures.watching import mid_layers, watch_layers
@@ -100,11 +100,8 @@ def _adapt(
     row["active"] = float(_shares(model, x[0][:1]))
     row["fixed_error"] = output_error(model, x, outputs)
     row["fixed_calibrated"] = measure_accuracy(model, dataset)[0]
-    loss = soft_cross_entropy()
-    midl.adaptation.distil(
-        model, dense, ShuffledBatches(dataset, seed), epochs=distil_epochs,
-        lr=subject.recipes().distill.lr, loss=loss, seed=seed,
-    )  # fmt: skip
+    choices = distillation(subject.recipes())
+    midl.adaptation.distil(model, dense, ShuffledBatches(dataset, seed), epochs=distil_epochs, seed=seed, **choices)
     row["fixed"] = measure_accuracy(model, dataset)[0]
     calibrate_threshold(model, batches, samples=_CALIBRATION)
     row["threshold"] = measure_accuracy(model, dataset)[0]

@@ -25,6 +25,7 @@ from midl.lab.measure import measure_accuracy, peak_bytes, saved_bytes
 from midl.lab.measures import measure_all
 from midl.lab.methods import FIT_ROWS, NETWORK_RATIO, Method, count_neurons, find
 from midl.lab.processes import accelerator
+from midl.lab.recipes import recipes_for
 from midl.lab.reproduce.plan import MEASURES_VERSION, RESULTS_VERSION, Setting, Task, setting_for
 from midl.lab.reproduce.profiles import profile_named
 from midl.lab.reproduce.scalars import Scalars
@@ -209,9 +210,12 @@ class _Job:
                 write_text(self.folder / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in entries))
                 scalars.write(entries)
 
-        teacher = self._teacher()
+        teacher, loss = self._teacher(), None
+        if teacher is not None:
+            kd_ratio = recipes_for(self.task.spec["dataset"]).kd_ratio
+            loss = distillation_loss(teacher, kd_ratio=kd_ratio, label_smoothing=recipe.label_smoothing)
         train(
-            model, dataset, recipe, seed=seed, loss=None if teacher is None else distillation_loss(teacher),
+            model, dataset, recipe, seed=seed, loss=loss,
             checkpoint=self.folder / f"{prefix}{_CHECKPOINT}", before_step=self.method.before_step,
             on_step=self.on_step, on_epoch=keep,
         )  # fmt: skip

@@ -219,6 +219,9 @@ class _Planner:
         settings: dict[str, Any],
     ) -> Path:  # fmt: skip
         dataset, architecture = self._setting.dataset, self._setting.architecture
+        kd_ratio = recipes_for(dataset.name).kd_ratio
+        if find(spec["method"]).teacher and kd_ratio < 1:
+            settings = {**settings, "kd_ratio": kd_ratio}
         spec = {
             "dataset": dataset.name, "profile": self._profile.name, **spec,
             "architecture": describe(architecture),
