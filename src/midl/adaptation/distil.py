@@ -96,7 +96,7 @@ def distil(
         kd_ratio: share of ``loss`` in the sum with ``task_loss``, which has the rest.
         match: names of submodules, the same in both models, whose outputs should agree too; the mean of their squared
             errors is added to the loss.
-        elastic: (low, high): every step draws the mean ``active`` of the layers from this range, a third of them
+        elastic: (low, high): every step draws the mean ``active`` of the layers from this range, half of them
             the low end, so that the weights serve all budgets in it (:func:`midl.set_active`). Layers with unequal
             ``active`` keep the proportions of their odds; each layer's own is restored afterwards. Batch normalisations
             end with the statistics of the mixture: take those of one budget with :func:`refresh_normalization`.
@@ -167,12 +167,12 @@ def distil(
 
 
 def _draw(low: float, high: float) -> float:
-    """Return a fraction of the range: for a third of the draws the low end, which has most to learn.
+    """Return a fraction of the range: for half of the draws the low end, which has most to learn.
 
     Source: the sandwich rule of "Universally Slimmable Networks", arXiv 1903.05134, with one width a step.
     """
     part = float(torch.rand(()))
-    return low if part < 1 / 3 else low + (high - low) * (1.5 * part - 0.5)
+    return low if part < 0.5 else low + (high - low) * (2 * part - 1)
 
 
 def _loss(

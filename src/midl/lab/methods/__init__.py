@@ -13,9 +13,9 @@ from midl.lab.methods import (
     narrow,
     scratch,
 )
-from midl.lab.methods.method import FIT_ROWS, NETWORK_RATIO, Budget, Method, count_neurons, load
+from midl.lab.methods.method import NETWORK_RATIO, Budget, Method, count_neurons, load
 
-__all__ = ["FIT_ROWS", "METHODS", "NETWORK_RATIO", "Budget", "Method", "count_neurons", "find", "load"]
+__all__ = ["METHODS", "NETWORK_RATIO", "Budget", "Method", "count_neurons", "find", "load"]
 
 METHODS: dict[str, Method] = {
     module.METHOD.name: module.METHOD

@@ -17,12 +17,10 @@ from midl.lab.models import Architecture
 from midl.layers import MIDLayer
 from midl.serialization import load_
 
-__all__ = ["FIT_ROWS", "NETWORK_RATIO", "Budget", "Method", "Substitute", "count_neurons", "load", "replace_layers"]
+__all__ = ["NETWORK_RATIO", "Budget", "Method", "Substitute", "count_neurons", "load", "replace_layers"]
 
 NETWORK_RATIO = 1.7
 """FLOPs of the dense network, divided by those of one that claims to save them, at least."""
-FIT_ROWS = 2048
-"""Training inputs that ``Method.fit`` is given, at most."""
 
 # The low-rank code, the light path and the gate get at least this share of a layer's budget: where what must stay dense
 # takes much of the network's FLOPs, the active share gives way.

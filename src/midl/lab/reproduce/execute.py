@@ -23,7 +23,7 @@ from midl.lab.environment import describe_environment
 from midl.lab.files import write_json, write_text
 from midl.lab.measure import measure_accuracy, peak_bytes, saved_bytes
 from midl.lab.measures import measure_all
-from midl.lab.methods import FIT_ROWS, NETWORK_RATIO, Method, count_neurons, find
+from midl.lab.methods import NETWORK_RATIO, Method, count_neurons, find
 from midl.lab.processes import accelerator
 from midl.lab.recipes import recipes_for
 from midl.lab.reproduce.plan import MEASURES_VERSION, RESULTS_VERSION, Setting, Task, setting_for
@@ -186,7 +186,8 @@ class _Job:
             torch.manual_seed(seed_for(seed, -1))
             model = self.method.build(architecture, budget, self._teacher())
         if self.method.fit is not None:
-            inputs = dataset.batch(dataset.train, slice(0, FIT_ROWS))[0]
+            rows = profile_named(self.task.spec["profile"]).fit_rows
+            inputs = dataset.batch(dataset.train, slice(0, rows))[0]
             self.method.fit(model, architecture, budget, inputs.split(256))
         return model
 

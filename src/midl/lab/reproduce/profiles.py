@@ -51,6 +51,7 @@ class Profile:
         noises: shares of random labels in the study, beside none.
         batches: sizes at which latency is measured.
         rounds: of the latency measurement.
+        fit_rows: training inputs that ``Method.fit`` is given, at most.
         measured_rows: test rows for each measure; None: each measure's own choice.
     """
 
@@ -68,6 +69,7 @@ class Profile:
     noises: tuple[float, ...] = (0.2, 0.4)
     batches: tuple[int, ...] = (1, 32, 256)
     rounds: int = 31
+    fit_rows: int = 2048
     measured_rows: int | None = None
 
     def grid_for(self, dataset: str) -> Grid:
@@ -103,6 +105,7 @@ PROFILES = {
         noises=(0.4,),
         batches=(1, 16),
         rounds=3,
+        fit_rows=16,
         measured_rows=60,
     ),
     "paper": Profile(
