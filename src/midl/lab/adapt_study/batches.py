@@ -1,4 +1,4 @@
-"""Batches of a data set's training rows in a new order every epoch, augmented where the data set says so."""
+"""Batches of a data set's training rows: some to calibrate on, all in a new order every epoch to train on."""
 
 from __future__ import annotations
 
@@ -9,11 +9,16 @@ from torch import Tensor
 
 from midl.lab.data import Dataset
 
-__all__ = ["ShuffledBatches"]
+__all__ = ["CALIBRATION_ROWS", "ShuffledBatches", "calibration_batches"]
+
+CALIBRATION_ROWS = 2048
+"""Training rows that the studies adapt with."""
 
 
 class ShuffledBatches:
-    """Inputs and labels of the training rows; orders and augmentation follow from ``seed`` alone.
+    """Inputs and labels of the training rows, augmented where the data set says so.
+
+    Orders and augmentation follow from ``seed`` alone.
 
     >>> from midl.lab.data import load
     >>> batches = ShuffledBatches(load("digits"), seed=0, batch_size=100)
@@ -36,3 +41,14 @@ class ShuffledBatches:
                 torch.manual_seed(seed + i)
                 batch = self.dataset.training_batch(rows)
             yield batch
+
+
+def calibration_batches(dataset: Dataset, seed: int) -> list[Tensor]:
+    """Return the inputs of ``CALIBRATION_ROWS`` random training rows, not augmented.
+
+    >>> from midl.lab.data import load
+    >>> [len(batch) for batch in calibration_batches(load("digits"), seed=0)]
+    [256, 256, 256, 256, 256, 158]
+    """
+    order = torch.randperm(len(dataset.train), generator=torch.Generator().manual_seed(seed))
+    return [dataset.batch(dataset.train, rows)[0] for rows in order[:CALIBRATION_ROWS].split(256)]

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 import midl
 from midl.adaptation.latency import clock
 from midl.errors import MIDLError
+from midl.lab.adapt_study.batches import CALIBRATION_ROWS, calibration_batches
 from midl.lab.adapt_study.subject import Subject
 from midl.lab.files import write_json
 from midl.lab.measure import measure_accuracy
 
 __all__ = ["run_latency"]
 
-_CALIBRATION = 2048
 _TURNS = 100
 Row = dict[str, Any]
 
@@ -85,12 +85,11 @@ def _adapt(
     """Return the row without latencies, and the network; None where the budget cannot be met."""
     dataset, names = subject.dataset, subject.architecture.layer_names
     row = {"dataset": subject.name, "seed": seed, "group_size": group_size, "budget": budget, "served": served}
-    order = torch.randperm(len(dataset.train), generator=torch.Generator().manual_seed(seed))
     model = copy.deepcopy(dense)
     try:
         report = midl.adapt(
-            model, [dataset.batch(dataset.train, part)[0] for part in order[:_CALIBRATION].split(256)], budget,
-            group_size=group_size, samples=_CALIBRATION, seed=seed, filter_fn=lambda module, name: name in names,
+            model, calibration_batches(dataset, seed), budget, group_size=group_size, samples=CALIBRATION_ROWS,
+            seed=seed, filter_fn=lambda module, name: name in names,
             latency_inputs=None if served is None else dataset.batch(dataset.train, slice(0, served))[0],
         )  # fmt: skip
     except MIDLError as error:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import midl
 from midl.adaptation import adapt, distil
 from midl.errors import MIDLError
-from midl.lab.adapt_study.batches import ShuffledBatches
+from midl.lab.adapt_study.batches import CALIBRATION_ROWS, ShuffledBatches, calibration_batches
 from midl.lab.adapt_study.low_rank import factorise
 from midl.lab.adapt_study.oracle import select_by_oracle
 from midl.lab.adapt_study.subject import Subject, distillation
@@ -25,7 +25,6 @@ from midl.lab.measure import layer_flops, measure_accuracy, measure_latency
 
 __all__ = ["Settings", "run_study"]
 
-_CALIBRATION = 2048
 _LATENCY_BATCHES = (1, 32, 256)
 
 
@@ -73,9 +72,7 @@ def run_study(
     rows: list[Row] = json.loads(file.read_text()) if file.exists() else []
     dataset = subject.dataset
     dense = subject.train_dense(settings.seed, folder)
-    order = torch.randperm(len(dataset.train), generator=torch.Generator().manual_seed(settings.seed))
-    batches = [dataset.batch(dataset.train, rows)[0] for rows in order[:_CALIBRATION].split(256)]
-    study = _Study(subject, settings, dense, batches)
+    study = _Study(subject, settings, dense, calibration_batches(dataset, settings.seed))
     for budget in settings.budgets:
         for group_size in settings.group_sizes:
             saved = folder / f"{subject.name}-{budget:g}x-groups{group_size}-seed{settings.seed}.safetensors"
@@ -140,7 +137,7 @@ class _Study:
         model = copy.deepcopy(self.dense)
         names = self._names()
         report = adapt(
-            model, self.batches, budget, group_size=group_size, samples=_CALIBRATION, seed=self.settings.seed,
+            model, self.batches, budget, group_size=group_size, samples=CALIBRATION_ROWS, seed=self.settings.seed,
             filter_fn=lambda module, name: name in names, **choices,
         )  # fmt: skip
         return model, report

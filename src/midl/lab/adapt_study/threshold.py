@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import midl
 from midl.adaptation import calibrate_threshold
 from midl.adaptation.measure import dense_outputs, output_error
-from midl.lab.adapt_study.batches import ShuffledBatches
+from midl.lab.adapt_study.batches import CALIBRATION_ROWS, ShuffledBatches, calibration_batches
 from midl.lab.adapt_study.subject import Subject, distillation
 from midl.lab.files import write_json
 from midl.lab.measure import measure_accuracy, measure_latency
@@ -22,7 +22,6 @@ from midl.lab.measures.watching import mid_layers, watch_layers
 
 __all__ = ["run_threshold"]
 
-_CALIBRATION = 2048
 # Test inputs that are looked at one by one, and how many of them are timed.
 _LOOKED_AT, _TIMED = 512, 32
 Row = dict[str, Any]
@@ -81,17 +80,16 @@ def _adapt(
 ) -> tuple[Row, nn.Module]:
     """Return the row without latencies, and the network with thresholds."""
     dataset, names = subject.dataset, subject.architecture.layer_names
-    order = torch.randperm(len(dataset.train), generator=torch.Generator().manual_seed(seed))
-    batches = [dataset.batch(dataset.train, part)[0] for part in order[:_CALIBRATION].split(256)]
+    batches = calibration_batches(dataset, seed)
     model = copy.deepcopy(dense)
     midl.adapt(
-        model, batches, budget, group_size=group_size, samples=_CALIBRATION, seed=seed,
+        model, batches, budget, group_size=group_size, samples=CALIBRATION_ROWS, seed=seed,
         filter_fn=lambda module, name: name in names, threshold=True,
     )  # fmt: skip
     row: Row = {"dataset": subject.name, "seed": seed, "budget": budget, "group_size": group_size}
     row |= {"epochs": distil_epochs, "dense": measure_accuracy(dense, dataset)[0]}
 
-    x = [dataset.batch(dataset.test, slice(0, _CALIBRATION))[0]]
+    x = [dataset.batch(dataset.test, slice(0, CALIBRATION_ROWS))[0]]
     outputs = dense_outputs(dense, x)
     row["threshold_error"] = output_error(model, x, outputs)
     row["threshold_calibrated"] = measure_accuracy(model, dataset)[0]
@@ -103,7 +101,7 @@ def _adapt(
     choices = distillation(subject.recipes())
     midl.adaptation.distil(model, dense, ShuffledBatches(dataset, seed), epochs=distil_epochs, seed=seed, **choices)
     row["fixed"] = measure_accuracy(model, dataset)[0]
-    calibrate_threshold(model, batches, samples=_CALIBRATION)
+    calibrate_threshold(model, batches, samples=CALIBRATION_ROWS)
     row["threshold"] = measure_accuracy(model, dataset)[0]
     parts = torch.arange(len(dataset.test)).split(_LOOKED_AT)
     shares = torch.cat([_shares(model, dataset.batch(dataset.test, part)[0]) for part in parts])
