@@ -13,11 +13,12 @@ from midl.config import num_active_groups
 from midl.errors import MIDLError
 from midl.lab.data.sets import imdb
 from midl.lab.measure import layer_flops
-from midl.lab.models import MLP, Architecture, ResNet, Transformer, architecture_for
+from midl.lab.models import MLP, VGG, Architecture, ResNet, Transformer, architecture_for
 
 SMALL: list[Architecture] = [
     MLP(64, (32, 48), 10),
     ResNet(10, widths=(8, 16, 32)),
+    VGG(10, widths=(8, 16, 32), depths=(1, 1, 2)),
     Transformer(vocabulary=50, tokens=16, num_classes=2, width=32, inner=64, blocks=2, window=8),
 ]
 small = pytest.mark.parametrize("architecture", SMALL, ids=lambda a: type(a).__name__)

@@ -27,7 +27,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m midl.lab.adapt_study", description=main.__doc__)
     parser.add_argument("study", choices=(*_STUDIES, "render"), help="scratch and converted are the ablation's halves")
     parser.add_argument("dataset", nargs="?", default="digits")
-    parser.add_argument("--model", choices=["mlp", "cnn"], help="instead of the data set's own architecture")
+    parser.add_argument("--model", choices=["mlp", "cnn", "vgg"], help="instead of the data set's own architecture")
     parser.add_argument("--seeds", default="0,1,2", help="separated by commas")
     parser.add_argument("--epochs", type=int, help="of the dense training; default: the recipe's")
     parser.add_argument("--further-epochs", type=int, default=0, help="of the dense training after a restart")

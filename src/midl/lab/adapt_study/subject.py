@@ -13,7 +13,7 @@ import midl
 from midl.adaptation import soft_cross_entropy
 from midl.errors import MIDLError
 from midl.lab.data import Dataset
-from midl.lab.models import MLP, Architecture, ResNet, architecture_for
+from midl.lab.models import MLP, VGG, Architecture, ResNet, architecture_for
 from midl.lab.recipes import Recipes, recipes_for
 from midl.lab.training import train
 
@@ -72,9 +72,10 @@ class Subject:
 
 
 def subject_for(dataset: Dataset, model: str | None = None) -> Subject:
-    """Return the data set with its own architecture, with ``"mlp"`` or with ``"cnn"``.
+    """Return the data set with its own architecture, with ``"mlp"``, ``"cnn"`` or ``"vgg"``.
 
-    ``"mlp"`` has two hidden layers of 1024; ``"cnn"`` is the lab's ResNet in widths that groups of 32 divide.
+    ``"mlp"`` has two hidden layers of 1024; ``"cnn"`` is the lab's ResNet in widths that groups of 32 divide, just wide
+    enough for its data; ``"vgg"`` is a plain CNN with more neurons than it needs.
 
     >>> from midl.lab.data import load
     >>> subject_for(load("digits"), "mlp").architecture.layer_names
@@ -86,11 +87,14 @@ def subject_for(dataset: Dataset, model: str | None = None) -> Subject:
     if model is None:
         architecture = architecture_for(dataset.name, dataset.input_shape, dataset.num_classes)
         return Subject(dataset.name, dataset, architecture, dataset.name)
-    if model == "cnn" and dataset.input_shape == (3, 32, 32):
+    if model in ("cnn", "vgg") and dataset.input_shape == (3, 32, 32):
         resnet = ResNet(dataset.num_classes, widths=(16, 32, 64, 160))
-        return Subject(f"{dataset.name}-cnn", dataset, resnet, dataset.name)
+        network = resnet if model == "cnn" else VGG(dataset.num_classes)
+        return Subject(f"{dataset.name}-{model}", dataset, network, dataset.name)
     if model != "mlp":
-        raise MIDLError(f"subject_for: model={model!r}, expected 'mlp', None or, for images of 3 x 32 x 32, 'cnn'")
+        raise MIDLError(
+            f"subject_for: model={model!r}, expected 'mlp', None or, for images of 3 x 32 x 32, 'cnn' or 'vgg'"
+        )
     inputs = torch.Size(dataset.input_shape).numel()
     mlp = MLP(inputs, (1024, 1024), dataset.num_classes)
     return Subject(f"{dataset.name}-mlp", dataset, mlp, "mnist")

@@ -5,5 +5,6 @@ from midl.lab.models.choose import architecture_for
 from midl.lab.models.mlp import MLP
 from midl.lab.models.resnet import ResNet
 from midl.lab.models.transformer import Transformer
+from midl.lab.models.vgg import VGG
 
-__all__ = ["MLP", "Architecture", "ResNet", "Transformer", "architecture_for", "describe"]
+__all__ = ["MLP", "VGG", "Architecture", "ResNet", "Transformer", "architecture_for", "describe"]
