@@ -1,6 +1,7 @@
 """The study's comparisons by hand, and small runs that are stopped and go on."""
 
 import dataclasses
+import json
 import sys
 
 import pytest
@@ -13,7 +14,7 @@ pytest.importorskip("safetensors")
 import midl
 from midl.errors import MIDLError
 from midl.lab.adapt_study import __main__ as command
-from midl.lab.adapt_study import ablation, elastic, latency, threshold
+from midl.lab.adapt_study import ablation, elastic, latency, study, threshold
 from midl.lab.adapt_study.low_rank import factorise
 from midl.lab.adapt_study.oracle import select_by_oracle
 from midl.lab.adapt_study.render import render
@@ -129,6 +130,28 @@ def test_a_restart_goes_on_from_the_first_round(tmp_path):
 def test_a_model_that_does_not_fit_the_data_is_an_error(model):
     with pytest.raises(MIDLError, match=f"model='{model}', expected 'mlp', None or, .* 'cnn' or 'vgg'"):
         subject_for(load("digits"), model)
+
+
+def test_a_study_stopped_inside_a_row_keeps_what_it_has(tmp_path, monkeypatch):
+    digits = dataclasses.replace(subject_for(load("digits")), epochs=1)
+
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(study._Study, "_gated", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run_study(digits, Settings((1.5,), (16,), 1), tmp_path)
+    (begun,) = json.loads((tmp_path / "digits-seed0.json").read_text())
+    assert {"distilled", "low_rank_distilled", "uniform"} <= begun.keys()
+    assert not {"gated", "latency"} & begun.keys()
+    with pytest.raises(MIDLError, match="has no finished rows"):
+        render(tmp_path)
+    for done in ("_adapted", "_distil", "_low_rank", "_uniform"):
+        monkeypatch.setattr(study._Study, done, stop)
+    (row,) = run_study(digits, Settings((1.5,), (16,), 1), tmp_path)
+    assert row.items() >= begun.items()
+    assert "latency" in row
 
 
 @pytest.mark.slow

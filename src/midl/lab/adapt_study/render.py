@@ -23,7 +23,7 @@ def render(folder: Path) -> str:
     """Return the tables of everything that a folder of :mod:`midl.lab.adapt_study` holds, as Markdown.
 
     Raises:
-        MIDLError: there is nothing in it.
+        MIDLError: there is nothing in it, or nothing finished.
     """
     rows = [row for file in sorted(folder.glob("*-seed*.json")) for row in json.loads(file.read_text())]
     if not rows:
@@ -37,6 +37,8 @@ def render(folder: Path) -> str:
         parts += _threshold_table(dataset, [row for row in own if "threshold" in row])
         for mode in ("scratch", "converted"):
             parts += _ablation_table(dataset, mode, [row for row in own if row.get("mode") == mode])
+    if not parts:
+        raise MIDLError(f"render: {folder} has no finished rows, expected the study that began them to go on first")
     return "\n".join(parts)
 
 

@@ -58,9 +58,10 @@ layers that are not dense. ``latency``: batch to median seconds, dense and adapt
 def run_study(
     subject: Subject, settings: Settings, folder: Path, on_row: Callable[[Row], None] = lambda row: None
 ) -> list[Row]:
-    """Return a row per budget and group size; finished ones are taken from ``folder``, so a stopped run goes on.
+    """Return a row per budget and group size; what is in ``folder`` is not done again, so a stopped run goes on.
 
-    The time to run is measured last, of the network that was saved: a row whose ``latency`` was removed is timed again.
+    A row is written after every training and every conversion. The time to run is measured last, of the network that
+    was saved: a row whose ``latency`` was removed is timed again.
 
     Args:
         subject: data set and architecture.
@@ -70,21 +71,18 @@ def run_study(
     """
     file = folder / f"{subject.name}-seed{settings.seed}.json"
     rows: list[Row] = json.loads(file.read_text()) if file.exists() else []
-    dataset = subject.dataset
     dense = subject.train_dense(settings.seed, folder)
-    study = _Study(subject, settings, dense, calibration_batches(dataset, settings.seed))
+    study = _Study(subject, settings, folder, dense, calibration_batches(subject.dataset, settings.seed))
     for budget in settings.budgets:
         for group_size in settings.group_sizes:
-            saved = folder / f"{subject.name}-{budget:g}x-groups{group_size}-seed{settings.seed}.safetensors"
             row = next((row for row in rows if (row["budget"], row["group_size"]) == (budget, group_size)), None)
             if row is None:
-                row, adapted = study.row(budget, group_size, rows)
-                midl.save(adapted, saved)
+                row = {"dataset": subject.name, "seed": settings.seed, "budget": budget, "group_size": group_size}
                 rows.append(row)
-                write_json(file, rows)
-            if "latency" not in row:
-                row |= study.time(midl.load_(copy.deepcopy(dense), saved).eval())
-                write_json(file, rows)
+            for names, measure in study.steps(budget, group_size, rows):
+                if any(name not in row for name in names):
+                    row |= measure()
+                    write_json(file, rows)
             on_row(row)
     return rows
 
@@ -93,45 +91,59 @@ def run_study(
 class _Study:
     subject: Subject
     settings: Settings
+    folder: Path
     dense: nn.Module
     batches: Sequence[Tensor]
 
-    def row(self, budget: float, group_size: int, rows: Sequence[Row]) -> tuple[Row, nn.Module]:
-        """Return one row without times and its network; what knows no groups or no budget is taken from ``rows``."""
-        adapted, report = self._adapt(budget, group_size)
-        calibrated = self._accuracy(adapted)
-        gated, oracle = self._gated(budget, group_size)
-        uniform = self._accuracy(self._adapt(budget, group_size, allocation="uniform")[0])
-        row: Row = {
-            "dataset": self.subject.name, "seed": self.settings.seed, "budget": budget, "group_size": group_size,
-            "kd_ratio": self.subject.recipes().kd_ratio, "flops_ratio": report.flops_ratio,
-            "dense": self._accuracy(self.dense),
-            "plain": self._plain(budget, group_size), "calibrated": calibrated, "uniform": uniform, "gated": gated,
-            "oracle": oracle, "distilled": self._distil(adapted),
-            "active": sum(layer.active for layer in report.changed) / len(report.changed),
-        }  # fmt: skip
-        if rows:
-            row["dense_distilled"] = rows[0]["dense_distilled"]
-        else:
-            row["dense_distilled"] = self._distil(copy.deepcopy(self.dense))
-        same_budget = next((other for other in rows if other["budget"] == budget), None)
-        if same_budget is None:
-            low_rank = copy.deepcopy(self.dense)
-            factorise(low_rank, self._names(), self.batches, budget)
-            row |= {"low_rank": self._accuracy(low_rank), "low_rank_distilled": self._distil(low_rank)}
-        else:
-            row |= {name: same_budget[name] for name in ("low_rank", "low_rank_distilled")}
-        layers = [dataclasses.asdict(layer) for layer in report.layers]
-        return row | {"layers": layers}, adapted
+    def steps(
+        self, budget: float, group_size: int, rows: Sequence[Row]
+    ) -> list[tuple[tuple[str, ...], Callable[[], Row]]]:
+        """Return the parts of a row, each with what measures it; what knows no groups is taken from ``rows``."""
+        same_budget = [row for row in rows if row["budget"] == budget]
+        return [
+            (("flops_ratio", "active", "calibrated", "distilled", "layers"), lambda: self._adapted(budget, group_size)),
+            (("dense",), lambda: {"dense": self._accuracy(self.dense)}),
+            (
+                ("low_rank", "low_rank_distilled"),
+                lambda: _found(same_budget, "low_rank", "low_rank_distilled") or self._low_rank(budget),
+            ),
+            (
+                ("dense_distilled",),
+                lambda: _found(rows, "dense_distilled") or {"dense_distilled": self._distil(copy.deepcopy(self.dense))},
+            ),
+            (("uniform",), lambda: self._uniform(budget, group_size)),
+            (("gated", "oracle"), lambda: self._gated(budget, group_size)),
+            (("plain",), lambda: {"plain": self._plain(budget, group_size)}),
+            (("latency",), lambda: self._time(budget, group_size)),
+        ]
 
-    def time(self, adapted: nn.Module) -> Row:
-        """Return the part of a row that tells how long the two networks take."""
-        latency = {}
+    def _adapted(self, budget: float, group_size: int) -> Row:
+        model, report = self._adapt(budget, group_size)
+        row: Row = {"kd_ratio": self.subject.recipes().kd_ratio, "flops_ratio": report.flops_ratio}
+        row["active"] = sum(layer.active for layer in report.changed) / len(report.changed)
+        row |= {"calibrated": self._accuracy(model), "distilled": self._distil(model)}
+        midl.save(model, self._file(budget, group_size))
+        return row | {"layers": [dataclasses.asdict(layer) for layer in report.layers]}
+
+    def _low_rank(self, budget: float) -> Row:
+        model = copy.deepcopy(self.dense)
+        factorise(model, self._names(), self.batches, budget)
+        return {"low_rank": self._accuracy(model), "low_rank_distilled": self._distil(model)}
+
+    def _uniform(self, budget: float, group_size: int) -> Row:
+        return {"uniform": self._accuracy(self._adapt(budget, group_size, allocation="uniform")[0])}
+
+    def _time(self, budget: float, group_size: int) -> Row:
+        """Return how long the dense network and the saved one take."""
+        adapted, latency = midl.load_(copy.deepcopy(self.dense), self._file(budget, group_size)).eval(), {}
         for batch in _LATENCY_BATCHES:
             x = self.dataset.batch(self.dataset.test, slice(0, batch))[0]
             times = measure_latency({"dense": self.dense, "adapted": adapted}, x)
             latency[str(batch)] = {name: found["median"] for name, found in times.items()}
         return {"latency": latency, "threads": torch.get_num_threads()}
+
+    def _file(self, budget: float, group_size: int) -> Path:
+        return self.folder / f"{self.subject.name}-{budget:g}x-groups{group_size}-seed{self.settings.seed}.safetensors"
 
     def _adapt(self, budget: float, group_size: int, **choices: Any) -> tuple[nn.Module, Any]:
         model = copy.deepcopy(self.dense)
@@ -142,15 +154,15 @@ class _Study:
         )  # fmt: skip
         return model, report
 
-    def _gated(self, budget: float, group_size: int) -> tuple[float | None, float | None]:
+    def _gated(self, budget: float, group_size: int) -> Row:
         """Return the accuracies by the gates and by the best selection; None where gates cannot meet the budget."""
         try:
             model = self._adapt(budget, group_size, light_alone=False)[0]
         except MIDLError:
-            return None, None
-        accuracy = self._accuracy(model)
+            return {"gated": None, "oracle": None}
+        row: Row = {"gated": self._accuracy(model)}
         with select_by_oracle(model, self.batches[0]):
-            return accuracy, self._accuracy(model)
+            return row | {"oracle": self._accuracy(model)}
 
     def _distil(self, model: nn.Module) -> float:
         """Distil in place and return the accuracy."""
@@ -187,6 +199,11 @@ class _Study:
     @property
     def dataset(self) -> Dataset:
         return self.subject.dataset
+
+
+def _found(rows: Sequence[Row], *names: str) -> Row:
+    """Return these parts of the first row that has them, or nothing."""
+    return next(({name: row[name] for name in names} for row in rows if all(name in row for name in names)), {})
 
 
 def _layer_ratio(model: nn.Module, names: Sequence[str], x: Tensor, budget: float) -> float:
