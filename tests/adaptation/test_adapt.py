@@ -277,12 +277,15 @@ def test_layers_of_low_rank_become_their_light_path_alone(allocation):
     torch.testing.assert_close(model(x), expected, rtol=1e-3, atol=1e-3)
 
 
-def test_ranks_of_light_paths_alone_fill_vectors():
-    model = nn.Sequential(nn.Linear(96, 160), nn.ReLU(), nn.Linear(160, 160), nn.ReLU(), nn.Linear(160, 10))
-    midl.adapt(model, torch.randn(512, 96), 1.7, filter_fn=lambda layer, name: name != "4")
-    ranks = [layer.rank for layer in model if isinstance(layer, midl.MIDLinear) and layer.active == 0]
+def test_ranks_of_convolutions_that_are_light_paths_alone_fill_blocks_of_channels():
+    model = nn.Sequential(
+        nn.Conv2d(8, 64, 3), nn.ReLU(), nn.Conv2d(64, 96, 3), nn.ReLU(), nn.Flatten(), nn.Linear(96 * 4, 10)
+    )
+    midl.adapt(model, torch.randn(256, 8, 6, 6), 1.7, filter_fn=lambda layer, name: name != "5")
+    ranks = [layer.rank for layer in model if isinstance(layer, midl.MIDConv2d) and layer.active == 0]
     assert ranks
     assert all(rank < 16 or rank % 8 == 0 for rank in ranks)
+    assert max(ranks) >= 16
 
 
 @pytest.mark.parametrize("choice", [{"light_alone": False}, {"elastic": (0.2, 0.8), "epochs": 1}])

@@ -18,9 +18,6 @@ from midl.layers import MIDLayer
 
 __all__ = ["Start", "initialise", "light_alone"]
 
-# float32 numbers in a vector register of AVX2; half of one of AVX-512.
-_VECTOR = 8
-
 
 @dataclasses.dataclass(frozen=True)
 class Start:
@@ -125,19 +122,17 @@ def initialise(
 
 def light_alone(
     weight: Tensor, bias: Tensor | None, principal: Principal, rows: OutputRows, *, group_size: int,
-    light_macs: int,
+    light_macs: int, multiple: int = 1,
 ) -> Start | None:  # fmt: skip
     """Return the start of a layer that is its light path alone (``active=0``); None where rank 1 costs too much.
 
-    Ranks from 16 on are rounded down to multiples of 8: others cost matrix products and convolutions a tenth of their
-    speed and more.
-
-    The arguments are those of :func:`initialise`.
+    The arguments are those of :func:`initialise`, and ``multiple``: ranks of at least twice as much are rounded down to
+    multiples of it.
     """
     rank = _rank_for(weight, "light", group_size, light_macs)
     if not rank:
         return None
-    rank = rank if rank < 2 * _VECTOR else rank - rank % _VECTOR
+    rank = rank if rank < 2 * multiple else rank - rank % multiple
     return _start(weight, bias, principal, rows, "light", rank, group_size, compare_rows=False)
 
 
