@@ -176,7 +176,7 @@ def edit_description(path, change):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (lambda d: d.update(version=99), "format version 99, expected at most 1"),
+        (lambda d: d.update(version=99), "format version 99, expected at most 2"),
         (lambda d: d.pop("layers") and None, "damaged description"),
         (lambda d: "no json", "damaged description"),
         (lambda d: d["layers"]["3"]["config"].update(active=7), "damaged description"),

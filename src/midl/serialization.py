@@ -19,11 +19,13 @@ from midl.conversion.blocks import FFNBlock, absolute, absorb, dense_parts, make
 from midl.conversion.convert import replace_modules
 from midl.conversion.families import family_of, family_of_layer
 from midl.errors import CheckpointError, MIDLError
-from midl.layers import MIDFFN, MIDLayer
+from midl.layers import MIDFFN, Factors, MIDLayer
 
 __all__ = ["load_", "save"]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+# The first version that knows the type of an entry; files without it can be read by older code.
+_SINCE = {"Factors": 2}
 _KEY = "midl"
 
 
@@ -55,13 +57,14 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         name: {
             "type": type(layer).__name__,
             "dense": family_of_layer(layer).name,
-            "bias": layer.bias is not None,
+            "bias": (layer[-1] if isinstance(layer, Factors) else layer).bias is not None,
             "config": layer.config.to_dict(),
             **_block_entry(layer),
         }
-        for name, layer in _mid_layers(model).items()
+        for name, layer in _described_layers(model).items()
     }
-    description = {"version": FORMAT_VERSION, "layers": layers, "aliases": aliases, "sha256": _digest(tensors)}
+    version = max([1, *(_SINCE.get(str(entry["type"]), 1) for entry in layers.values())])
+    description = {"version": version, "layers": layers, "aliases": aliases, "sha256": _digest(tensors)}
     path = Path(path)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     os.close(handle)
@@ -140,7 +143,13 @@ def _mid_layers(model: nn.Module) -> dict[str, MIDLayer]:
     return {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, MIDLayer)}
 
 
-def _block_entry(layer: MIDLayer) -> dict[str, Any]:
+def _described_layers(model: nn.Module) -> dict[str, MIDLayer | Factors]:
+    """Return what the description names: the MID-L layers, and what :func:`midl.serving.factor_` left of others."""
+    modules = model.named_modules(remove_duplicate=False)
+    return {name: module for name, module in modules if isinstance(module, (MIDLayer, Factors))}
+
+
+def _block_entry(layer: MIDLayer | Factors) -> dict[str, Any]:
     """Return what a converted FFN block has in the description beside what every layer has."""
     if not isinstance(layer, MIDFFN) or layer.places is None:
         return {}
@@ -274,8 +283,10 @@ def _places(name: str, entry: Mapping[str, Any]) -> dict[str, str]:
 
 def _same(module: nn.Module | None, entry: Mapping[str, Any]) -> bool:
     """Return whether ``module`` has the entry's parameters; the rest of the configuration can be set as it is."""
-    if not isinstance(module, MIDLayer) or module.dense_family != entry["dense"]:
+    if not isinstance(module, (MIDLayer, Factors)) or module.dense_family != entry["dense"]:
         return False
+    if isinstance(module, Factors) or entry["type"] == Factors.__name__:
+        return isinstance(module, Factors) and entry["type"] == Factors.__name__ and module.config == entry["config"]
     if isinstance(module, MIDFFN) and (module.places or {}) != entry.get("places", {}):
         return False
     config: MIDConfig = entry["config"]
@@ -315,7 +326,8 @@ def _build(
     except MIDLError as error:
         raise CheckpointError(f"load_: {os.fspath(path)!r} does not fit the model at {name!r}: {error}") from error
     layer.dense_family = entry["dense"]
-    return {"up": layer.train(training)}
+    layer.train(training)
+    return {"up": Factors.of(layer) if entry["type"] == Factors.__name__ else layer}
 
 
 def _check_fit(

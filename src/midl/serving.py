@@ -1,23 +1,26 @@
-"""Serve with the packed weights alone: half the memory of a layer that has run, until :func:`unpack_` undoes it.
+"""Serve with less memory: the packed weights alone, or the light path alone.
 
 A linear layer on the CPU keeps its parameters and, from the second call on, panels made of them for the kernels: as
 much again. :func:`pack_` makes the panels and frees what they copy. Such a layer computes the same bits; what would
-need the plain weights is an error that names the way back.
+need the plain weights is an error that names the way back, :func:`unpack_`. :func:`factor_` frees, for good, the full
+weights of layers that never use them.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
+from midl.conversion.convert import replace_modules
+from midl.conversion.families import has_hooks
 from midl.errors import KernelError, MIDLError
-from midl.layers.linear import MIDLinear
+from midl.layers import Factors, MIDConv2d, MIDLayer, MIDLinear
 from midl.ops.dispatch import is_plain_inference, unavailable_reason
 from midl.ops.native_panels import Panels, runs_on_panels
 
-__all__ = ["PackedMIDLinear", "pack_", "unpack_"]
+__all__ = ["PackedMIDLinear", "factor_", "pack_", "unpack_"]
 
 _COPIED = ("weight", "light_down", "light_up", "gate_weight")
 
@@ -136,6 +139,46 @@ def unpack_(model: nn.Module) -> list[str]:
         del layer._panels
         layer.__class__ = MIDLinear  # type: ignore[assignment]
     return list(layers)
+
+
+def factor_(model: nn.Module) -> list[str]:
+    """Replace the layers that are their light path alone by its two thin dense layers, in place; return their names.
+
+    >>> model = nn.Sequential(MIDLinear(64, 128, active=0, rank=8), nn.ReLU(), MIDLinear(128, 10))
+    >>> factor_(model)
+    ['0']
+    >>> sum(p.numel() for p in model[0].parameters())
+    1664
+
+    Such layers (``active=0``, as :func:`midl.adapt` makes them) keep their full weight for a later budget. Here it
+    goes, and with it the way back: what is left is plain torch, computes the same, and is as small in memory and in a
+    file as it is fast. Parameters stay the same objects, but for the ``light_up`` of convolutions.
+
+    Layers stay as they are, and are not named, where they are parametrized or have hooks.
+
+    Args:
+        model: in any mode, on any device; it must not itself be such a layer.
+
+    Raises:
+        MIDLError: ``model`` is no module, or is itself a layer to replace.
+    """
+    if not isinstance(model, nn.Module):
+        raise MIDLError(f"factor_: model is a {type(model).__name__}, expected torch.nn.Module")
+    layers = {name: module for name, module in model.named_modules() if _is_light_alone(module)}
+    if "" in layers:
+        raise MIDLError(
+            f"factor_: model is itself a {type(model).__name__} and cannot be replaced in place, expected a module "
+            "that contains it, nn.Sequential(model) for instance"
+        )
+    replace_modules(model, {id(layer): Factors.of(layer) for layer in layers.values()})
+    return list(layers)
+
+
+def _is_light_alone(module: nn.Module) -> TypeGuard[MIDLayer]:
+    # The type of a parametrized layer is another.
+    if not isinstance(module, MIDLayer) or type(module) not in (MIDLinear, MIDConv2d):
+        return False
+    return module.active == 0 and not has_hooks(module)
 
 
 @torch.no_grad()

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from midl.config import MIDConfig
-from midl.layers import MIDFFN, MIDConv2d, MIDLayer, MIDLinear
+from midl.layers import MIDFFN, Factors, MIDConv2d, MIDLayer, MIDLinear
 from midl.layers.ffn import DenseFFN
 
-__all__ = ["Family", "family_by_name", "family_of", "family_of_layer", "why_not"]
+__all__ = ["Family", "family_by_name", "family_of", "family_of_layer", "has_hooks", "why_not"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,8 +106,8 @@ def family_by_name(name: str) -> Family:
     return _BY_NAME[name]
 
 
-def family_of_layer(layer: MIDLayer) -> Family:
-    """Return the family that a MID-L layer goes back to."""
+def family_of_layer(layer: MIDLayer | Factors) -> Family:
+    """Return the family that a MID-L layer goes back to, or came from."""
     return _BY_NAME[layer.dense_family]
 
 
@@ -129,7 +129,7 @@ def why_not(module: nn.Module, shared_parameters: set[int]) -> str | None:
         if base is None:
             return f"no MID-L counterpart of {kind}"
         return f"{kind} is a subclass of nn.{base}: its forward may differ, or its weight be read without calling it"
-    if any(getattr(module, name) for name in _HOOKS):
+    if has_hooks(module):
         return "has hooks, which the conversion would lose"
     weight: Any = module.weight
     if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
@@ -151,3 +151,8 @@ _HOOKS = (
     "_state_dict_hooks",
     "_load_state_dict_pre_hooks",
 )
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Return whether ``module`` has hooks, which a replacement would lose."""
+    return any(getattr(module, name) for name in _HOOKS)
