@@ -8,9 +8,10 @@ from adapted_models import assert_unchanged, cnn, mlp, state_of
 from torch import nn
 
 import midl
-from midl.adaptation import calibrate
+from midl.adaptation import calibrate, weigh_outputs
 from midl.adaptation.measure import dense_outputs, output_error, simulate
-from midl.adaptation.plan import find_layers, list_choices
+from midl.adaptation.plan import ACTIVE, find_layers, list_choices
+from midl.config import num_active_groups
 from midl.conversion.families import family_of
 from midl.errors import MIDLError
 
@@ -75,6 +76,27 @@ def test_what_is_measured_is_what_the_converted_layer_computes(make, shape, name
     midl.convert_(model, filter_fn=lambda m, n: n == name, overrides=override)
     start.write(model.get_submodule(name))
     assert output_error(model, [x], expected) == pytest.approx(simulated, rel=1e-3)
+
+
+@pytest.mark.parametrize(("group_size", "name"), [(32, "2"), (16, "2"), (4, "2"), (1, "2"), (2, "0"), (8, "0")])
+def test_errors_between_the_measured_ways_are_near_those_that_would_be_measured(group_size, name):
+    model, x = mlp().eval(), torch.randn(512, 32) @ torch.diag(torch.logspace(0, -2, 32))
+    layers, _ = find_layers(model, group_size, None)
+    moments = calibrate(model, [x], layers)
+    weigh_outputs(model, [x], layers, moments)
+    expected = dense_outputs(model, [x])
+    choices = list_choices(
+        model, name, layers[name], moments[name], [x], expected, rows=64, group_size=group_size, seed=0
+    )
+    groups = len(layers[name].weight) // group_size
+    compared = 0
+    for choice in choices[1:]:
+        if choice.active == 0 or choice.active in {num_active_groups(active, groups) / groups for active in ACTIVE}:
+            measured = simulate(model, layers, {name: (choice.start, choice.active)}, [x], expected)
+            # Beyond a few hundredths of the largest error it is noise; an order of magnitude would mislead the plan.
+            assert choice.error == pytest.approx(measured, rel=0.6, abs=3e-3 * max(c.error for c in choices))
+            compared += 1
+    assert compared > 8
 
 
 def test_takes_batches_with_labels_and_keyword_arguments():

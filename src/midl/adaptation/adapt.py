@@ -16,7 +16,7 @@ from midl.adaptation.calibrate import calibrate
 from midl.adaptation.distil import Loss, distil, squared_error
 from midl.adaptation.group import group_neurons
 from midl.adaptation.latency import choose_by_latency
-from midl.adaptation.measure import dense_outputs, output_error
+from midl.adaptation.measure import enough_outputs, output_error
 from midl.adaptation.normalization import refresh_normalization
 from midl.adaptation.outputs import hooked, to_rows
 from midl.adaptation.plan import Plan, choose_by_flops, find_layers, list_choices
@@ -32,8 +32,6 @@ from midl.conversion.families import family_of
 from midl.errors import MIDLError
 
 __all__ = ["adapt"]
-
-_MEASURED = 512
 
 
 def adapt(
@@ -135,8 +133,8 @@ def adapt(
         reasons = "; ".join(f"{name}: {kept[name]}" for name in names[:8]) or "it has no dense layers"
         raise MIDLError(f"adapt: nothing in the {type(model).__name__} could be converted: {reasons}")
     weigh_outputs(model, batches, layers, moments, seed=seed)
-    measured = _first(batches, _MEASURED)
-    expected = dense_outputs(model, measured)
+    expected = enough_outputs(model, batches)
+    measured = batches[: len(expected)]
     dense_flops = count_flops(model, batches[0])
     rows = _count_rows(model, {**layers, **{name: block.parts["up"] for name, block in blocks.items()}}, batches[0])
     modes = {name: module.training for name, module in model.named_modules()}
@@ -247,16 +245,6 @@ def _check_served(model: nn.Module, latency_inputs: Any) -> Any:
     with evaluation_mode(model), torch.no_grad():
         run(model, inputs, "latency_inputs")
     return inputs
-
-
-def _first(batches: list[Any], samples: int) -> list[Any]:
-    """Return as many of the batches as hold ``samples`` inputs."""
-    total = 0
-    for i, batch in enumerate(batches):
-        total += size_of(batch)
-        if total >= samples:
-            return batches[: i + 1]
-    return batches
 
 
 def _count_rows(model: nn.Module, layers: Mapping[str, nn.Module], batch: Any) -> dict[str, int]:

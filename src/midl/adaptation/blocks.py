@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from midl.adaptation.batches import run
+from midl.adaptation.between import fill_grid
 from midl.adaptation.ffn import FFNFit
 from midl.adaptation.group import order_neurons
 from midl.adaptation.measure import output_error
@@ -171,21 +172,25 @@ def list_block_choices(
         return choices
     fit = FFNFit(plain, inputs)
     per_rank = plain.in_features + plain.out_features + plain.num_groups
+    starts: dict[float, BlockStart] = {}
     for share in LIGHT_SHARES:
         rank = min(int(share * plain.dense_macs) // per_rank, plain.in_features, plain.out_features)
-        if rank < 1:
-            continue
-        start = BlockStart(fit, rank, group_size)
-        errors = []
-        for active in ACTIVE:
-            ffn = block.sparse(start.config(active))
-            start.write(ffn)
-            with replaced(model, block.replacements(ffn)):
-                errors.append(output_error(model, batches[: len(expected)], expected))
+        if rank >= 1:
+            starts[share] = BlockStart(fit, rank, group_size)
+    listed = list(starts.values())
+
+    def measure(i: int, j: int) -> float:
+        ffn = block.sparse(listed[i].config(ACTIVE[j]))
+        listed[i].write(ffn)
+        with replaced(model, block.replacements(ffn)):
+            return output_error(model, batches[: len(expected)], expected)
+
+    left_out = [[1 - start.captured(active)[0] for active in ACTIVE] for start in listed]
+    for (share, start), errors in zip(starts.items(), fill_grid(left_out, measure), strict=True):
         if not all(math.isfinite(error) for error in errors):  # overflow in half precision
             continue
 
-        def macs(k: int, rank: int = rank) -> int:
+        def macs(k: int, rank: int = start.rank) -> int:
             return layer_macs(
                 plain.in_features, plain.hidden_features, rank, num_selected=k, group_size=group_size,
                 gate="projection", neuron_macs=plain.dense_macs // plain.hidden_features,

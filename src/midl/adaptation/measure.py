@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from midl.adaptation.batches import run
+from midl.adaptation.batches import run, size_of
 from midl.adaptation.calibrate import without_bias
 from midl.adaptation.initialise import Start
 from midl.adaptation.outputs import from_rows, hooked, to_rows
@@ -16,7 +16,12 @@ from midl.analysis.flops import evaluation_mode
 from midl.config import num_active_groups
 from midl.selection import selection_mask, topk_groups
 
-__all__ = ["dense_outputs", "output_error", "simulate"]
+__all__ = ["dense_outputs", "enough_outputs", "output_error", "simulate"]
+
+# Inputs to measure on, or outputs: rows (of images or tokens) and numbers in all.
+_INPUTS = 512
+_ROWS = 64
+_ELEMENTS = 16384
 
 
 @torch.no_grad()
@@ -24,6 +29,23 @@ def dense_outputs(model: nn.Module, batches: Sequence[Any]) -> list[Tensor]:
     """Return the model's output on every batch, in evaluation mode."""
     with evaluation_mode(model):
         return [run(model, batch) for batch in batches]
+
+
+@torch.no_grad()
+def enough_outputs(model: nn.Module, batches: Sequence[Any]) -> list[Tensor]:
+    """Return the model's output on the first batches, in evaluation mode: on as many as tell errors apart.
+
+    That is 512 inputs, or fewer where each has many outputs: the logits of a vocabulary at every token, an embedding.
+    """
+    outputs: list[Tensor] = []
+    inputs = rows = 0
+    for batch in batches:
+        outputs += dense_outputs(model, [batch])
+        inputs += size_of(batch)
+        rows += len(_rows(outputs[-1]))
+        if inputs >= _INPUTS or (rows >= _ROWS and sum(t.numel() for t in outputs) >= _ELEMENTS):
+            break
+    return outputs
 
 
 @torch.no_grad()

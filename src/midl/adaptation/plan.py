@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from midl.adaptation.allocate import Option, allocate
+from midl.adaptation.between import fill_grid, fill_line
 from midl.adaptation.calibrate import Moments, weight_of
 from midl.adaptation.initialise import Start, initialise, light_alone
 from midl.adaptation.light_path import fit_light_path, middle_rank
@@ -149,39 +150,70 @@ def list_choices(
     choices = [Choice(2 * rows * n * fan_in, 0.0)]
     if len(sampled.full) < 8 or not sampled.weight.any():  # what cannot be judged stays dense
         return choices
+
+    def measure(start: Start, active: float) -> float:
+        return simulate(model, {name: layer}, {name: (start, active)}, batches[: len(expected)], expected)
+
+    starts: dict[float, Start] = {}
     for share in LIGHT_SHARES:
         light_macs = int(share * n * fan_in)
-        if light_macs < n + fan_in:
-            continue
-        start = initialise(
-            weight, bias, principal, sampled, group_size=group_size, light_macs=light_macs, compare_rows=compare_rows
-        )
-        errors = [
-            simulate(model, {name: layer}, {name: (start, active)}, batches[: len(expected)], expected)
-            for active in ACTIVE
-        ]
-        if not all(math.isfinite(error) for error in errors):  # overflow in half precision
+        if light_macs >= n + fan_in:
+            starts[share] = initialise(
+                weight, bias, principal, sampled, group_size=group_size, light_macs=light_macs,
+                compare_rows=compare_rows,
+            )  # fmt: skip
+    choices += _list_sparse(starts, n, fan_in, measure, rows)
+    if alone:
+        paths: dict[float, Start] = {}
+        for share in LIGHT_ALONE:
+            path = light_alone(
+                weight, bias, principal, sampled, group_size=group_size, light_macs=int(share * n * fan_in),
+                multiple=_CHANNELS if isinstance(layer, nn.Conv2d) else 1,
+            )  # fmt: skip
+            if path is not None:
+                paths[share] = path
+        choices += _list_alone(paths, measure, rows)
+    return choices
+
+
+def _list_sparse(
+    starts: Mapping[float, Start], n: int, fan_in: int, measure: Callable[[Start, float], float], rows: int
+) -> list[Choice]:
+    """Return the choices with a gate, from starts by their light share."""
+    choices: list[Choice] = []
+    listed = list(starts.values())
+    num_groups = n // listed[0].group_size if listed else 1
+    counts = [num_active_groups(active, num_groups) for active in ACTIVE]
+    distinct = sorted(set(counts))  # where groups are few, several fractions are the same choice
+    fractions = [ACTIVE[counts.index(k)] for k in distinct]
+    left_out = [[start.lost(active) for active in fractions] for start in listed]
+    found = fill_grid(left_out, lambda i, j: measure(listed[i], fractions[j]))
+    for (share, start), at_distinct in zip(starts.items(), found, strict=True):
+        errors = [at_distinct[distinct.index(k)] for k in counts]
+        if not all(map(math.isfinite, errors)):  # overflow in half precision
             continue
 
         def macs(k: int, start: Start = start) -> int:
-            return layer_macs(fan_in, n, start.rank, num_selected=k, group_size=group_size, gate=start.gate)
+            return layer_macs(fan_in, n, start.rank, num_selected=k, group_size=start.group_size, gate=start.gate)
 
         choices += [
             dataclasses.replace(choice, light_share=share)
-            for choice in interpolate(start, errors, n // group_size, macs, rows)
+            for choice in interpolate(start, errors, num_groups, macs, rows)
         ]
-    for share in LIGHT_ALONE if alone else ():
-        light_macs = int(share * n * fan_in)
-        path = light_alone(
-            weight, bias, principal, sampled, group_size=group_size, light_macs=light_macs,
-            multiple=_CHANNELS if isinstance(layer, nn.Conv2d) else 1,
-        )  # fmt: skip
-        if path is None:
-            continue
-        error = simulate(model, {name: layer}, {name: (path, 0.0)}, batches[: len(expected)], expected)
-        if math.isfinite(error):
-            choices.append(Choice(2 * rows * path.light_macs, error, path, 0.0, share))
     return choices
+
+
+def _list_alone(paths: Mapping[float, Start], measure: Callable[[Start, float], float], rows: int) -> list[Choice]:
+    """Return the choices without any full path, from starts by their light share; several may have one rank."""
+    by_rank = {path.rank: path for path in paths.values()}
+    ranked = [by_rank[rank] for rank in sorted(by_rank)]
+    found = fill_line([path.lost(0) for path in ranked], lambda i: measure(ranked[i], 0.0))
+    errors = {path.rank: error for path, error in zip(ranked, found, strict=True)}
+    return [
+        Choice(2 * rows * path.light_macs, errors[path.rank], path, 0.0, share)
+        for share, path in paths.items()
+        if math.isfinite(errors[path.rank])
+    ]
 
 
 def interpolate(
