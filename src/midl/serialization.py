@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from midl.config import MIDConfig
 from midl.conversion.blocks import FFNBlock, absolute, absorb, dense_parts, make_ffn, remember
-from midl.conversion.convert import replace_modules
-from midl.conversion.families import family_of, family_of_layer
+from midl.conversion.convert import make_layer, replace_modules
+from midl.conversion.families import family_of, family_of_layer, has_hooks
 from midl.errors import CheckpointError, MIDLError
 from midl.layers import MIDFFN, Factors, MIDLayer
 
@@ -57,7 +57,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         name: {
             "type": type(layer).__name__,
             "dense": family_of_layer(layer).name,
-            "bias": (layer[-1] if isinstance(layer, Factors) else layer).bias is not None,
+            "bias": layer.bias is not None,
             "config": layer.config.to_dict(),
             **_block_entry(layer),
         }
@@ -238,6 +238,13 @@ def _plan(
     """Return, by name, each module to be replaced and its replacement; the model is not touched."""
     modules = dict(model.named_modules(remove_duplicate=False))
     stay = {name for name, entry in layers.items() if _same(modules.get(name), entry)}
+    places = {place for name, entry in layers.items() if name not in stay for place in _places(name, entry).values()}
+    for name in places | (_mid_layers(model).keys() - stay):
+        if name in modules and has_hooks(modules[name]):
+            raise CheckpointError(
+                f"load_: the model's {name} has hooks (spectral or weight norm of the old kind?), which would be lost "
+                "when it becomes what the file has; expected them removed first"
+            )
     leave = _dense_modules(model, stay)
     dense = {**modules, **leave}
     wanted: dict[str, nn.Module] = {}
@@ -320,9 +327,7 @@ def _build(
             remember(ffn, FFNBlock(**places), parts)
             replacements = absorb(parts, ffn.train(training))
             return {role: replacements[id(module)] for role, module in parts.items()}
-        family = family_of(parts["up"])
-        assert family is not None  # checked above
-        layer = family.like(parts["up"], entry["config"])
+        layer = make_layer(parts["up"], entry["config"])
     except MIDLError as error:
         raise CheckpointError(f"load_: {os.fspath(path)!r} does not fit the model at {name!r}: {error}") from error
     layer.dense_family = entry["dense"]

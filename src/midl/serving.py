@@ -35,8 +35,9 @@ class PackedMIDLinear(MIDLinear):
     may_be_light_alone = False
     _panels: Panels
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Return the layer's output, (..., out_features)."""
+        x = input  # the name that nn.Linear has
         if not is_plain_inference(x, self.weight):
             raise self._refuse("forward outside of torch.no_grad() or under compilation, tracing or a profiler")
         self._check_input(x, -1, self.in_features, "features")

@@ -113,7 +113,8 @@ def adapt(
     batches = collect(data, samples)
     alone = light_alone and elastic is None and not threshold
     layers, kept = find_layers(model, group_size, filter_fn)
-    blocks, no_blocks = find_blocks_to_adapt(model, ffn, group_size, filter_fn, shared_parameters(model))
+    shared = shared_parameters(model)
+    blocks, no_blocks = find_blocks_to_adapt(model, ffn, group_size, filter_fn, shared)
     for block in blocks.values():
         for name in block.originals():
             layers.pop(name, None)
@@ -144,8 +145,9 @@ def adapt(
         if group and group_size > 1:
             regrouped = group_neurons(model, layers, moments, batches, expected, group_size=group_size, seed=seed)
             for name, block in blocks.items():
-                group_units(block, inputs[name], group_size)
-                regrouped.add(name)
+                if not block.holds(shared):  # others would see the order of its units
+                    group_units(block, inputs[name], group_size)
+                    regrouped.add(name)
         choices = {
             name: list_choices(
                 model,

@@ -74,7 +74,8 @@ def run(model: nn.Module, inputs: Any, what: str = "the data") -> Tensor:
     Raises:
         MIDLError: the model does not take the data, or gives no floating-point tensor.
     """
-    place = next((t.device for t in model.parameters()), torch.device("cpu"))
+    # The parameters of packed layers have no data and are on the meta device.
+    place = next((t.device for t in model.parameters() if not t.is_meta), torch.device("cpu"))
     try:
         if isinstance(inputs, Mapping):
             output = model(**{k: v.to(place) if isinstance(v, Tensor) else v for k, v in inputs.items()})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -46,6 +46,10 @@ class Block:
     def replacements(self, ffn: MIDFFN) -> dict[int, nn.Module]:
         """Return what replaces the block's modules, by their ids."""
         return absorb(self.parts, ffn)
+
+    def holds(self, parameters: Collection[int]) -> bool:
+        """Return whether the block has one of the ``parameters``, given by their ids."""
+        return any(id(p) in parameters for module in self.parts.values() for p in module.parameters())
 
     def ends(self) -> tuple[list[str], str]:
         """Return the names of the modules that may be called first, and that of the last."""

@@ -55,6 +55,9 @@ def refresh_normalization(
                 m.train()
             for batch in batches:
                 run(model, batch)
+    except BaseException:
+        _put_back(found, before)
+        raise
     finally:
         for m, momentum, training, buffers in zip(found, momenta, modes, before, strict=True):
             m.momentum = momentum
@@ -64,7 +67,11 @@ def refresh_normalization(
     # Written so that NaN is no improvement.
     if not measured or output_error(model, measured, expected) < error:
         return True
-    for m, buffers in zip(found, before, strict=True):
-        for name, buffer in m.named_buffers():
-            buffer.copy_(buffers[name])
+    _put_back(found, before)
     return False
+
+
+def _put_back(modules: Sequence[nn.Module], before: Sequence[dict[str, Tensor]]) -> None:
+    for module, buffers in zip(modules, before, strict=True):
+        for name, buffer in module.named_buffers():
+            buffer.copy_(buffers[name])

@@ -13,9 +13,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from midl.config import MIDConfig
-from midl.conversion.families import family_by_name, family_of, why_not
+from midl.conversion.families import family_by_name, family_of, has_hooks, why_not
 from midl.errors import MIDLError
 from midl.layers import MIDFFN
 from midl.layers.ffn import dense_ffn
@@ -217,7 +218,10 @@ def why_no_ffn(model: nn.Module, block: FFNBlock, shared_parameters: set[int]) -
     """Return why ``block`` cannot become a MIDFFN, or None; what can be run is compared with the original."""
     parts = parts_of(model, block)
     for role, module in parts.items():
-        reason = None if role == "activation" else why_not(module, shared_parameters)
+        if role == "activation":
+            reason = "has hooks, which the conversion would lose" if has_hooks(module) else None
+        else:
+            reason = why_not(module, shared_parameters)
         if reason is not None:
             return f"its {role} layer {block.roles[role]} {reason}"
     holders = [m for _, m in model.named_modules(remove_duplicate=False) if m is parts["activation"]]
@@ -257,7 +261,7 @@ def _differs(model: nn.Module, block: FFNBlock, parts: Mapping[str, nn.Module], 
         replacements = absorb(parts, ffn)
         replace_modules(around, replacements)
         try:
-            actual = _first_tensor(around(x))
+            actual = _tensors(around(x))
         except Exception as error:
             return f"with a MIDFFN in their place {type(around).__name__} fails ({error})"
         finally:
@@ -266,21 +270,24 @@ def _differs(model: nn.Module, block: FFNBlock, parts: Mapping[str, nn.Module], 
     finally:
         for module in training:
             module.training = True
-    if expected.shape != actual.shape:
-        return "they do not compute down(act(up(x)))"
-    change = float((actual - expected).double().square().mean().sqrt() / expected.double().std().clamp(min=1e-30))
-    if not change < _LIMIT.get(ffn.weight.dtype, 0.05):
-        return f"they do not compute down(act(up(x))): a relative difference of {change:.1e} on random input"
+    if [t.shape for t in expected] != [t.shape for t in actual]:
+        return "they do not compute down(act(up(x))), or something else reads the hidden units"
+    for before, after in zip(expected, actual, strict=True):
+        before, after = before.double(), after.double()
+        spread = before.std() if before.numel() > 1 else before.abs().sum()
+        change = float((after - before).square().mean().sqrt() / spread.clamp(min=1e-30)) if before.numel() else 0.0
+        if not change < _LIMIT.get(ffn.weight.dtype, 0.05):
+            return f"they do not compute down(act(up(x))): a relative difference of {change:.1e} on random input"
     return None
 
 
-def _try(around: nn.Module, ffn: MIDFFN) -> tuple[Tensor, Tensor] | str:
-    """Return a random input, a sequence or an image, and the output for it, or why there is none."""
+def _try(around: nn.Module, ffn: MIDFFN) -> tuple[Tensor, list[Tensor]] | str:
+    """Return a random input, a sequence or an image, and all outputs for it, or why there are none."""
     random = torch.Generator().manual_seed(0)
     for shape in ((2, 5, ffn.in_features), (2, ffn.in_features, 8, 8)):
         x = torch.randn(shape, generator=random).to(ffn.weight)
         try:
-            return x, _first_tensor(around(x))
+            return x, _tensors(around(x))
         except Exception as error:
             reason = f"{type(around).__name__} does not take a sequence or an image alone ({error})"
     return f"{_UNTRIED}: {reason}"
@@ -294,10 +301,12 @@ def was_not_tried(reason: str) -> bool:
     return reason.startswith(_UNTRIED)
 
 
-def _first_tensor(output: Any) -> Tensor:
-    while not isinstance(output, Tensor):
-        output = next(iter(output.values() if isinstance(output, Mapping) else output))
-    return output
+def _tensors(output: Any) -> list[Tensor]:
+    """Return the tensors of a module's output, at least one."""
+    found = [t for t in tree_leaves(dict(output) if isinstance(output, Mapping) else output) if isinstance(t, Tensor)]
+    if not found:
+        raise MIDLError(f"no tensor in its output, a {type(output).__name__}")
+    return found
 
 
 def _surroundings(model: nn.Module, block: FFNBlock) -> nn.Module:

@@ -24,10 +24,10 @@ from midl.conversion.blocks import (
     was_not_tried,
     why_no_ffn,
 )  # fmt: skip
-from midl.conversion.families import family_of, family_of_layer, why_not
+from midl.conversion.families import family_of, family_of_layer, has_hooks, why_not
 from midl.conversion.report import ConversionReport, LayerChange
 from midl.errors import MIDLError
-from midl.layers import MIDFFN, MIDLayer
+from midl.layers import MIDFFN, Factors, MIDLayer
 from midl.layers.ffn import DenseFFN
 
 __all__ = ["convert_", "find_ffns", "make_layer", "own_parameters", "replace_modules", "revert_", "shared_parameters"]
@@ -155,6 +155,8 @@ def revert_(model: nn.Module, *, example_inputs: Any = None) -> ConversionReport
     replacements: dict[int, nn.Module] = {}
     changes: list[LayerChange] = []
     for name, module in own_parameters(model):
+        if isinstance(module, MIDLayer) and has_hooks(module):
+            raise MIDLError(f"revert_: {name} has hooks, which going back would lose, expected them removed first")
         if isinstance(module, MIDFFN) and module.places is not None:
             dense_modules = dense_parts(model, name, module)
             replacements.update({id(model.get_submodule(n)): m for n, m in dense_modules.items()})
@@ -178,9 +180,14 @@ def revert_(model: nn.Module, *, example_inputs: Any = None) -> ConversionReport
 
 
 def own_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield (qualified name, module) of each module that has parameters of its own, once, in the model's order."""
+    """Yield (qualified name, module) of each module that has parameters of its own, once, in the model's order.
+
+    Factors are one module.
+    """
+    inside = {id(part) for module in model.modules() if isinstance(module, Factors) for part in module}
     for name, module in model.named_modules():
-        if any(True for _ in module.parameters(recurse=False)) or family_of(module) is not None:
+        own = any(True for _ in module.parameters(recurse=False)) or family_of(module) is not None
+        if isinstance(module, Factors) or (own and id(module) not in inside):
             yield name, module
 
 
@@ -190,8 +197,11 @@ def replace_modules(model: nn.Module, replacements: Mapping[int, nn.Module]) -> 
         for name, child in list(parent._modules.items()):
             if id(child) in replacements:
                 setattr(parent, name, replacements[id(child)])
-        if isinstance(parent, nn.TransformerEncoderLayer):
-            _set_fast_path(parent)
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            _set_fast_path(module)
+        elif isinstance(module, nn.TransformerEncoder):
+            _set_nested_tensors(module)
 
 
 def _set_fast_path(layer: nn.TransformerEncoderLayer) -> None:
@@ -202,10 +212,25 @@ def _set_fast_path(layer: nn.TransformerEncoderLayer) -> None:
     """
     kinds: dict[int, tuple[Any, type[nn.Module]]] = {1: (F.relu, nn.ReLU), 2: (F.gelu, nn.GELU)}
     layer.activation_relu_or_gelu = 0
-    if not any(isinstance(m, MIDLayer) for m in layer.children()):
+    if not any(isinstance(m, (MIDLayer, Factors)) for m in layer.children()):
         for code, (function, cls) in kinds.items():
             if layer.activation is function or isinstance(layer.activation, cls):
                 layer.activation_relu_or_gelu = code
+
+
+def _set_nested_tensors(encoder: nn.TransformerEncoder) -> None:
+    """Keep torch from packing padded sequences for the fused evaluation, which converted layers do not take part in."""
+    if any(isinstance(m, (MIDLayer, Factors)) for m in encoder.modules()):
+        if not hasattr(encoder, _NESTED):
+            setattr(encoder, _NESTED, encoder.use_nested_tensor)
+        encoder.use_nested_tensor = False
+    elif hasattr(encoder, _NESTED):
+        encoder.use_nested_tensor = getattr(encoder, _NESTED)
+        delattr(encoder, _NESTED)
+
+
+# What an encoder chose before it was converted.
+_NESTED = "_midl_use_nested_tensor"
 
 
 def _check_root(model: nn.Module) -> None:
@@ -331,10 +356,15 @@ def _apply(
         return sum(p.numel() for p in model.parameters()), flops
 
     parameters_before, flops_before = measure()
+    originals = {id(m): m for m in model.modules() if id(m) in replacements}
     replace_modules(model, replacements)
-    parameters_after, flops_after = measure()
+    try:
+        parameters_after, flops_after = measure()
+    except BaseException:
+        replace_modules(model, {id(new): originals[old] for old, new in replacements.items() if old in originals})
+        raise
     return ConversionReport(tuple(changes), parameters_before, parameters_after, flops_before, flops_after)
 
 
 def _count_own(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters(recurse=False))
+    return sum(p.numel() for p in module.parameters(recurse=isinstance(module, Factors)))

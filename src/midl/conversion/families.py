@@ -122,6 +122,8 @@ def why_not(module: nn.Module, shared_parameters: set[int]) -> str | None:
     kind = type(module).__name__
     if isinstance(module, MIDLayer):
         return f"is a {kind} already"
+    if isinstance(module, Factors):
+        return "is what is left of a layer that is its light path alone"
     if nn.utils.parametrize.is_parametrized(module):
         return f"is parametrized ({', '.join(module.parametrizations)}); the parametrization would be lost"  # type: ignore[arg-type]
     if family is None:

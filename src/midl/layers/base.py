@@ -197,6 +197,7 @@ class MIDLayer(nn.Module):
         weight = self.weight
         if (
             isinstance(x, Tensor)
+            and not x.is_nested
             and x.shape[axis] == expected
             and x.device == weight.device
             and (x.dtype is weight.dtype or (x.dtype.is_floating_point and _autocast(x)))
@@ -205,6 +206,8 @@ class MIDLayer(nn.Module):
         owner = type(self).__name__
         if not isinstance(x, Tensor):
             raise MIDLError(f"{owner}: input is a {type(x).__name__}, expected a torch.Tensor")
+        if x.is_nested:
+            raise MIDLError(f"{owner}: input is a nested tensor, expected a padded one (torch.nested.to_padded_tensor)")
         if not x.dtype.is_floating_point:
             raise DTypeError(f"{owner}: input has dtype {x.dtype}, expected {weight.dtype}")
         if x.dtype != weight.dtype and not _autocast(x):

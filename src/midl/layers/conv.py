@@ -160,8 +160,9 @@ class MIDConv2d(MIDLayer):
         dense.register_parameter("bias", self.bias)
         return dense.train(self.training)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Return the layer's output, (B, n, H', W'), or (n, H', W') for one image."""
+        x = input  # the name that nn.Conv2d has
         if self.config.active == 0 and not (observers or self._pad_before or torch.compiler.is_compiling()):
             try:
                 return self._light_alone(x)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-from torch import nn
+from torch import Tensor, nn
 
 from midl.layers.base import MIDLayer
 from midl.layers.conv import MIDConv2d
@@ -36,6 +36,16 @@ class Factors(nn.Sequential):
         super().__init__(OrderedDict(down=down, up=up))
         self.config = layer.config
         self.dense_family = layer.dense_family
+
+    @property
+    def weight(self) -> Tensor:
+        """Weight of ``up``, (out, rank): some models ask a layer's weight for its dtype or its device."""
+        return self.up.weight  # type: ignore[return-value, union-attr]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Bias of ``up``, (out,): the layer's."""
+        return self.up.bias  # type: ignore[return-value, union-attr]
 
     @classmethod
     def of(cls, layer: MIDLayer) -> Factors:

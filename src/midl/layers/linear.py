@@ -123,8 +123,9 @@ class MIDLinear(MIDLayer):
         dense.register_parameter("bias", self.bias)
         return dense.train(self.training)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Return the layer's output, (..., out_features)."""
+        x = input  # the name that nn.Linear has
         if self.config.active == 0 and not (observers or torch.compiler.is_compiling()):
             try:
                 return self._light_alone(x)

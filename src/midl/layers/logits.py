@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from midl.errors import MIDLError
 from midl.layers.conv import MIDConv2d
 from midl.ops.reference import accumulate_dtype, gate_logits
 
@@ -27,6 +28,11 @@ def layer_logits(layer: MIDLayer, x: Tensor) -> Tensor:
         layer: any MID-L layer.
         x: as its ``forward`` takes it; half precision is computed in float32.
     """
+    if layer.light_down.is_meta:
+        raise MIDLError(
+            f"{type(layer).__name__}: gate logits are asked for, but the layer is packed for serving, expected "
+            "midl.serving.unpack_(model) first"
+        )
     up = accumulate_dtype(x)
     span = layer.config.span
     if isinstance(layer, MIDConv2d):
