@@ -156,5 +156,5 @@ _HOOKS = (
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Return whether ``module`` has hooks, which a replacement would lose."""
-    return any(getattr(module, name) for name in _HOOKS)
+    """Return whether ``module`` has hooks, which a replacement would lose; a parametrized one is refused as such."""
+    return not nn.utils.parametrize.is_parametrized(module) and any(getattr(module, name) for name in _HOOKS)
