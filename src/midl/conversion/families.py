@@ -131,7 +131,7 @@ def why_not(module: nn.Module, shared_parameters: set[int]) -> str | None:
         if base is None:
             return f"no MID-L counterpart of {kind}"
         return f"{kind} is a subclass of nn.{base}: its forward may differ, or its weight be read without calling it"
-    if has_hooks(module):
+    if any(getattr(module, name) for name in _HOOKS):
         return "has hooks, which the conversion would lose"
     weight: Any = module.weight
     if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
@@ -145,16 +145,10 @@ def why_not(module: nn.Module, shared_parameters: set[int]) -> str | None:
     return None
 
 
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_state_dict_hooks",
-    "_load_state_dict_pre_hooks",
-)
+_CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_HOOKS = (*_CALL_HOOKS, "_state_dict_hooks", "_load_state_dict_pre_hooks")
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Return whether ``module`` has hooks, which a replacement would lose; a parametrized one is refused as such."""
-    return not nn.utils.parametrize.is_parametrized(module) and any(getattr(module, name) for name in _HOOKS)
+    """Return whether calls of ``module`` run hooks, which a replacement would lose."""
+    return any(getattr(module, name) for name in _CALL_HOOKS)
