@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("--calibration", type=int, default=200, help="training reviews to fit to")
     parser.add_argument("--distillation", type=int, default=4000, help="training reviews to distil on; 0: none")
     parser.add_argument("--epochs", type=int, default=1, help="of the distillation")
+    parser.add_argument("--lr", type=float, default=1e-4, help="of the distillation")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--threads", type=int)
     options = parser.parse_args()
@@ -66,9 +67,9 @@ def main() -> None:
     path = Path(os.environ["MIDL_DATA"]) / "imdb" / "train.parquet"
     texts = pyarrow.parquet.read_table(path, columns=["text"]).column("text").to_pylist()
     count = max(options.calibration, options.distillation)
-    data = tokenize(tokenizer, texts[:: len(texts) // count][:count], options.tokens)
+    data = tokenize(tokenizer, texts[:: len(texts) // count][:count], options.tokens, size=16)
     wanted = embed(dense, test)
-    print(f"| budget | group | FFNs as | FLOPs | layers | {'cosine | worst 5 % | rank corr.'} | distilled: cosine | "
+    print(f"| budget | group | FFNs as | FLOPs | layers | cosine | worst 5 % | rank corr. | distilled: cosine | "
           "worst 5 % | rank corr. | speed, 1 | 32 | minutes |")  # fmt: skip
     print("|---" * 14 + "|")
     for budget in map(float, options.budgets.split(",")):
@@ -81,7 +82,7 @@ def main() -> None:
             minutes = (time.perf_counter() - started) / 60
             before = compare(embed(model, test), wanted)
             if options.distillation:
-                midl.adaptation.distil(model, dense, data, epochs=options.epochs)
+                midl.adaptation.distil(model, dense, data, epochs=options.epochs, lr=options.lr)
             after = compare(embed(model.eval(), test), wanted) if options.distillation else " | | "
             faster = speeds(dense, model, test[0])
             shape = "blocks" if options.ffn else "layers"

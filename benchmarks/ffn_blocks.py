@@ -104,10 +104,10 @@ def speeds(dense: nn.Module, model: nn.Module, batch: dict[str, Tensor]) -> str:
     return " | ".join(cells)
 
 
-def tokenize(tokenizer: object, texts: list[str], tokens: int) -> list[dict[str, Tensor]]:
-    """Return batches of 50 texts."""
+def tokenize(tokenizer: object, texts: list[str], tokens: int, size: int = 50) -> list[dict[str, Tensor]]:
+    """Return batches of ``size`` texts."""
     choices = {"truncation": True, "max_length": tokens, "padding": True, "return_tensors": "pt"}
-    return [dict(tokenizer(texts[i : i + 50], **choices)) for i in range(0, len(texts), 50)]  # type: ignore[operator]
+    return [dict(tokenizer(texts[i : i + size], **choices)) for i in range(0, len(texts), size)]  # type: ignore[operator]
 
 
 def main() -> None:
