@@ -32,9 +32,9 @@ class Embedder(nn.Module):
         super().__init__()
         self.encoder = encoder
 
-    def forward(self, attention_mask: Tensor, **inputs: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, **inputs: Tensor) -> Tensor:
         """Return embeddings, (texts, width)."""
-        hidden = self.encoder(attention_mask=attention_mask, **inputs).last_hidden_state
+        hidden = self.encoder(input_ids, attention_mask, **inputs).last_hidden_state
         mask = attention_mask[..., None]
         return nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1)
 
@@ -69,7 +69,7 @@ def main() -> None:
     count = max(options.calibration, options.distillation)
     data = tokenize(tokenizer, texts[:: len(texts) // count][:count], options.tokens, size=16)
     wanted = embed(dense, test)
-    print(f"| budget | group | FFNs as | FLOPs | layers | cosine | worst 5 % | rank corr. | distilled: cosine | "
+    print("| budget | group | FFNs as | FLOPs | layers | cosine | worst 5 % | rank corr. | distilled: cosine | "
           "worst 5 % | rank corr. | speed, 1 | 32 | minutes |")  # fmt: skip
     print("|---" * 14 + "|")
     for budget in map(float, options.budgets.split(",")):
