@@ -11,7 +11,10 @@ from torch import nn
 import midl
 from midl import MIDFFN
 from midl.adaptation import fit_ffn
-from midl.adaptation.measure import output_error
+from midl.adaptation.blocks import find_blocks_to_adapt, list_block_choices, replaced, sample_inputs
+from midl.adaptation.measure import dense_outputs, output_error
+from midl.adaptation.plan import ACTIVE
+from midl.config import num_active_groups
 from midl.errors import MIDLError
 
 
@@ -148,3 +151,24 @@ def test_blocks_distil_and_serve_several_budgets():
     for active in (0.3, 0.9):
         midl.set_active(model, active)
         assert model(x).isfinite().all()
+
+
+@pytest.mark.parametrize("group_size", [1, 4, 16])
+def test_errors_between_the_measured_ways_are_near_those_that_would_be_measured(group_size):
+    torch.manual_seed(0)
+    model, x = network().eval(), correlated(1024, 16)
+    blocks, _ = find_blocks_to_adapt(model, True, group_size, None, set())
+    name, block = next(iter(blocks.items()))
+    inputs, expected = sample_inputs(model, blocks, [x]), dense_outputs(model, [x])
+    choices = list_block_choices(model, block, inputs[name], [x], expected, rows=64, group_size=group_size)
+    groups = block.sparse(midl.MIDConfig(rank=1, group_size=group_size)).num_groups
+    compared = 0
+    for choice in choices[1:]:
+        if choice.active in {num_active_groups(active, groups) / groups for active in ACTIVE}:
+            sparse = block.sparse(choice.start.config(choice.active))
+            choice.start.write(sparse)
+            with replaced(model, block.replacements(sparse)):
+                measured = output_error(model, [x], expected)
+            assert choice.error == pytest.approx(measured, rel=0.5, abs=3e-3 * max(c.error for c in choices))
+            compared += 1
+    assert compared > 8

@@ -77,6 +77,10 @@ class BlockStart:
         start = self.fit.start(self.rank, active)
         return start.captured, start.oracle
 
+    def lost(self, active: float) -> float:
+        """Return the relative squared error of the block's output on held-out rows."""
+        return self.fit.start(self.rank, active).error
+
     def config(self, active: float) -> MIDConfig:
         """Return the configuration of a block that starts here."""
         return MIDConfig(active=active, rank=self.rank, group_size=self.group_size, interpolation="hard")
@@ -189,7 +193,7 @@ def list_block_choices(
         with replaced(model, block.replacements(ffn)):
             return output_error(model, batches[: len(expected)], expected)
 
-    left_out = [[1 - start.captured(active)[0] for active in ACTIVE] for start in listed]
+    left_out = [[start.lost(active) for active in ACTIVE] for start in listed]
     for (share, start), errors in zip(starts.items(), fill_grid(left_out, measure), strict=True):
         if not all(math.isfinite(error) for error in errors):  # overflow in half precision
             continue
