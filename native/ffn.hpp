@@ -58,9 +58,31 @@ inline void pad_panel(const float* from, std::int64_t count, float* to) {
   for (std::int64_t i = 0; i < kPanelWidth; ++i) to[i] = from && i < count ? from[i] : 0.0f;
 }
 
+// Where the panels of a group's units lie, in elements: first those of all groups' up-projections, then of the value's,
+// then of the down-projection, whose depth the units are.
+struct FfnLayout {
+  std::int64_t depth, outputs, group_size, padded_size, padded_outputs, value, down, size;
+  FfnLayout(std::int64_t depth_, std::int64_t outputs_, std::int64_t groups, std::int64_t hidden, bool gated)
+      : depth(depth_), outputs(outputs_), group_size(hidden / groups), padded_size(round_up(group_size, L)),
+        padded_outputs(round_up(outputs_, L)) {
+    const std::int64_t lanes = groups * padded_size;
+    value = lanes * depth;
+    down = value * (gated ? 2 : 1);
+    size = down + lanes * padded_outputs;
+  }
+  // The lane where the panel that begins with unit `first` begins.
+  std::int64_t lane(std::int64_t first) const { return first / group_size * padded_size + first % group_size; }
+  std::int64_t up_panel(std::int64_t first) const { return lane(first) * depth; }
+  std::int64_t value_panel(std::int64_t first) const { return value + lane(first) * depth; }
+  std::int64_t down_panel(std::int64_t first, int count, std::int64_t output) const {
+    return down + lane(first) * padded_outputs + output * count;
+  }
+};
+
 class FfnChunk {
  public:
-  explicit FfnChunk(const midl::FfnForward& call) : call_(call) {}
+  explicit FfnChunk(const midl::FfnForward& call)
+      : call_(call), layout_(call.depth, call.outputs, call.groups, call.hidden, call.value_weight) {}
 
   void carve(Carver& memory, std::int64_t rows) {
     by_group_.starts = memory.take<std::int32_t>(call_.groups + 1);
@@ -96,13 +118,14 @@ class FfnChunk {
  private:
   // hidden (m x count) = share * (act(x . weight) [* x . value] - light)
   void compute_units(std::int64_t m, std::int64_t first, int count, const float* shares) {
-    const auto project = [&](const float* weight, const float* bias, float* padded, float* out) {
+    const auto project = [&](const float* weight, std::int64_t panel, const float* bias, float* padded, float* out) {
       pad_panel(bias ? bias + first : nullptr, count, padded);
-      const Neurons<float> units{weight + first * call_.depth, call_.depth, nullptr, count};
+      const Neurons<float> units{weight + first * call_.depth, call_.depth, panel_at(panel), count};
       multiply_neurons(inputs_, m, units, call_.depth, padded, slice_, out, kPanelWidth);
     };
-    project(call_.weight, call_.bias, vectors_[0], hidden_);
-    if (call_.value_weight) project(call_.value_weight, call_.value_bias, vectors_[1], value_);
+    project(call_.weight, layout_.up_panel(first), call_.bias, vectors_[0], hidden_);
+    if (call_.value_weight)
+      project(call_.value_weight, layout_.value_panel(first), call_.value_bias, vectors_[1], value_);
     pad_panel(call_.light_hidden + first, count, vectors_[2]);
     for (std::int64_t r = 0; r < m; ++r)
       for (int v = 0; v < count; v += L) {
@@ -117,7 +140,8 @@ class FfnChunk {
   void add_outputs(std::int64_t chunk_begin, std::int64_t m, std::int64_t first, int count, const std::int32_t* rows) {
     for (std::int64_t o = 0; o < call_.outputs; o += kPanelWidth) {
       const int outputs = int(lesser(call_.outputs - o, kPanelWidth));
-      const Neurons<float> columns{call_.down_weight + o * call_.hidden + first, call_.hidden, nullptr, outputs};
+      const Neurons<float> columns{call_.down_weight + o * call_.hidden + first, call_.hidden,
+                                   panel_at(layout_.down_panel(first, count, o)), outputs};
       multiply_neurons(units_, m, columns, count, nullptr, slice_, out_, kPanelWidth);
       for (std::int64_t r = 0; r < m; ++r) {
         float* y = call_.y + (chunk_begin + rows[r]) * call_.outputs + o;
@@ -129,7 +153,10 @@ class FfnChunk {
     }
   }
 
+  const float* panel_at(std::int64_t offset) const { return call_.panels ? call_.panels + offset : nullptr; }
+
   const midl::FfnForward& call_;
+  const FfnLayout layout_;
   RowsByGroup by_group_{};
   const float **inputs_ = nullptr, **units_ = nullptr;
   float *hidden_ = nullptr, *value_ = nullptr, *out_ = nullptr, *slice_ = nullptr, *vectors_[3] = {};
@@ -150,6 +177,30 @@ void ffn_forward(const midl::FfnForward& call) {
     chunk.carve(memory, room);
     for (std::int64_t begin = own.begin; begin < own.end; begin += kFfnRows)
       chunk.run({begin, lesser(own.end, begin + kFfnRows)});
+  }
+}
+
+FfnLayout layout_of(const midl::FfnPack& call) {
+  return {call.depth, call.outputs, call.groups, call.hidden, call.value_weight != nullptr};
+}
+
+std::int64_t packed_ffn_size(const midl::FfnPack& call) { return layout_of(call).size; }
+
+void pack_ffn(const midl::FfnPack& call) {
+  const FfnLayout layout = layout_of(call);
+#pragma omp parallel for schedule(static) num_threads(call.threads) if (call.threads > 1)
+  for (std::int64_t g = 0; g < call.groups; ++g) {
+    const std::int64_t end = (g + 1) * layout.group_size;
+    for (std::int64_t first = g * layout.group_size; first < end; first += kPanelWidth) {
+      const int count = int(lesser(end - first, kPanelWidth));
+      pack_panel(call.weight + first * call.depth, call.depth, count, call.depth, call.panels + layout.up_panel(first));
+      if (call.value_weight)
+        pack_panel(call.value_weight + first * call.depth, call.depth, count, call.depth,
+                   call.panels + layout.value_panel(first));
+      for (std::int64_t o = 0; o < call.outputs; o += kPanelWidth)
+        pack_panel(call.down_weight + o * call.hidden + first, call.hidden, int(lesser(call.outputs - o, kPanelWidth)),
+                   count, call.panels + layout.down_panel(first, count, o));
+    }
   }
 }
 

@@ -116,11 +116,20 @@ struct FfnForward {
   const float* value_weight;   // (hidden, depth) or null
   const float* value_bias;     // (hidden) or null
   const float* down_weight;    // (outputs, hidden)
+  const float* panels;         // of the three weights, as pack_ffn writes them, or null
   const float* light_hidden;   // (hidden)
   const std::int32_t* selected;  // (rows, selected_groups), -1 in slots without a group
   const float* shares;         // (rows, selected_groups), weights of the selected groups, or null for 1
   Activation activation;
   float* y;                    // (rows, outputs), which the units' outputs are added to
+  int threads;
+};
+
+// The weights of an FFN as panels of hidden units.
+struct FfnPack {
+  std::int64_t depth, hidden, outputs, groups;
+  const float *weight, *value_weight, *down_weight;  // as in FfnForward
+  float* panels;
   int threads;
 };
 
@@ -144,6 +153,8 @@ struct Kernels {
   void (*pack)(const LinearPack&);
   void (*topk)(const TopK&);
   void (*ffn_forward)(const FfnForward&);
+  std::int64_t (*packed_ffn_size)(const FfnPack&);  // elements; value_weight says whether there is one
+  void (*pack_ffn)(const FfnPack&);
 };
 
 // One per translation unit of kernels.cpp; which exist depends on the architecture, see cpu.cpp.

@@ -9,7 +9,7 @@ from helpers import error_ratio, with_gradients
 
 import midl
 from midl.errors import KernelError
-from midl.ops import dispatch, reference_ffn
+from midl.ops import dispatch, native_packing, reference_ffn
 from midl.ops.ffn import ffn
 from midl.ops.reference_ffn import ACTIVATIONS
 
@@ -40,6 +40,8 @@ def check(tensors, *rest):
     expected, chosen = reference_ffn.ffn(*tensors.values(), *rest)
     assert torch.equal(selected, chosen)
     assert error_ratio(y, expected) < 2e-6
+    for _ in range(2):  # from the second call on with panels that are kept
+        assert torch.equal(ffn(*tensors.values(), *rest)[0], y)
     return y
 
 
@@ -72,6 +74,28 @@ def test_a_nan_row_harms_only_itself():
     others = [i for i in range(40) if i != 7]
     assert torch.equal(y[others], clean[others])
     assert y[7].isnan().all()
+
+
+WEIGHTS = ("weight", "value_weight", "down_weight")
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize("change", ["in place", "data", "swap"])
+def test_panels_are_kept_while_no_weight_changes(name, change):
+    tensors = random_ffn((9, 20), 64, 24, 4, 16, gated=True, dtype=torch.float32)
+    rest = (None, 2, 16, "silu", "hard", "selected")
+    native_packing.clear_packed()
+    check(tensors, *rest)
+    assert native_packing.packed_bytes() >= sum(tensors[name].nbytes for name in WEIGHTS)
+    if change == "in place":
+        tensors[name].mul_(2)
+    elif change == "data":
+        tensors[name].data[:, 0] = 3
+    else:
+        tensors[name] = tensors[name] * 2
+    check(tensors, *rest)
+    tensors.clear()
+    assert native_packing.packed_bytes() == 0
 
 
 def test_activations_hold_far_from_zero():

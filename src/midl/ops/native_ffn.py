@@ -1,7 +1,8 @@
 """``midl::ffn`` by native kernels: code, gate and light path as matrix products, selection and hidden units fused.
 
-The kernel goes through the rows group by group, packs a panel of the group's weights and keeps the hidden units of its
-rows in scratch memory: no more than one panel of them exists at a time.
+The kernel goes through the rows group by group and keeps the hidden units of its rows in scratch memory: no more than
+one panel of them exists at a time. Weights that stay unchanged are packed once, on their second use, else panel by
+panel.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from midl.ops.native_packing import packed_once
 from midl.ops.reference_ffn import ACTIVATIONS
 
 __all__ = ["ffn", "prefers_ffn"]
@@ -49,9 +51,10 @@ def ffn(
     offset = light_bias if down_bias is None else light_bias + down_bias
     y = torch.addcmul(offset, F.linear(code, light_up), torch.as_tensor(light_share, dtype=x.dtype))
     # Kept alive by name until the call returns: only addresses go to the kernel.
+    panels = _panels(kernels, weight, value_weight, down_weight, groups)
     parameters = [
         None if t is None else t.contiguous()
-        for t in (weight, bias, value_weight, value_bias, down_weight, light_hidden, selected, shares)
+        for t in (weight, bias, value_weight, value_bias, down_weight, panels, light_hidden, selected, shares)
     ]
     kernels.ffn_forward(
         rows.data_ptr(), rows.stride(0), rows.shape[0], rows.shape[1], hidden, n, groups, k,
@@ -59,6 +62,27 @@ def ffn(
         torch.get_num_threads(),
     )  # fmt: skip
     return y.view(*x.shape[:-1], n), selected.view(*x.shape[:-1], k)
+
+
+def _panels(
+    kernels: Any, weight: Tensor, value_weight: Tensor | None, down_weight: Tensor, groups: int
+) -> Tensor | None:  # fmt: skip
+    """Return the panels kept of the three weights; None where there are none (yet)."""
+    tensors = tuple(t for t in (weight, value_weight, down_weight) if t is not None)
+    if not all(t.is_contiguous() for t in tensors):
+        return None
+    hidden, depth = weight.shape
+    sizes = (depth, hidden, down_weight.shape[0], groups)
+
+    def make() -> Tensor:
+        panels = weight.new_empty(kernels.packed_ffn_size(*sizes, value_weight is not None))
+        kernels.pack_ffn(
+            *sizes, weight.data_ptr(), 0 if value_weight is None else value_weight.data_ptr(), down_weight.data_ptr(),
+            panels.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        return panels
+
+    return packed_once(kernels, tensors, hidden // groups, make)
 
 
 def prefers_ffn(group_size: int) -> bool:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "Packed", "cast_kept", "clear_packed", "pack", "packed_bytes", "packed_for", "packed_panels", "tensor_states",
+    "Packed", "cast_kept", "clear_packed", "pack", "packed_bytes", "packed_for", "packed_once", "packed_panels",
+    "tensor_states",
 ]  # fmt: skip
 
 State = tuple[int, int, int]  # of a tensor: version, address, sample of its values
@@ -122,14 +123,8 @@ def packed_panels(
         tensors: tuple[Tensor, ...] = (weight, light_down, light_up)
     else:
         tensors = (weight, light_down, light_up, gate_weight)
-    if any(t.is_inference() for t in tensors):
-        return None, None  # no version counter: a change could not be seen
-    form, states = (kernels.instruction_set(), group_size), tensor_states(kernels, tensors)
-    key = id(weight)
-    entry = _entries.get(key)
-    if entry is None or not entry.matches(form, states, tensors):
-        references = [weakref.ref(weight, lambda _: _entries.pop(key, None)), *map(weakref.ref, tensors[1:])]
-        _entries[key] = Packed(form, states, references)
+    entry = _unchanged(kernels, tensors, group_size)
+    if entry is None:
         return None, None
     light, wide = light and entry.light is None, wide and entry.weight is None
     if light or wide:
@@ -138,6 +133,39 @@ def packed_panels(
         entry.light = entry.light if new_light is None else new_light
         entry.weight = entry.weight if new_weight is None else new_weight
     return entry.light, entry.weight
+
+
+def packed_once(
+    kernels: Any, tensors: tuple[Tensor, ...], group_size: int, make: Callable[[], Tensor]
+) -> Tensor | None:  # fmt: skip
+    """Return what ``make`` makes of ``tensors``, kept while they stay as they are; None at the first call with them.
+
+    Args:
+        kernels: the extension.
+        tensors: without gaps in memory; the first is the weight with which the copy dies.
+        group_size: neurons of a group.
+        make: called at the second call.
+    """
+    entry = _unchanged(kernels, tensors, group_size)
+    if entry is None:
+        return None
+    if entry.weight is None:
+        entry.weight = make()
+    return entry.weight
+
+
+def _unchanged(kernels: Any, tensors: tuple[Tensor, ...], group_size: int) -> Packed | None:
+    """Return what is kept for the first of ``tensors`` if all are as at the last call; else None, and note them."""
+    if any(t.is_inference() for t in tensors):
+        return None  # no version counter: a change could not be seen
+    form, states = (kernels.instruction_set(), group_size), tensor_states(kernels, tensors)
+    key = id(tensors[0])
+    entry = _entries.get(key)
+    if entry is not None and entry.matches(form, states, tensors):
+        return entry
+    references = [weakref.ref(tensors[0], lambda _: _entries.pop(key, None)), *map(weakref.ref, tensors[1:])]
+    _entries[key] = Packed(form, states, references)
+    return None
 
 
 def pack(
