@@ -383,6 +383,58 @@ void test_convolution(const Kernels& kernels, Storage storage, bool channels_las
     compare(kernels, y, layer.y, kForwardLimit[int(storage)], "output", where);
 }
 
+// relu(x . weight + bias) [* (x . value + bias)] of the selected groups, less a light value, times down; with and without
+// panels, whose results have the same bits.
+void test_ffn(const Kernels& kernels, int64_t rows, int64_t depth, int64_t groups, int64_t group_size, int64_t outputs,
+              int64_t k, bool gated) {
+  const int64_t hidden = groups * group_size;
+  Tensor x = Tensor::random(rows * depth), weight = Tensor::random(hidden * depth), bias = Tensor::random(hidden);
+  Tensor value = Tensor::random(hidden * depth), down = Tensor::random(outputs * hidden), light = Tensor::random(hidden);
+  Tensor shares = Tensor::random(rows * k), start = Tensor::random(rows * outputs);
+  vector<std::int32_t> selected(std::size_t(rows * k));
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t i = 0; i < k; ++i)  // the last slot of every third row stays empty
+      selected[std::size_t(r * k + i)] = i + 1 == k && r % 3 == 2 ? -1 : std::int32_t((r + i) % groups);
+  vector<double> expected(std::size_t(rows * outputs));
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t o = 0; o < outputs; ++o) expected[std::size_t(r * outputs + o)] = start[r * outputs + o];
+    for (int64_t i = 0; i < k; ++i) {
+      const std::int32_t g = selected[std::size_t(r * k + i)];
+      for (int64_t u = g * group_size; g >= 0 && u < (g + 1) * group_size; ++u) {
+        double h = bias[u], v = 0;
+        for (int64_t j = 0; j < depth; ++j) {
+          h += double(x[r * depth + j]) * weight[u * depth + j];
+          v += double(x[r * depth + j]) * value[u * depth + j];
+        }
+        h = shares[r * k + i] * (std::max(h, 0.0) * (gated ? v : 1) - light[u]);
+        for (int64_t o = 0; o < outputs; ++o) expected[std::size_t(r * outputs + o)] += h * down[o * hidden + u];
+      }
+    }
+  }
+  const midl::FfnPack sizes{.depth = depth, .hidden = hidden, .outputs = outputs, .groups = groups,
+                            .weight = weight.as<float>(), .value_weight = gated ? value.as<float>() : nullptr,
+                            .down_weight = down.as<float>(), .panels = nullptr, .threads = 1};
+  Tensor panels(Storage::float32, kernels.packed_ffn_size(sizes));
+  midl::FfnPack packing = sizes;
+  packing.panels = panels.as<float>();
+  kernels.pack_ffn(packing);
+  const std::string where = std::to_string(rows) + " rows, " + std::to_string(groups) + " groups of " + std::to_string(group_size);
+  report(panels.strip_is_whole(), kernels.name, "pack_ffn wrote past the end", where);
+  Tensor first(Storage::float32, 0);
+  for (const bool packed : {false, true}) {
+    Tensor y = start;
+    kernels.ffn_forward({.x = x.as<float>(), .x_stride = depth, .rows = rows, .depth = depth, .hidden = hidden,
+                         .outputs = outputs, .groups = groups, .selected_groups = k, .weight = weight.as<float>(),
+                         .bias = bias.as<float>(), .value_weight = sizes.value_weight, .value_bias = nullptr,
+                         .down_weight = down.as<float>(), .panels = packed ? panels.as<float>() : nullptr,
+                         .light_hidden = light.as<float>(), .selected = selected.data(), .shares = shares.as<float>(),
+                         .activation = midl::Activation::relu, .y = y.as<float>(), .threads = 1});
+    compare(kernels, y, expected, kForwardLimit[0], packed ? "ffn on panels" : "ffn", where);
+    if (packed) report(y.halves == first.halves, kernels.name, "ffn on panels has other bits", where);
+    first = y;
+  }
+}
+
 void test(const Kernels& kernels) {
   const Shape shapes[] = {
       // rows depth groups x size rank k span
@@ -392,6 +444,7 @@ void test(const Kernels& kernels) {
       {5, 33, 2, 100, 6, 1, 1},    {11, 20, 6, 8, 4, 2, 3},    {40, 24, 3, 40, 4, 3, 7},    {61, 19, 33, 3, 3, 1, 1},
       {7, 2050, 2, 64, 3, 1, 1},
   };
+  state = 1;  // the same numbers for every instruction set, whatever ran before
   test_topk(kernels);
   int turn = 0;
   for (const Shape& shape : shapes)
@@ -412,6 +465,13 @@ void test(const Kernels& kernels) {
                        channels == 37 ? 0.4f : kNone};
           test_convolution(kernels, storage, channels_last, channels, 3, stride, 3 - stride, c);
         }
+  for (const bool gated : {false, true}) {
+    test_ffn(kernels, 1, 5, 4, 3, 7, 2, gated);
+    test_ffn(kernels, 13, 40, 6, 16, 33, 3, gated);
+    test_ffn(kernels, 9, 17, 3, 40, 100, 2, gated);
+    test_ffn(kernels, 15, 1030, 2, 100, 20, 1, gated);
+    test_ffn(kernels, 37, 33, 5, 1, 64, 4, gated);
+  }
 }
 
 }  // namespace

@@ -8,11 +8,13 @@ import sys
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
 import midl
 from midl.errors import CheckpointError, MIDLError
+from midl.serving import pack_, unpack_
 
 
 def make(converted: bool = True, width: int = 32, **changes) -> nn.Sequential:
@@ -254,3 +256,32 @@ def test_a_parametrized_layer_round_trips_into_its_like_and_is_an_error_elsewher
     assert_load_fails(tmp_path / "m", nn.Sequential(nn.Linear(16, 32)), r"lacks \['0.weight'\]")
     midl.save(nn.Sequential(nn.Linear(16, 32)), tmp_path / "d")
     assert_load_fails(tmp_path / "d", other, "is parametrized, expected", MIDLError)
+
+
+def test_a_full_disk_is_an_os_error_and_leaves_nothing_behind(tmp_path, monkeypatch):
+    def full(*args):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(OSError, match=r"could not be written: .*No space left on device"):
+        midl.save(make(), tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("save", lambda: midl.save(None, "file")),
+        ("load_", lambda: midl.load_(None, "file")),
+        ("set_active", lambda: midl.set_active(None, 0.5)),
+        ("pack_", lambda: pack_(None)),
+        ("unpack_", lambda: unpack_(None)),
+        ("convert_", lambda: midl.convert_(nn.Sequential(nn.LazyLinear(4)))),
+        ("adapt", lambda: midl.adapt(nn.Sequential(nn.LazyLinear(4)), torch.zeros(8, 4))),
+    ],
+)
+def test_what_is_no_module_or_has_no_shapes_yet_is_named(name, call):
+    with pytest.raises(
+        MIDLError, match=rf"{name}: (model is a NoneType, expected torch.nn.Module|the model's 0.weight has no shape)"
+    ):
+        call()

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from midl.analysis.flops import count_flops
+from midl.checks import check_module
 from midl.config import check_active, num_active_groups
 from midl.conversion.families import family_of_layer
 from midl.errors import MIDLError
@@ -49,6 +50,7 @@ def set_active(
         MIDLError: an argument out of range, both or neither given, a model without MID-L layers, or a ratio that cannot
             be met; the message names the nearest that can. The model is then as it was.
     """
+    check_module("set_active", model)
     if active is not None and flops_ratio is not None:
         raise MIDLError(f"set_active: active={active!r} and flops_ratio={flops_ratio!r}, expected one of them")
     if flops_ratio is None:

@@ -14,6 +14,7 @@ from typing import IO, Any
 
 from torch import Tensor, nn
 
+from midl.checks import check_module
 from midl.config import MIDConfig
 from midl.conversion.blocks import FFNBlock, absolute, absorb, dense_parts, make_ffn, remember
 from midl.conversion.convert import make_layer, replace_modules
@@ -51,6 +52,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         MIDLError: the model has state that is not a tensor (``get_extra_state``).
         OSError: the file cannot be written.
     """
+    check_module("save", model)
     safetensors = _safetensors()
     tensors, aliases = _unique_tensors(model.state_dict())
     layers = {
@@ -76,6 +78,9 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
+    except safetensors.SafetensorError as error:
+        os.unlink(temporary)
+        raise OSError(f"save: {str(path)!r} could not be written: {error}") from error
     except BaseException:
         os.unlink(temporary)
         raise
@@ -97,6 +102,7 @@ def load_(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         CheckpointError: the file is damaged, of another kind or a newer version, or does not fit the model; the
             message says what came and what was expected.
     """
+    check_module("load_", model)
     tensors, layers = _read(Path(path))
     for name, tensor in model.state_dict().items():
         if isinstance(tensor, Tensor) and tensor.is_meta:

@@ -13,6 +13,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from midl.checks import check_module
 from midl.conversion.convert import replace_modules
 from midl.conversion.families import has_hooks
 from midl.errors import KernelError, MIDLError
@@ -107,6 +108,7 @@ def pack_(model: nn.Module) -> list[str]:
         KernelError: the native kernels are not there.
         MIDLError: a layer is in training mode.
     """
+    check_module("pack_", model)
     if reason := unavailable_reason("native"):
         raise KernelError(f"pack_: {reason}")
     layers = {name: module for name, module in model.named_modules() if type(module) is MIDLinear}
@@ -131,6 +133,7 @@ def unpack_(model: nn.Module) -> list[str]:
     Args:
         model: as :func:`pack_` left it; a model without packed layers stays as it is.
     """
+    check_module("unpack_", model)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, PackedMIDLinear)}
     for layer in layers.values():
         for name, values in layer._panels.unpack().items():
@@ -163,8 +166,7 @@ def factor_(model: nn.Module) -> list[str]:
     Raises:
         MIDLError: ``model`` is no module, or is itself a layer to replace.
     """
-    if not isinstance(model, nn.Module):
-        raise MIDLError(f"factor_: model is a {type(model).__name__}, expected torch.nn.Module")
+    check_module("factor_", model)
     layers = {name: module for name, module in model.named_modules() if _is_light_alone(module)}
     if "" in layers:
         raise MIDLError(

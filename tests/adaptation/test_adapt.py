@@ -1,6 +1,7 @@
 """midl.adapt on whole models: the budget, the report, bad input, and the model left as it was."""
 
 import copy
+import types
 
 import pytest
 import torch
@@ -159,6 +160,50 @@ def test_layers_that_the_output_does_not_show_stay_dense_and_say_so():
     assert {layer.name: layer.detail for layer in report.kept}["pooler"].endswith("the model's output does not show it")
 
 
+class Returns(nn.Module):
+    """A model that makes something of its output."""
+
+    def __init__(self, make=lambda y: y):
+        super().__init__()
+        self.net, self.make = mlp(), make
+
+    def forward(self, x):
+        return self.make(self.net(x))
+
+
+class WithBuffer(Returns):
+    """A model with a buffer whose elements share memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("pos", torch.arange(10.0).expand(4, 10))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda y: {"ids": y.long(), "pred": y},
+        lambda y: types.SimpleNamespace(logits=(y, y.sum())),
+    ],
+    ids=["dict", "logits"],
+)
+def test_the_first_tensor_of_floats_is_the_output(make):
+    model = Returns(make)
+    assert midl.adapt(model, [torch.randn(0, 32), torch.randn(64, 32)], group_size=4).flops_ratio >= 1.7
+
+
+def test_batches_without_a_known_number_want_an_optimizer():
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(torch.randn(64, 32))
+
+    loader = torch.utils.data.DataLoader(Stream(), batch_size=16)
+    with pytest.raises(MIDLError, match=r"adapt: data has no length, expected one .or an optimizer"):
+        midl.adapt(mlp(), loader, group_size=4, epochs=1)
+    report = midl.adapt(mlp(), loader, 1.3, group_size=4, epochs=1, optimizer=torch.optim.AdamW)
+    assert len(report.losses) == 1
+
+
 def test_frozen_and_shared_parameters_stay_frozen_and_shared():
     model = mlp()
     model[2].requires_grad_(False)
@@ -189,6 +234,26 @@ def test_frozen_and_shared_parameters_stay_frozen_and_shared():
         ({"epochs": 1, "data": iter([torch.randn(64, 32)])}, r"epochs=1 with data that can be gone through once"),
         ({"model": nn.Linear(32, 96)}, r"model is itself a Linear"),
         ({"model": 3}, r"model is a int, expected torch.nn.Module"),
+        ({"budget": 10**400}, r"budget=1e\+300 cannot be met"),
+        ({"elastic": (0.2, 1)}, r"elastic=\(0.2, 1\) with epochs=0, expected epochs"),
+        ({"epochs": 1, "elastic": 0.5}, r"adapt: elastic=0.5, expected \(low, high\)"),
+        ({"epochs": 1, "elastic": (0.1, 0.2, 0.3)}, r"adapt: elastic=\(0.1, 0.2, 0.3\), expected \(low, high\)"),
+        ({"epochs": 1, "elastic": (-0.1, 1)}, r"adapt: elastic: active=-0.1"),
+        ({"lr": "a"}, r"adapt: lr='a', expected a number above 0"),
+        ({"kd_ratio": "a"}, r"adapt: kd_ratio='a', expected a share"),
+        ({"optimizer": torch.optim.SGD([torch.zeros(1)], 0.1)}, r"adapt: optimizer is a SGD, expected something"),
+        ({"loss": "mse"}, r"adapt: loss is a str, expected something to call"),
+        ({"task_loss": "ce"}, r"adapt: task_loss is a str"),
+        ({"filter_fn": "0"}, r"adapt: filter_fn is a str"),
+        ({"ffn": midl.conversion.FFNBlock("0", "1", "2")}, r"adapt: ffn is a FFNBlock, expected a bool or a list"),
+        ({"ffn": None}, r"adapt: ffn is a NoneType"),
+        ({"seed": "a"}, r"adapt: seed='a', expected an int"),
+        ({"seed": 2**62}, r"adapt: seed=\d+, expected an int of at most"),
+        ({"model": WithBuffer(), "budget": 50}, r"budget=50 cannot be met"),
+        ({"model": Returns(lambda y: y.sum())}, r"returns a tensor of shape \(\), expected outputs for every input"),
+        ({"model": Returns(lambda y: y[:, :0])}, r"returns a tensor of shape \(64, 0\)"),
+        ({"model": Returns(lambda y: y.long())}, r"returns a Tensor, expected a float tensor"),
+        ({"data": [torch.randn(0, 32)]}, r"data is empty"),
     ],
 )  # fmt: skip
 def test_bad_input_is_a_clear_error_and_leaves_the_model_as_it_was(change, message):

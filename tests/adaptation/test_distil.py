@@ -157,6 +157,10 @@ def test_torchs_random_state_is_left_as_it_was():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def light_alone():
+    return nn.Sequential(midl.MIDLinear(16, 64, active=0, rank=2))
+
+
 def test_what_does_not_fit_is_an_error():
     student, teacher = pair()
     for call, message in (
@@ -168,6 +172,10 @@ def test_what_does_not_fit_is_an_error():
         ({"first_epoch": 3}, "first_epoch=3, expected 0 to epochs=1"),
         ({"epochs": -1}, "epochs=-1"),
         ({"lr": 0.0}, "lr=0.0, expected a number above 0"),
+        ({"seed": 1.5}, "distil: seed=1.5, expected an int"),
+        ({"loss": "mse"}, "distil: loss is a str, expected something to call"),
+        ({"elastic": 0.5}, r"distil: elastic=0.5, expected \(low, high\)"),
+        ({"student": light_alone(), "elastic": (0.3, 1)}, "has only MID-L layers that are their light path alone"),
         ({"kd_ratio": 1.5}, r"kd_ratio=1.5, expected a share in \[0, 1\]"),
         ({"task_loss": nn.CrossEntropyLoss()}, "data has a batch of type Tensor without labels"),
         ({"data": iter(data())}, "data has no length"),

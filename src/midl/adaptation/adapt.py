@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from midl.adaptation.batches import Data, collect, inputs_of, run, size_of
 from midl.adaptation.blocks import find_blocks_to_adapt, group_units, list_block_choices, sample_inputs
 from midl.adaptation.calibrate import calibrate
-from midl.adaptation.distil import Loss, distil, squared_error
+from midl.adaptation.distil import Loss, check_length, check_training, distil, squared_error
 from midl.adaptation.group import group_neurons
 from midl.adaptation.latency import choose_by_latency
 from midl.adaptation.measure import enough_outputs, output_error
@@ -25,6 +25,7 @@ from midl.adaptation.report import AdaptedLayer, AdaptReport
 from midl.adaptation.sensitivity import weigh_outputs
 from midl.adaptation.threshold import calibrate_threshold
 from midl.analysis.flops import count_flops, evaluation_mode
+from midl.checks import check_callable, check_module
 from midl.config import check_positive_int
 from midl.conversion.blocks import FFNBlock
 from midl.conversion.convert import replace_modules, shared_parameters
@@ -108,7 +109,11 @@ def adapt(
         MIDLError: data that does not fit the model, a budget that cannot be met (the message says the nearest that
             can), nothing to convert, or a distillation that diverges.
     """
-    _check(model, data, budget, group_size, allocation, samples, epochs, latency_inputs, threshold)
+    _check(model, data, budget, group_size, allocation, samples, epochs, latency_inputs, threshold, elastic, optimizer)
+    check_training("adapt", lr, kd_ratio, elastic, seed, loss=loss, task_loss=task_loss)
+    for name, value in (("optimizer", optimizer), ("filter_fn", filter_fn)):
+        check_callable("adapt", name, value)
+    budget = min(budget, 1e300)  # an int may be larger than any float
     served = None if latency_inputs is None else _check_served(model, latency_inputs)
     batches = collect(data, samples)
     alone = light_alone and elastic is None and not threshold
@@ -211,10 +216,9 @@ def adapt(
 
 def _check(
     model: Any, data: Any, budget: Any, group_size: Any, allocation: Any, samples: Any, epochs: Any,
-    latency_inputs: Any, threshold: bool,
+    latency_inputs: Any, threshold: bool, elastic: Any, optimizer: Any,
 ) -> None:  # fmt: skip
-    if not isinstance(model, nn.Module):
-        raise MIDLError(f"adapt: model is a {type(model).__name__}, expected torch.nn.Module")
+    check_module("adapt", model)
     if family_of(model) is not None:
         raise MIDLError(f"adapt: model is itself a {type(model).__name__}, expected a module that contains layers")
     if not isinstance(budget, (int, float)) or isinstance(budget, bool) or not budget > 1:
@@ -229,12 +233,16 @@ def _check(
     if allocation not in ("layerwise", "uniform"):
         raise MIDLError(f"adapt: allocation={allocation!r}, expected 'layerwise' or 'uniform'")
     check_positive_int("adapt", "samples", samples)
+    if elastic is not None and epochs == 0:
+        raise MIDLError(f"adapt: elastic={elastic!r} with epochs=0, expected epochs to distil for")
     if epochs != 0:
         check_positive_int("adapt", "epochs", epochs, "an int of at least 0")
         if isinstance(data, Iterator):
             raise MIDLError(
                 f"adapt: epochs={epochs} with data that can be gone through once, expected a list or loader"
             )
+        if optimizer is None:
+            check_length("adapt", data)
     if torch.is_inference_mode_enabled():
         raise MIDLError("adapt: called in inference mode, expected a place where gradients can be had")
     if any(t.is_inference() for t in (*model.parameters(), *model.buffers())):
@@ -270,7 +278,8 @@ def _restore(model: nn.Module, layers: Mapping[str, nn.Module], before: list[tup
             replaced[id(current)] = dense
     replace_modules(model, replaced)
     for tensor, value in before:
-        tensor.data.copy_(value)
+        if not torch._debug_has_internal_overlap(tensor):  # nobody can have written to an expanded one
+            tensor.data.copy_(value)
 
 
 def _describe(name: str, plan: Plan, ways: int, inputs: int, regrouped: bool, dropped: int) -> AdaptedLayer:

@@ -40,8 +40,11 @@ def collect(data: Data, samples: int) -> list[Any]:
     found: list[Any] = []
     total = 0
     for batch in batches_of(data):
-        found.append(inputs_of(batch))
-        total += size_of(found[-1])
+        inputs = inputs_of(batch)
+        if size_of(inputs) == 0:
+            continue
+        found.append(inputs)
+        total += size_of(inputs)
         if total >= samples:
             break
     if total == 0:
@@ -67,7 +70,7 @@ def size_of(inputs: Any) -> int:
 
 
 def run(model: nn.Module, inputs: Any, what: str = "the data") -> Tensor:
-    """Return the model's output on one batch: the tensor itself, the field ``logits``, or else the first tensor.
+    """Return the model's output on one batch: the tensor itself, or the first of floats in its ``logits`` or in it.
 
     Errors call the batch ``what``.
 
@@ -88,11 +91,15 @@ def run(model: nn.Module, inputs: Any, what: str = "the data") -> Tensor:
         raise MIDLError(
             f"adapt: the {type(model).__name__} does not take {what}, a batch of shape {shapes[0]}: {error}"
         ) from error
-    found = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    logits = None if isinstance(output, Tensor) else getattr(output, "logits", None)
+    found = next((t for t in _tensors(output if logits is None else logits) if t.is_floating_point()), None)
     if found is None:
-        found = next(_tensors(output), None)
-    if found is None or not found.is_floating_point():
         raise MIDLError(f"adapt: the {type(model).__name__} returns a {type(output).__name__}, expected a float tensor")
+    if found.dim() == 0 or found.shape[-1] == 0:
+        raise MIDLError(
+            f"adapt: the {type(model).__name__} returns a tensor of shape {tuple(found.shape)}, expected outputs for "
+            "every input (a loss cannot be adapted to)"
+        )
     return found
 
 

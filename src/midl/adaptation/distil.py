@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,11 +13,15 @@ from torch import Tensor, nn
 from midl.adaptation.batches import Data, batches_of, inputs_of, run
 from midl.adaptation.outputs import hooked
 from midl.budget import spread_active
+from midl.checks import check_callable
 from midl.config import check_active, check_positive_int
 from midl.errors import MIDLError
 from midl.layers import MIDLayer
 
 __all__ = ["distil", "soft_cross_entropy", "squared_error"]
+
+# Times a million and an epoch it is still a seed of torch's.
+_LARGEST_SEED = 2**42
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Called with the student's output and the teacher's, or the labels; returns a scalar."""
@@ -107,9 +111,8 @@ def distil(
     Raises:
         MIDLError: arguments that do not fit, or the loss became NaN or infinite.
     """
-    layers = _check(student, teacher, epochs, first_epoch, lr, match, elastic)
-    if not 0 <= kd_ratio <= 1:
-        raise MIDLError(f"distil: kd_ratio={kd_ratio!r}, expected a share in [0, 1]")
+    check_training("distil", lr, kd_ratio, elastic, seed, loss=loss, task_loss=task_loss)
+    layers = _check(student, teacher, epochs, first_epoch, match, elastic)
     parameters = [p for p in student.parameters() if p.requires_grad]
     if not parameters:
         raise MIDLError("distil: every parameter of the student is frozen, expected some with requires_grad")
@@ -120,8 +123,8 @@ def distil(
         )
     batches = batches_of(data)
     scheduled = optimizer is None
-    if scheduled and not isinstance(batches, Sized):
-        raise MIDLError("distil: data has no length, expected one (or an optimizer, whose learning rate is then kept)")
+    if scheduled:
+        check_length("distil", batches)
     optimizer = optimizer or torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
     configs = [layer.config for layer in layers]
     teacher_modes = [m for m in teacher.modules() if m.training]
@@ -216,19 +219,51 @@ def _labels_of(batch: Any) -> Tensor:
     )
 
 
+def check_training(
+    owner: str, lr: Any, kd_ratio: Any, elastic: Any, seed: Any, **functions: Any
+) -> None:  # fmt: skip
+    """Raise unless the choices of a distillation are what :func:`distil` takes; errors name ``owner``."""
+    if not _is_number(lr) or not lr > 0:
+        raise MIDLError(f"{owner}: lr={lr!r}, expected a number above 0")
+    if not _is_number(kd_ratio) or not 0 <= kd_ratio <= 1:
+        raise MIDLError(f"{owner}: kd_ratio={kd_ratio!r}, expected a share in [0, 1]")
+    if not isinstance(seed, int) or isinstance(seed, bool) or not abs(seed) <= _LARGEST_SEED:
+        raise MIDLError(f"{owner}: seed={seed!r}, expected an int of at most {_LARGEST_SEED}")
+    if elastic is not None:
+        if not isinstance(elastic, (tuple, list)) or len(elastic) != 2:
+            raise MIDLError(f"{owner}: elastic={elastic!r}, expected (low, high)")
+        for bound in elastic:
+            check_active(f"{owner}: elastic", bound)
+        if elastic[0] > elastic[1]:
+            raise MIDLError(f"{owner}: elastic={elastic}, expected (low, high)")
+    for name, function in functions.items():
+        check_callable(owner, name, function)
+
+
+def check_length(owner: str, data: Any) -> None:
+    """Raise unless the number of batches is known, which the default learning rate needs."""
+    try:
+        len(data)
+    except TypeError as error:
+        raise MIDLError(
+            f"{owner}: data has no length, expected one (or an optimizer, whose learning rate is then kept)"
+        ) from error
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def _check(
     student: nn.Module,
     teacher: nn.Module,
     epochs: int,
     first_epoch: int,
-    lr: float,
     match: Sequence[str],
     elastic: tuple[float, float] | None,
 ) -> list[MIDLayer]:
     if epochs != 0:
         check_positive_int("distil", "epochs", epochs, "an int of at least 0")
-    if not lr > 0:
-        raise MIDLError(f"distil: lr={lr!r}, expected a number above 0")
     if not 0 <= first_epoch <= epochs:
         raise MIDLError(f"distil: first_epoch={first_epoch}, expected 0 to epochs={epochs}")
     for model, owner in ((student, "student"), (teacher, "teacher")):
@@ -236,12 +271,8 @@ def _check(
         for name in match:
             if name not in known:
                 raise MIDLError(f"distil: match: the {owner} has no submodule {name!r}, expected a qualified name")
-    if elastic is not None:
-        for bound in elastic:
-            check_active("distil: elastic", bound)
-        if elastic[0] > elastic[1]:
-            raise MIDLError(f"distil: elastic={elastic}, expected (low, high)")
     layers = [m for m in student.modules() if isinstance(m, MIDLayer)]
-    if elastic is not None and not layers:
-        raise MIDLError(f"distil: elastic={elastic}, but the student, a {type(student).__name__}, has no MID-L layers")
+    if elastic is not None and not any(layer.active for layer in layers):
+        without = "has no MID-L layers" if not layers else "has only MID-L layers that are their light path alone"
+        raise MIDLError(f"distil: elastic={elastic}, but the student, a {type(student).__name__}, {without}")
     return layers

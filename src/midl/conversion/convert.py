@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from midl.analysis.flops import count_flops
+from midl.checks import check_module
 from midl.config import CONVERSION, MIDConfig
 from midl.conversion.blocks import (
     FFNBlock,
@@ -234,8 +235,7 @@ _NESTED = "_midl_use_nested_tensor"
 
 
 def _check_root(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise MIDLError(f"convert_: model is a {type(model).__name__}, expected torch.nn.Module")
+    check_module("convert_", model)
     if family_of(model) is not None:
         raise MIDLError(
             f"convert_: model is itself a {type(model).__name__} and cannot be replaced in place; "
@@ -303,6 +303,8 @@ def find_ffns(
     owner: str, model: nn.Module, ffn: bool | Sequence[FFNBlock], shared: set[int]
 ) -> tuple[dict[int, FFNBlock], dict[str, str]]:
     """Return the blocks by the id of their first layer, and why layers that looked like blocks are none."""
+    if not isinstance(ffn, (bool, Sequence)):
+        raise MIDLError(f"{owner}: ffn is a {type(ffn).__name__}, expected a bool or a list of FFNBlock")
     if isinstance(ffn, bool):
         blocks, reasons = find_blocks(model, shared) if ffn else ([], {})
     else:
