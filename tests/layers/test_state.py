@@ -148,6 +148,8 @@ def test_meta_layers_take_no_memory_give_shapes_and_materialise(build, shape):
     assert {p.device.type for p in layer.parameters()} == {"meta"}
     y = layer(torch.empty(shape, device="meta"))
     assert y.is_meta
+    with torch.no_grad():
+        assert layer(torch.empty(shape, device="meta")).shape == y.shape
     layer = layer.to_empty(device="cpu")
     layer.reset_parameters()
     assert layer(torch.randn(shape)).shape == y.shape

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from midl.ops import reference
 from midl.ops.dispatch import invoke, is_plain_inference, resolve
+from midl.ops.eager import make_eager
 from midl.ops.linear import contiguous, fake_backward, option, refuse_second_derivative
 
 __all__ = ["conv2d"]
@@ -45,13 +46,15 @@ def _forward(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 torch.library.impl("midl::conv2d", "CompositeExplicitAutograd", _forward)
 
 
-@torch.library.impl("midl::conv2d_backward", "CompositeExplicitAutograd")
 def _backward(grad_y: Tensor, selected: Tensor, x: Tensor, weight: Tensor, *args: Any) -> reference.Grads:
     run = resolve(
         "conv2d_backward", x, weight=weight, k=selected.shape[-1], group_size=args[8], span=args[9], ste=args[11],
         padded=bool(option(args, 13)),
     )  # fmt: skip
     return contiguous(invoke(run, grad_y, selected, x, weight, *args))
+
+
+torch.library.impl("midl::conv2d_backward", "CompositeExplicitAutograd", _backward)
 
 
 @torch.library.register_fake("midl::conv2d")
@@ -80,16 +83,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _autograd(ctx: Any, grad_y: Tensor, _grad_selected: Any) -> tuple[Any, ...]:
     selected, *tensors = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:7])
-    grads = torch.ops.midl.conv2d_backward(grad_y, selected, *tensors, *ctx.options, needs, ctx.padded)
+    run = _backward if is_plain_inference(grad_y, tensors[1]) else torch.ops.midl.conv2d_backward
+    grads = run(grad_y, selected, *tensors, *ctx.options, needs, ctx.padded)
     return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *[None] * 10)
 
 
 torch.library.register_autograd("midl::conv2d", _autograd, setup_context=_setup_context)
 torch.library.register_autograd("midl::conv2d_backward", refuse_second_derivative)
 
-
-def conv2d(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    """Call ``midl::conv2d``, past torch's dispatcher where nobody would notice."""
-    if is_plain_inference(x, weight):
-        return _forward(x, weight, *args)
-    return torch.ops.midl.conv2d(x, weight, *args)
+conv2d = make_eager("conv2d", torch.ops.midl.conv2d, _forward, _setup_context, _autograd)

@@ -18,6 +18,7 @@ __all__ = [
     "Implementation",
     "add_ops",
     "invoke",
+    "is_plain",
     "is_plain_inference",
     "kernels",
     "register",
@@ -160,20 +161,26 @@ _PLAIN = (Parameter, Tensor)
 
 
 def is_plain_inference(x: Tensor, weight: Tensor | None) -> bool:
-    """Return whether nobody between the caller and the implementation wants to see the op.
+    """Return whether the call is plain, as :func:`is_plain` says, and autograd is off."""
+    return not torch.is_grad_enabled() and is_plain(x, weight)
 
-    That is: no autograd, no compilation or tracing, no dispatch mode (FLOP counters, fake tensors), no transform, no
-    profiler, no tensor subclass, no lazy negation. torch's dispatcher then only costs time, more than a small layer
-    takes to compute.
+
+def is_plain(x: Tensor, weight: Tensor | None) -> bool:
+    """Return whether nobody but autograd, between the caller and the implementation, wants to see the op.
+
+    That is: no compilation or tracing, no dispatch mode (FLOP counters, fake tensors), no transform, no profiler, no
+    tensor subclass, no lazy negation, no meta device. torch's dispatcher then only costs time, more than a small
+    layer takes to compute.
     """
     return (
         not torch.compiler.is_compiling()
-        and not torch.is_grad_enabled()
         and type(x) is Tensor
         and type(weight) in _PLAIN
+        and (x.is_cpu or x.is_cuda)
         and not x.is_neg()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
+        and not torch._C._functorch.is_legacy_batchedtensor(x)  # of torch.autograd.grad(is_grads_batched=True)
         and not torch.autograd.profiler._is_profiler_enabled
         and torch._C._get_tracing_state() is None
     )

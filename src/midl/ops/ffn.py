@@ -9,6 +9,7 @@ from torch import Tensor
 
 from midl.ops import reference_ffn  # noqa: F401 - registers the reference implementation
 from midl.ops.dispatch import invoke, is_plain_inference, resolve
+from midl.ops.eager import make_eager
 from midl.ops.linear import option, refuse_second_derivative
 
 __all__ = ["ffn"]
@@ -42,13 +43,15 @@ def _forward(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 torch.library.impl("midl::ffn", "CompositeExplicitAutograd", _forward)
 
 
-@torch.library.impl("midl::ffn_backward", "CompositeExplicitAutograd")
 def _backward(grad_y: Tensor, selected: Tensor, x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, ...]:
     run = resolve(
         "ffn_backward", x, weight=weight, k=selected.shape[-1], group_size=args[11], ste=args[14],
         padded=bool(option(args, 16)),
     )  # fmt: skip
     return tuple(g.contiguous() for g in invoke(run, grad_y, selected, x, weight, *args))
+
+
+torch.library.impl("midl::ffn_backward", "CompositeExplicitAutograd", _backward)
 
 
 @torch.library.register_fake("midl::ffn")
@@ -73,16 +76,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _autograd(ctx: Any, grad_y: Tensor, _grad_selected: Any) -> tuple[Any, ...]:
     selected, *tensors = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:_TENSORS])
-    grads = torch.ops.midl.ffn_backward(grad_y, selected, *tensors, *ctx.options, needs, ctx.padded)
+    run = _backward if is_plain_inference(grad_y, tensors[1]) else torch.ops.midl.ffn_backward
+    grads = run(grad_y, selected, *tensors, *ctx.options, needs, ctx.padded)
     return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *[None] * 7)
 
 
 torch.library.register_autograd("midl::ffn", _autograd, setup_context=_setup_context)
 torch.library.register_autograd("midl::ffn_backward", refuse_second_derivative)
 
-
-def ffn(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    """Call ``midl::ffn``, past torch's dispatcher where nobody would notice."""
-    if is_plain_inference(x, weight):
-        return _forward(x, weight, *args)
-    return torch.ops.midl.ffn(x, weight, *args)
+ffn = make_eager("ffn", torch.ops.midl.ffn, _forward, _setup_context, _autograd)

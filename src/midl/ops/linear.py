@@ -10,6 +10,7 @@ from torch import Tensor
 from midl.errors import KernelError
 from midl.ops import reference
 from midl.ops.dispatch import invoke, is_plain_inference, resolve
+from midl.ops.eager import make_eager
 
 __all__ = ["linear"]
 
@@ -44,13 +45,15 @@ def _forward(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 torch.library.impl("midl::linear", "CompositeExplicitAutograd", _forward)
 
 
-@torch.library.impl("midl::linear_backward", "CompositeExplicitAutograd")
 def _backward(grad_y: Tensor, selected: Tensor, x: Tensor, weight: Tensor, *args: Any) -> reference.Grads:
     run = resolve(
         "linear_backward", x, weight=weight, k=selected.shape[-1], group_size=args[5], span=args[6], ste=args[8],
         padded=bool(option(args, 10)),
     )  # fmt: skip
     return contiguous(invoke(run, grad_y, selected, x, weight, *args))
+
+
+torch.library.impl("midl::linear_backward", "CompositeExplicitAutograd", _backward)
 
 
 def contiguous(grads: reference.Grads) -> reference.Grads:
@@ -85,7 +88,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _autograd(ctx: Any, grad_y: Tensor, _grad_selected: Any) -> tuple[Any, ...]:
     selected, *tensors = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:7])
-    grads = torch.ops.midl.linear_backward(grad_y, selected, *tensors, *ctx.options, needs, ctx.padded)
+    run = _backward if is_plain_inference(grad_y, tensors[1]) else torch.ops.midl.linear_backward
+    grads = run(grad_y, selected, *tensors, *ctx.options, needs, ctx.padded)
     return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *[None] * 7)
 
 
@@ -97,9 +101,4 @@ def refuse_second_derivative(ctx: Any, *_grads: Any) -> None:
 torch.library.register_autograd("midl::linear", _autograd, setup_context=_setup_context)
 torch.library.register_autograd("midl::linear_backward", refuse_second_derivative)
 
-
-def linear(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    """Call ``midl::linear``, past torch's dispatcher where nobody would notice."""
-    if is_plain_inference(x, weight):
-        return _forward(x, weight, *args)
-    return torch.ops.midl.linear(x, weight, *args)
+linear = make_eager("linear", torch.ops.midl.linear, _forward, _setup_context, _autograd)
