@@ -215,6 +215,15 @@ def test_frozen_and_shared_parameters_stay_frozen_and_shared():
     assert not any(p.requires_grad for p in model[2].parameters())
 
 
+def test_layers_that_are_converted_already_are_named():
+    model = mlp()
+    midl.convert_(model, midl.MIDConfig(group_size=4), overrides={"2": None, "4": None})
+    report = midl.adapt(model, torch.randn(256, 32), 1.2, group_size=4)
+    assert "is a MIDLinear already" in str(report)
+    with pytest.raises(MIDLError, match="could be converted: 0: is a MIDLinear already"):
+        midl.adapt(model, torch.randn(256, 32), 1.2, group_size=4)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

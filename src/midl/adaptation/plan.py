@@ -20,6 +20,7 @@ from midl.config import layer_macs, num_active_groups
 from midl.conversion.convert import own_parameters, shared_parameters
 from midl.conversion.families import family_of, why_not
 from midl.errors import MIDLError
+from midl.layers import MIDLayer
 
 __all__ = [
     "Choice",
@@ -90,12 +91,12 @@ class Plan:
 def find_layers(
     model: nn.Module, group_size: int, filter_fn: Callable[[nn.Module, str], bool] | None
 ) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """Return the layers that can be converted, by name, and why each other dense layer cannot."""
+    """Return the layers that can be converted, by name, and why each other dense or MID-L layer cannot."""
     shared = shared_parameters(model)
     layers: dict[str, nn.Module] = {}
     reasons: dict[str, str] = {}
     for name, module in own_parameters(model):
-        if family_of(module) is None:
+        if family_of(module) is None and not isinstance(module, MIDLayer):
             continue
         reason = why_not(module, shared)
         if reason is None:
