@@ -44,6 +44,15 @@ def test_reading_a_sweep(results: Results) -> None:
     assert results.best_route("mnist") == "converted"
 
 
+def test_networks_that_select_nothing_are_no_route(tmp_path: Path) -> None:
+    records = [make_record("mnist", method, seed) for method in ("dense", "scratch", "elastic") for seed in range(3)]
+    for record in records:
+        if record["spec"]["method"] == "elastic":
+            record.update(accuracy=99.9, active_neurons=0.0)
+    (tmp_path / "mnist.json").write_text(json.dumps({"runs": records}))
+    assert read_results(tmp_path).best_route("mnist") == "scratch"
+
+
 def test_compact_results_give_the_same_tables(sweep: Path, results: Results, tmp_path: Path) -> None:
     for dataset in results.datasets:
         runs = [run.record for run in results.runs if run.dataset == dataset]

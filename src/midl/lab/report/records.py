@@ -80,11 +80,14 @@ class Results:
         return sorted(found, key=lambda variant: (variant[1], -variant[0]))
 
     def best_route(self, dataset: str, among: Iterable[str] = ROUTES) -> str | None:
-        """Return the MID-L method of highest mean test accuracy, or None where none has run."""
+        """Return the MID-L method of highest mean test accuracy, or None where none has run.
+
+        Networks in which nothing is selected are low-rank ones: what they reach says nothing of MID-L.
+        """
         means = {}
         for method in among:
             values = list(self.values(dataset, method, "accuracy").values())
-            if values:
+            if values and any(self.values(dataset, method, "active_neurons").values()):
                 means[method] = sum(values) / len(values)
         return max(means, key=lambda method: means[method]) if means else None
 

@@ -16,7 +16,7 @@ from midl.lab.data.mirror import SPLITS, mirror_path
 from midl.lab.files import hash_json
 from midl.lab.methods import Budget, find
 from midl.lab.models import Architecture, architecture_for, describe
-from midl.lab.recipes import group_size_for, recipes_for
+from midl.lab.recipes import active_for, group_size_for, recipes_for
 from midl.lab.reproduce.profiles import Profile, profile_named
 from midl.lab.training import Precision, Recipe
 
@@ -129,7 +129,7 @@ def setting_for(name: str, rows: tuple[int, int] | None) -> Setting:
         dataset = _first_rows(dataset, *rows)
     architecture = architecture_for(name, dataset.input_shape, dataset.num_classes)
     with torch.random.fork_rng(devices=[]):
-        budget = Budget.for_network(architecture, group_size_for(name))
+        budget = Budget.for_network(architecture, group_size_for(name), active=active_for(name))
     return Setting(dataset, architecture, budget)
 
 
