@@ -9,7 +9,12 @@ from torch.nn.parameter import is_lazy
 
 from midl.errors import MIDLError
 
-__all__ = ["check_callable", "check_module"]
+__all__ = ["check_callable", "check_module", "uncompiled"]
+
+
+def uncompiled(model: Any) -> Any:
+    """Return the module that ``torch.compile`` wrapped, or ``model`` where it did not."""
+    return getattr(model, "_orig_mod", model) if type(model).__name__ == "OptimizedModule" else model
 
 
 def check_module(owner: str, model: Any) -> None:

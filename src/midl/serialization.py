@@ -14,7 +14,7 @@ from typing import IO, Any
 
 from torch import Tensor, nn
 
-from midl.checks import check_module
+from midl.checks import check_module, uncompiled
 from midl.config import MIDConfig
 from midl.conversion.blocks import FFNBlock, absolute, absorb, dense_parts, make_ffn, remember
 from midl.conversion.convert import make_layer, replace_modules
@@ -52,6 +52,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         MIDLError: the model has state that is not a tensor (``get_extra_state``).
         OSError: the file cannot be written.
     """
+    model = uncompiled(model)
     check_module("save", model)
     safetensors = _safetensors()
     tensors, aliases = _unique_tensors(model.state_dict())
@@ -102,6 +103,7 @@ def load_(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         CheckpointError: the file is damaged, of another kind or a newer version, or does not fit the model; the
             message says what came and what was expected.
     """
+    wrapped, model = model, uncompiled(model)
     check_module("load_", model)
     tensors, layers = _read(Path(path))
     for name, tensor in model.state_dict().items():
@@ -115,7 +117,7 @@ def load_(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     model.load_state_dict(tensors)
     for name, layer in _mid_layers(model).items():
         layer.config = layers[name]["config"]
-    return model
+    return wrapped
 
 
 def _safetensors() -> ModuleType:

@@ -35,6 +35,8 @@ class PackedMIDLinear(MIDLinear):
 
     may_be_light_alone = False
     _panels: Panels
+    _plain: dict[str, nn.Parameter]
+    """The parameters, without values, for :func:`unpack_` to fill again."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the layer's output, (..., out_features)."""
@@ -102,7 +104,8 @@ def pack_(model: nn.Module) -> list[str]:
     weights (parametrizations, parameters that modules share), and where they are their light path alone.
 
     Args:
-        model: in ``eval()`` mode; layers and their parameters keep their identity but not their memory.
+        model: in ``eval()`` mode. Its layers stay the same objects; their parameters come back with :func:`unpack_`,
+            the same objects too, so that an optimizer made before goes on.
 
     Raises:
         KernelError: the native kernels are not there.
@@ -137,10 +140,12 @@ def unpack_(model: nn.Module) -> list[str]:
     layers = {name: module for name, module in model.named_modules() if isinstance(module, PackedMIDLinear)}
     for layer in layers.values():
         for name, values in layer._panels.unpack().items():
-            parameter = layer._parameters[name]
-            assert parameter is not None
-            layer._parameters[name] = nn.Parameter(values, requires_grad=parameter.requires_grad)
-        del layer._panels
+            placeholder, parameter = layer._parameters[name], layer._plain[name]
+            assert placeholder is not None
+            parameter.data = values
+            parameter.requires_grad_(placeholder.requires_grad)
+            layer._parameters[name] = parameter
+        del layer._panels, layer._plain
         layer.__class__ = MIDLinear  # type: ignore[assignment]
     return list(layers)
 
@@ -187,8 +192,12 @@ def _is_light_alone(module: nn.Module) -> TypeGuard[MIDLayer]:
 @torch.no_grad()
 def _pack(layer: MIDLinear) -> None:
     layer._panels = Panels(layer._parameters, layer.config.group_size)  # type: ignore[assignment]
+    plain: dict[str, nn.Parameter] = {}
     for name in _COPIED:
         parameter = layer._parameters[name]
         if parameter is not None:
             layer._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+            parameter.data = parameter.new_empty(0)
+            plain[name] = parameter
+    layer._plain = plain  # type: ignore[assignment]
     layer.__class__ = PackedMIDLinear

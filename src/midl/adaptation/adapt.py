@@ -25,7 +25,7 @@ from midl.adaptation.report import AdaptedLayer, AdaptReport
 from midl.adaptation.sensitivity import weigh_outputs
 from midl.adaptation.threshold import calibrate_threshold
 from midl.analysis.flops import count_flops, evaluation_mode
-from midl.checks import check_callable, check_module
+from midl.checks import check_callable, check_module, uncompiled
 from midl.config import check_positive_int
 from midl.conversion.blocks import FFNBlock
 from midl.conversion.convert import replace_modules, shared_parameters
@@ -63,7 +63,7 @@ def adapt(
     Every layer is calibrated on the data, gets the light path and the gate that lose least there, and is measured at
     several ranks and densities; then the budget is divided among the layers so that the model's output changes
     least, and the result is, if asked, distilled against the dense model. Labels are not needed, and used only by
-    ``task_loss``. On an error the model is as before.
+    ``task_loss``. Gradients are cleared. On an error the model is as before.
 
     >>> import midl, torch
     >>> model = nn.Sequential(nn.Linear(32, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
@@ -109,6 +109,7 @@ def adapt(
         MIDLError: data that does not fit the model, a budget that cannot be met (the message says the nearest that
             can), nothing to convert, or a distillation that diverges.
     """
+    model = uncompiled(model)  # hooks would not be seen through what torch.compile made of it
     _check(model, data, budget, group_size, allocation, samples, epochs, latency_inputs, threshold, elastic, optimizer)
     check_training("adapt", lr, kd_ratio, elastic, seed, loss=loss, task_loss=task_loss)
     for name, value in (("optimizer", optimizer), ("filter_fn", filter_fn)):
@@ -145,6 +146,9 @@ def adapt(
     rows = _count_rows(model, {**layers, **{name: block.parts["up"] for name, block in blocks.items()}}, batches[0])
     modes = {name: module.training for name, module in model.named_modules()}
     before = [(t, t.detach().clone()) for t in (*model.parameters(), *model.buffers())]
+    gradients = {id(p): p.grad for p in model.parameters()}
+    for p in model.parameters():
+        p.grad = None  # or distillation would add to them
     try:
         regrouped = set()
         if group and group_size > 1:
@@ -193,9 +197,13 @@ def adapt(
         flops = count_flops(model, batches[0])
         thresholds = calibrate_threshold(model, batches, samples=samples) if threshold else None
         error = error if thresholds is None else output_error(model, measured, expected)
+        for p in model.parameters():
+            p.grad = None
     except BaseException:
         originals = [block.originals() for block in blocks.values()]
         _restore(model, {**layers, **{name: m for found in originals for name, m in found.items()}}, before)
+        for p in model.parameters():
+            p.grad = gradients.get(id(p))
         raise
     finally:
         for name, module in model.named_modules():
@@ -280,6 +288,7 @@ def _restore(model: nn.Module, layers: Mapping[str, nn.Module], before: list[tup
     for tensor, value in before:
         if not torch._debug_has_internal_overlap(tensor):  # nobody can have written to an expanded one
             tensor.data.copy_(value)
+    torch.clear_autocast_cache()
 
 
 def _describe(name: str, plan: Plan, ways: int, inputs: int, regrouped: bool, dropped: int) -> AdaptedLayer:

@@ -157,6 +157,7 @@ def group_units(block: Block, inputs: Tensor, group_size: int) -> None:
             layer.weight.copy_(layer.weight[order] if rows else layer.weight[:, order])
             if role != "down" and layer.bias is not None:
                 layer.bias.copy_(layer.bias[order])
+    torch.clear_autocast_cache()  # which has the weights as they were
 
 
 def list_block_choices(

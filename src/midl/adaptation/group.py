@@ -113,6 +113,7 @@ def permute(chain: Chain, order: Tensor) -> None:
     weight: Any = chain.following.weight
     blocks = weight.view(weight.shape[0], len(order), -1)  # a flattened channel is a block of inputs
     weight.copy_(blocks[:, order].reshape(weight.shape))
+    torch.clear_autocast_cache()  # which has the weights as they were
 
 
 def order_neurons(energy: Tensor, group_size: int) -> Tensor:

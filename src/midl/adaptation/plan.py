@@ -88,15 +88,21 @@ class Plan:
     latency_after: float | None = None
 
 
+# What a report names even though it has no MID-L counterpart.
+_MULTIPLIES = (
+    MIDLayer, nn.Linear, nn.modules.conv._ConvNd, nn.Bilinear, nn.RNNBase, nn.MultiheadAttention,
+)  # fmt: skip
+
+
 def find_layers(
     model: nn.Module, group_size: int, filter_fn: Callable[[nn.Module, str], bool] | None
 ) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """Return the layers that can be converted, by name, and why each other dense or MID-L layer cannot."""
+    """Return the layers that can be converted, by name, and why each other layer with a product of weights cannot."""
     shared = shared_parameters(model)
     layers: dict[str, nn.Module] = {}
     reasons: dict[str, str] = {}
     for name, module in own_parameters(model):
-        if family_of(module) is None and not isinstance(module, MIDLayer):
+        if family_of(module) is None and not isinstance(module, _MULTIPLIES):
             continue
         reason = why_not(module, shared)
         if reason is None:

@@ -198,11 +198,25 @@ def replace_modules(model: nn.Module, replacements: Mapping[int, nn.Module]) -> 
         for name, child in list(parent._modules.items()):
             if id(child) in replacements:
                 setattr(parent, name, replacements[id(child)])
+        for name, value in vars(parent).items():  # lists and dicts in which a model keeps an order of its layers
+            if not name.startswith("_"):
+                _replace_in(value, replacements)
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
             _set_fast_path(module)
         elif isinstance(module, nn.TransformerEncoder):
             _set_nested_tensors(module)
+
+
+def _replace_in(container: Any, replacements: Mapping[int, nn.Module]) -> None:
+    places: Any = ()
+    if type(container) is list:
+        places = enumerate(container)
+    elif type(container) is dict:
+        places = list(container.items())
+    for place, value in places:
+        if id(value) in replacements:
+            container[place] = replacements[id(value)]
 
 
 def _set_fast_path(layer: nn.TransformerEncoderLayer) -> None:

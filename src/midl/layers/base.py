@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,11 @@ class MIDLayer(nn.Module):
     bias: nn.Parameter | None
     gate_weight: nn.Parameter | None
     gate_bias: nn.Parameter | None
+
+    _tensor_names: ClassVar[tuple[str, ...]] = (
+        "weight", "bias", "light_down", "light_up", "gate_weight", "gate_bias",
+    )  # fmt: skip
+    """In the op's order."""
 
     config: MIDConfig
     """The configuration, with ``rank`` resolved to a number and ``active`` as last set."""
@@ -197,6 +202,7 @@ class MIDLayer(nn.Module):
         weight = self.weight
         if (
             isinstance(x, Tensor)
+            and x.layout is torch.strided
             and not x.is_nested
             and x.shape[axis] == expected
             and x.device == weight.device
@@ -208,6 +214,8 @@ class MIDLayer(nn.Module):
             raise MIDLError(f"{owner}: input is a {type(x).__name__}, expected a torch.Tensor")
         if x.is_nested:
             raise MIDLError(f"{owner}: input is a nested tensor, expected a padded one (torch.nested.to_padded_tensor)")
+        if x.layout is not torch.strided:
+            raise MIDLError(f"{owner}: input has layout {x.layout}, expected a dense tensor (x.to_dense())")
         if not x.dtype.is_floating_point:
             raise DTypeError(f"{owner}: input has dtype {x.dtype}, expected {weight.dtype}")
         if x.dtype != weight.dtype and not _autocast(x):
@@ -239,6 +247,9 @@ class MIDLayer(nn.Module):
         torch's custom ops have reverse-mode rules only. It says so badly under torch.func.grad, and under forward mode
         not at all: the tangents would be zero.
         """
+        x = tensors[0]
+        if any(t is not None and (t.dtype is not x.dtype or t.device != x.device) for t in tensors[1:]):
+            raise self._mismatch(x, tensors)
         if torch.compiler.is_compiling():
             return op(*tensors, *options)
         if forward_ad._current_level >= 0 and any(
@@ -257,6 +268,22 @@ class MIDLayer(nn.Module):
                 f"{type(self).__name__}: torch.func.grad, vjp, jacrev and hessian are not implemented, expected "
                 "backward() or torch.autograd.grad (torch.func.vmap and functional_call do work)"
             ) from error
+
+    def _mismatch(self, x: Tensor, tensors: tuple[Any, ...]) -> MIDLError:
+        """Return the error for a parameter whose dtype or device is not the input's, as the op sees both."""
+        at = next(
+            i for i, t in enumerate(tensors) if t is not None and (t.dtype is not x.dtype or t.device != x.device)
+        )
+        name, t = self._tensor_names[at - 1], tensors[at]
+        if t.is_meta and not x.is_meta:
+            return MIDLError(
+                f"{type(self).__name__}: {name} is on the meta device, expected {x.device} like the input "
+                "(to_empty(device=...), then load_state_dict or reset_parameters(); after loading dense weights "
+                "alone, reset_light_path())"
+            )
+        if t.device != x.device:
+            return MIDLError(f"{type(self).__name__}: {name} is on {t.device}, expected {x.device} like the input")
+        return DTypeError(f"{type(self).__name__}: {name} has dtype {t.dtype}, expected {x.dtype} like the input")
 
     def _draw_noise(self, x: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Return the exploration noise of a training step."""

@@ -111,6 +111,11 @@ class MIDFFN(MIDLayer):
     Source: arXiv 2505.11416 for the selection; the block form is ours.
     """
 
+    _tensor_names = (
+        "weight", "bias", "value_weight", "value_bias", "down_weight", "down_bias", "light_down", "light_up",
+        "light_hidden", "light_bias", "gate_weight", "gate_bias",
+    )  # fmt: skip
+
     dense_family = "ffn"
     may_be_light_alone = False
     _width_name = "hidden_features"

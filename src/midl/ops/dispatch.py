@@ -169,15 +169,18 @@ def is_plain(x: Tensor, weight: Tensor | None) -> bool:
     """Return whether nobody but autograd, between the caller and the implementation, wants to see the op.
 
     That is: no compilation or tracing, no dispatch mode (FLOP counters, fake tensors), no transform, no profiler, no
-    tensor subclass, no lazy negation, no meta device. torch's dispatcher then only costs time, more than a small
-    layer takes to compute.
+    tensor subclass, no lazy negation or zeros, no meta device, no sparse or nested tensor. torch's dispatcher then only
+    costs time, more than a small layer takes to compute.
     """
     return (
         not torch.compiler.is_compiling()
         and type(x) is Tensor
         and type(weight) in _PLAIN
         and (x.is_cpu or x.is_cuda)
+        and x.layout is torch.strided
+        and not x.is_nested
         and not x.is_neg()
+        and not x._is_zerotensor()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
         and not torch._C._functorch.is_legacy_batchedtensor(x)  # of torch.autograd.grad(is_grads_batched=True)

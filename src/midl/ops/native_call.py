@@ -65,7 +65,12 @@ def call_prepared(
     return call.run(x, parameters, threads)
 
 
+_PARAMETERS = {"weight", "bias", "light_down", "light_up", "gate_weight", "gate_bias"}
+
+
 def _prepare_linear(packed: Packed, x: Tensor, parameters: dict[str, Any], config: MIDConfig) -> Any:
+    if not parameters.keys() >= _PARAMETERS:  # pruned, parametrized, a buffer: what it is now is seen by name alone
+        return None
     weight = parameters["weight"]
     n, depth = weight.shape
     if config.span != 1 or not _may_be_native() or x.dtype != weight.dtype:
@@ -89,6 +94,8 @@ def _prepare_linear(packed: Packed, x: Tensor, parameters: dict[str, Any], confi
 
 
 def _prepare_conv2d(packed: Packed, x: Tensor, parameters: dict[str, Any], config: MIDConfig, window: Window) -> Any:
+    if not parameters.keys() >= _PARAMETERS:
+        return None
     weight = parameters["weight"]
     n, channels, *_ = weight.shape
     if x.dtype != torch.float32 or weight.dtype != torch.float32 or not _may_be_native():

@@ -49,7 +49,7 @@ def ffn(
     elif threshold is not None:
         light_share = 1 - (selected >= 0).sum(-1, keepdim=True) / groups
     offset = light_bias if down_bias is None else light_bias + down_bias
-    y = torch.addcmul(offset, F.linear(code, light_up), torch.as_tensor(light_share, dtype=x.dtype))
+    y = torch.addcmul(offset, F.linear(code, light_up), torch.as_tensor(light_share, dtype=x.dtype, device=x.device))
     # Kept alive by name until the call returns: only addresses go to the kernel.
     panels = _panels(kernels, weight, value_weight, down_weight, groups)
     parameters = [
