@@ -23,10 +23,10 @@ std::uint64_t sample(std::uintptr_t data, int64_t bytes) {
   constexpr int64_t kSamples = 61;
   const int64_t words = bytes / 4, step = words / kSamples < 1 ? 1 : words / kSamples;
   std::uint64_t hash = 14695981039346656037u;
-  std::uint32_t random = 2463534242u;
+  std::uint32_t random = 0;  // the first word is one of them
   for (int64_t i = 0; i < words; i += step) {
-    random = random * 1664525u + 1013904223u;
     const int64_t at = i + int64_t(std::uint64_t(random) * std::uint64_t(step) >> 32);
+    random = random * 1664525u + 1013904223u;
     std::uint32_t word;
     std::memcpy(&word, reinterpret_cast<const char*>(data) + 4 * (at < words ? at : words - 1), 4);
     hash = (hash ^ word) * 1099511628211u;
