@@ -65,6 +65,7 @@ def test_latency_tells_a_slow_model_from_a_quick_one() -> None:
             time.sleep(0.004)
             return x
 
-    latency = measure_latency({"slow": Slow(), "quick": nn.Identity()}, torch.zeros(1), rounds=4)
+    latency = measure_latency({"slow": Slow(), "quick": nn.Identity()}, torch.zeros(1), rounds=6)
+    assert latency["quick"]["ratio_high"] < 1 == latency["slow"]["ratio"] == latency["slow"]["ratio_high"]
     assert latency["slow"]["median"] >= 0.004 > latency["quick"]["median"]
     assert latency["slow"]["low"] <= latency["slow"]["median"] <= latency["slow"]["high"]

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from midl.errors import MIDLError
-from midl.lab.statistics import bootstrap_interval, estimate_mean, paired_difference
+from midl.lab.statistics import bootstrap_interval, estimate_mean, median_interval, paired_difference
 
 
 def test_students_interval_is_scipys() -> None:
@@ -38,6 +38,15 @@ def test_the_intervals_cover_the_mean_as_often_as_said() -> None:
     assert few == pytest.approx(0.75, abs=0.08)
     many = [bootstrap_interval(generator.normal(1, 1, 100)) for _ in range(100)]
     assert np.mean([low <= 1 <= high for low, high in many]) == pytest.approx(0.95, abs=0.06)
+
+
+def test_the_interval_of_the_median_covers_it_whatever_the_distribution() -> None:
+    generator = np.random.default_rng(0)
+    for size in (6, 11, 31):
+        found = [median_interval(generator.lognormal(0, 1, size).tolist()) for _ in range(300)]
+        assert np.mean([low <= 1 <= high for low, high in found]) >= 0.93  # type: ignore[misc]
+    assert median_interval([1.0] * 5) is None
+    assert median_interval([]) is None
 
 
 def test_differences_are_paired_by_seed() -> None:

@@ -19,11 +19,14 @@ from torch.utils._pytree import tree_leaves
 
 from midl.analysis import LayerActivity, count_flops, record_activity
 from midl.lab.data import Dataset, Split
+from midl.lab.statistics import median_interval
 from midl.layers import MIDLayer
 
 __all__ = ["layer_flops", "measure_accuracy", "measure_latency", "measure_step", "peak_bytes", "saved_bytes"]
 
 _BATCH = 500
+_LEAST_ROUNDS = 11
+_SECONDS = 90.0
 
 
 @torch.no_grad()
@@ -156,30 +159,44 @@ def measure_step(
 
         return step
 
-    return _interleave({name: step_of(model) for name, model in models.items()}, rounds)
+    return _time_in_pairs({name: step_of(model) for name, model in models.items()}, rounds)
 
 
 @torch.no_grad()
 def measure_latency(models: Mapping[str, nn.Module], x: Tensor, rounds: int = 31) -> dict[str, dict[str, float]]:
-    """Return the latency of each model on ``x``: median and quartiles over ``rounds``, in seconds.
+    """Return the latency of each model on ``x`` and its ratio to that of the first one.
 
-    The rounds are interleaved: each times every model once, starting with another one each time, so that what else
-    the machine does meets all alike. A timing repeats the call until it takes about 2 ms.
+    A round times every other model in a pair with the first, one right after the other, each in front every second
+    time, so that what else the machine does meets both alike. A timing repeats the call until it takes about 2 ms.
+    After 11 rounds and 90 seconds no further round begins.
+
+    Returns:
+        Name to ``median``, ``low`` and ``high`` (quartiles; seconds), and ``ratio``, ``ratio_low``, ``ratio_high``:
+        the median of the ratios within pairs and its 95 % interval (:func:`midl.lab.statistics.median_interval`; left
+        out with fewer than 6 rounds). All three are 1 for the first model.
     """
-    return _interleave({name: functools.partial(model, x) for name, model in models.items()}, rounds)
+    return _time_in_pairs({name: functools.partial(model, x) for name, model in models.items()}, rounds)
 
 
-def _interleave(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, dict[str, float]]:
+def _time_in_pairs(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, dict[str, float]]:
     repeats = {}
     for name, call in calls.items():
         call()
         repeats[name] = max(1, round(0.002 / max(_time(call, 1), 1e-7)))
     samples: dict[str, list[float]] = {name: [] for name in calls}
-    order = list(calls)
+    ratios: dict[str, list[float]] = {name: [] for name in calls}
+    first, *others = calls
+    begun = time.perf_counter()
     for i in range(rounds):
-        for name in order[i % len(order) :] + order[: i % len(order)]:
-            samples[name].append(_time(calls[name], repeats[name]))
-    return {name: _quartiles(values) for name, values in samples.items()}
+        if i >= _LEAST_ROUNDS and time.perf_counter() - begun > _SECONDS:
+            break
+        for name in others or [first]:
+            pair = {n: _time(calls[n], repeats[n]) for n in ((first, name) if i % 2 else (name, first))}
+            for n, seconds in pair.items():
+                samples[n].append(seconds)
+            ratios[name].append(pair[name] / pair[first])
+    ratios[first] = [1.0] * max(len(samples[first]), 1)
+    return {name: _quartiles(samples[name]) | _ratio(ratios[name]) for name in calls}
 
 
 def _time(call: Callable[[], object], repeats: int) -> float:
@@ -192,3 +209,9 @@ def _time(call: Callable[[], object], repeats: int) -> float:
 def _quartiles(values: list[float]) -> dict[str, float]:
     low, median, high = statistics.quantiles(values, n=4)
     return {"median": median, "low": low, "high": high}
+
+
+def _ratio(values: list[float]) -> dict[str, float]:
+    interval = median_interval(values)
+    bounds = {} if interval is None else {"ratio_low": interval[0], "ratio_high": interval[1]}
+    return {"ratio": statistics.median(values), **bounds}

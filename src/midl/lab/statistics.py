@@ -11,7 +11,7 @@ from scipy import stats
 
 from midl.errors import MIDLError
 
-__all__ = ["Estimate", "bootstrap_interval", "bootstrap_mean", "estimate_mean", "paired_difference"]
+__all__ = ["Estimate", "bootstrap_interval", "bootstrap_mean", "estimate_mean", "median_interval", "paired_difference"]
 
 _RESAMPLES = 2000
 _LEVEL = 0.95
@@ -89,6 +89,22 @@ def bootstrap_interval(values: np.ndarray) -> tuple[float, float]:
     drawn = np.random.default_rng(0).integers(0, len(values), (_RESAMPLES, len(values)))
     low, high = np.quantile(values[drawn].mean(1), [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
     return float(low), float(high)
+
+
+def median_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """Return the 95 % interval of the median from the order of the values alone, whatever their distribution.
+
+    >>> median_interval([5.0, 1.0, 2.0, 6.0, 3.0, 4.0, 7.0, 8.0])
+    (1.0, 8.0)
+
+    It is exact for independent values, and at least 95 % (Conover, Practical Nonparametric Statistics, section 3.2).
+    None for fewer than 6, of which no interval covers as much.
+    """
+    rank = int(stats.binom.ppf((1 - _LEVEL) / 2, len(values), 0.5)) if values else 0
+    if not rank:
+        return None
+    ordered = sorted(values)
+    return ordered[rank - 1], ordered[-rank]
 
 
 def bootstrap_mean(values: np.ndarray) -> dict[str, float]:

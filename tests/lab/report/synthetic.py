@@ -119,7 +119,7 @@ def make_latency() -> dict[str, Any]:
         ratio = {"dense": 1.0, "dropout": 1.0}.get(method, 0.6)
         return {
             "median": median * ratio, "low": median * ratio * 0.97, "high": median * ratio * 1.03,
-            "ratio_to_dense": ratio,
+            "ratio": ratio, "ratio_low": ratio * 0.98, "ratio_high": ratio * 1.02,
         }  # fmt: skip
 
     return {

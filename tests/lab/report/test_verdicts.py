@@ -31,9 +31,7 @@ def test_accuracy_verdicts(values: list[float], as_good: Verdict, better: Verdic
 
 
 def test_what_was_not_run_has_no_verdict() -> None:
-    assert (
-        judge_not_worse(None) is judge_better(None) is judge_bound(None, least=1) is judge_faster(None, {}) is MISSING
-    )
+    assert judge_not_worse(None) is judge_better(None) is judge_bound(None, least=1) is judge_faster(None) is MISSING
     assert judge_better(estimate_mean([1.0, 1.1, 1.2]), None) is MISSING
 
 
@@ -51,11 +49,11 @@ def test_bounds() -> None:
     assert judge_bound(46, most=45) is FAILS
 
 
-def test_faster_needs_quartiles_apart() -> None:
-    dense = {"low": 1.0, "high": 1.1}
-    assert judge_faster({"low": 0.8, "high": 0.9}, dense) is HOLDS
-    assert judge_faster({"low": 0.9, "high": 1.05}, dense) is UNDECIDED
-    assert judge_faster({"low": 1.2, "high": 1.3}, dense) is FAILS
+def test_faster_needs_an_interval_of_the_ratio_below_one() -> None:
+    assert judge_faster({"ratio": 0.8, "ratio_low": 0.7, "ratio_high": 0.9}) is HOLDS
+    assert judge_faster({"ratio": 0.8, "ratio_low": 0.7, "ratio_high": 1.0}) is UNDECIDED
+    assert judge_faster({"ratio": 1.2, "ratio_low": 1.1, "ratio_high": 1.3}) is FAILS
+    assert judge_faster({"ratio": 0.5}) is UNDECIDED  # too few rounds
 
 
 def test_all_together() -> None:

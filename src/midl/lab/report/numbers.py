@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from midl.lab.statistics import Estimate
 
-__all__ = ["count", "interval", "plus_minus", "seconds", "signed", "size"]
+__all__ = ["count", "interval", "plus_minus", "ratio_to_dense", "seconds", "signed", "size"]
 
 
 def signed(value: float, digits: int = 2) -> str:
@@ -58,6 +60,16 @@ def size(value: float) -> str:
         if value >= limit:
             return f"{value / limit:.1f} {unit}"
     return f"{value:.0f} B"
+
+
+def ratio_to_dense(times: Mapping[str, float]) -> str:
+    """Return the ratio of a timing to dense with its interval, if it has one.
+
+    >>> ratio_to_dense({"ratio": 0.84, "ratio_low": 0.8, "ratio_high": 0.9})
+    '0.84x [0.80, 0.90]'
+    """
+    bounds = f" [{times['ratio_low']:.2f}, {times['ratio_high']:.2f}]" if "ratio_low" in times else ""
+    return f"{times['ratio']:.2f}x{bounds}"
 
 
 def seconds(*values: float) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from midl.errors import MIDLError
+from midl.lab.reproduce.latency import has_ratios
 from midl.lab.reproduce.state import read_state
 
 __all__ = ["PAPER_SETS", "ROUTES", "Results", "Run", "read_results"]
@@ -110,6 +111,7 @@ def read_results(path: Path) -> Results:
             records += content["runs"]
             if "latency" in content:
                 latency[content["runs"][0]["spec"]["dataset"]] = content["latency"]
+    latency = {dataset: content for dataset, content in latency.items() if has_ratios(content)}
     if not records:
         raise MIDLError(f"report: {path} holds no results, expected a folder of midl reproduce or midl runs --export")
     runs = [_run(record, path) for record in records]

@@ -7,7 +7,7 @@ from typing import Any
 
 from midl.lab.methods import METHODS
 from midl.lab.report.claims import Judged, robustness_areas
-from midl.lab.report.numbers import count, interval, plus_minus, seconds, signed, size
+from midl.lab.report.numbers import count, interval, plus_minus, ratio_to_dense, seconds, signed, size
 from midl.lab.report.records import PAPER_SETS, Results
 from midl.lab.report.table import Cell, Table
 from midl.lab.report.verdicts import Verdict
@@ -114,7 +114,7 @@ def cost_table(results: Results, dataset: str) -> Table:
 
 
 def latency_table(results: Results, dataset: str) -> Table | None:
-    """Return median times and their ratio to dense, or None where nothing was timed."""
+    """Return median times and their ratios to dense, or None where nothing was timed."""
     measured = results.latency.get(dataset, {}).get("methods", {})
     if not measured:
         return None
@@ -127,14 +127,15 @@ def latency_table(results: Results, dataset: str) -> Table | None:
         rows.append([Cell(title(method)), *cells])
     names = [f"batch {batch}" for batch in batches] + ["training step"]
     columns = ["method", *(text for name in names for text in (name, "of dense"))]
-    return Table(f"{dataset}: time, median (quartiles) of interleaved rounds", columns, rows)
+    what = "time, median (quartiles), and its ratio to dense within interleaved pairs [95 %]"
+    return Table(f"{dataset}: {what}", columns, rows)
 
 
 def _time(entry: dict[str, float] | None) -> tuple[Cell, Cell]:
     if not entry:
         return MISSING, MISSING
     text = seconds(entry["median"], entry["low"], entry["high"])
-    return Cell(text, entry["median"]), Cell(f"{entry['ratio_to_dense']:.2f}x", entry["ratio_to_dense"])
+    return Cell(text, entry["median"]), Cell(ratio_to_dense(entry), entry["ratio"])
 
 
 def overfitting_table(results: Results, dataset: str) -> Table | None:

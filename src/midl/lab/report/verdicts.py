@@ -29,7 +29,8 @@ SEEDS = 3
 RULES = (
     f"As good: holds if the mean paired difference is at least 0 and Student's 95 % interval stays above -{MARGIN} "
     "points; does not hold if the whole interval is below 0. Better: holds if the whole interval is above 0, does not "
-    "hold if it is below 0. Faster: the quartiles of the two timings do not overlap. Counted numbers (active neurons, "
+    "hold if it is below 0. Faster: the 95 % interval of the median "
+    "ratio to dense, timed in pairs, lies below 1; does not hold if it lies above. Counted numbers (active neurons, "
     f"FLOPs, bytes) need no interval. Everything between is undecided; fewer than {SEEDS} seeds decide nothing."
 )
 """The rules in words."""
@@ -77,13 +78,15 @@ def judge_bound(value: float | None, *, least: float | None = None, most: float 
     return Verdict.HOLDS if kept else Verdict.FAILS
 
 
-def judge_faster(ours: Mapping[str, float] | None, theirs: Mapping[str, float] | None) -> Verdict:
-    """Judge the claim that we take less time, from quartiles ``low`` and ``high``."""
-    if not ours or not theirs:
+def judge_faster(times: Mapping[str, float] | None) -> Verdict:
+    """Judge the claim that we take less time than dense, from what :func:`midl.lab.measure.measure_latency` returns."""
+    if not times:
         return Verdict.MISSING
-    if ours["high"] < theirs["low"]:
+    if "ratio_low" not in times:
+        return Verdict.UNDECIDED
+    if times["ratio_high"] < 1:
         return Verdict.HOLDS
-    return Verdict.FAILS if ours["low"] > theirs["high"] else Verdict.UNDECIDED
+    return Verdict.FAILS if times["ratio_low"] > 1 else Verdict.UNDECIDED
 
 
 def combine(verdicts: Iterable[Verdict]) -> Verdict:

@@ -17,7 +17,7 @@ from midl.lab.reproduce.plan import Plan, Task, setting_for
 from midl.lab.reproduce.profiles import profile_named
 from midl.lab.reproduce.state import FINISHED
 
-__all__ = ["measure_latencies"]
+__all__ = ["has_ratios", "measure_latencies"]
 
 
 def measure_latencies(plan: Plan, out: Path, dataset: str) -> Path | None:
@@ -48,11 +48,11 @@ def measure_latencies(plan: Plan, out: Path, dataset: str) -> Path | None:
     measured: dict[str, dict[str, Any]] = {method: {"run": runs[method], "batch": {}, "step": {}} for method in order}
     for batch in profile.batches:
         inputs = setting.dataset.batch(setting.dataset.test, torch.arange(batch) % len(setting.dataset.test))[0]
-        for method, times in _with_ratios(measure_latency(models, inputs, profile.rounds)).items():
+        for method, times in measure_latency(models, inputs, profile.rounds).items():
             measured[method]["batch"][str(batch)] = times
     size = tasks["dense"].recipe.batch_size if profile.rows is None else profile.batches[-1]
     inputs, labels = setting.dataset.batch(setting.dataset.train, torch.arange(size) % len(setting.dataset.train))
-    for method, times in _with_ratios(measure_step(models, inputs, labels, max(3, profile.rounds // 2))).items():
+    for method, times in measure_step(models, inputs, labels, max(3, profile.rounds // 2)).items():
         measured[method]["step"] = {"batch": size, **times}
     write_json(
         file,
@@ -64,17 +64,18 @@ def measure_latencies(plan: Plan, out: Path, dataset: str) -> Path | None:
     return file
 
 
+def has_ratios(latency: dict[str, Any]) -> bool:
+    """Return whether the content of a ``latency.json`` was timed in pairs, as older ones were not."""
+    return all("ratio" in entry["step"] for entry in latency["methods"].values())
+
+
 def _runs_of(file: Path) -> dict[str, str] | None:
-    """Return the runs, by method, that a file was measured with, or None where there is none."""
-    if not file.exists():
+    """Return the runs, by method, that a file was measured with, or None where there is none to build on."""
+    content = json.loads(file.read_text()) if file.exists() else None
+    if content is None or not has_ratios(content):
         return None
-    return {method: entry["run"] for method, entry in json.loads(file.read_text())["methods"].items()}
+    return {method: entry["run"] for method, entry in content["methods"].items()}
 
 
 def _plain(task: Task) -> bool:
     return task.spec["train_fraction"] == 1 and not task.spec["label_noise"]
-
-
-def _with_ratios(times: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-    dense = times["dense"]["median"]
-    return {method: {**values, "ratio_to_dense": values["median"] / dense} for method, values in times.items()}
