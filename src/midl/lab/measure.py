@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import statistics
-import time
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -19,14 +17,12 @@ from torch.utils._pytree import tree_leaves
 
 from midl.analysis import LayerActivity, count_flops, record_activity
 from midl.lab.data import Dataset, Split
-from midl.lab.statistics import median_interval
+from midl.lab.pairs import Call, time_in_pairs
 from midl.layers import MIDLayer
 
 __all__ = ["layer_flops", "measure_accuracy", "measure_latency", "measure_step", "peak_bytes", "saved_bytes"]
 
 _BATCH = 500
-_LEAST_ROUNDS = 11
-_SECONDS = 90.0
 
 
 @torch.no_grad()
@@ -148,7 +144,7 @@ def measure_step(
 ) -> dict[str, dict[str, float]]:
     """Return the time of a training step of each model (forward, backward, AdamW), like :func:`measure_latency`."""
 
-    def step_of(model: nn.Module) -> Callable[[], object]:
+    def step_of(model: nn.Module) -> Call:
         model = copy.deepcopy(model).train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
 
@@ -159,59 +155,16 @@ def measure_step(
 
         return step
 
-    return _time_in_pairs({name: step_of(model) for name, model in models.items()}, rounds)
+    return time_in_pairs({name: (step_of(model), step_of(model)) for name, model in models.items()}, rounds)
 
 
 @torch.no_grad()
 def measure_latency(models: Mapping[str, nn.Module], x: Tensor, rounds: int = 31) -> dict[str, dict[str, float]]:
-    """Return the latency of each model on ``x`` and its ratio to that of the first one.
+    """Return the latency of each model on ``x`` and its ratio to that of the first, timed in pairs with cold weights.
 
-    A round times every other model in a pair with the first, one right after the other, each in front every second
-    time, so that what else the machine does meets both alike. A timing repeats the call until it takes about 2 ms.
-    After 11 rounds and 90 seconds no further round begins.
-
-    Returns:
-        Name to ``median``, ``low`` and ``high`` (quartiles; seconds), and ``ratio``, ``ratio_low``, ``ratio_high``:
-        the median of the ratios within pairs and its 95 % interval (:func:`midl.lab.statistics.median_interval`; left
-        out with fewer than 6 rounds). All three are 1 for the first model.
+    :func:`midl.lab.pairs.time_in_pairs` says how, and what is returned.
     """
-    return _time_in_pairs({name: functools.partial(model, x) for name, model in models.items()}, rounds)
-
-
-def _time_in_pairs(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, dict[str, float]]:
-    repeats = {}
-    for name, call in calls.items():
-        call()
-        repeats[name] = max(1, round(0.002 / max(_time(call, 1), 1e-7)))
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    ratios: dict[str, list[float]] = {name: [] for name in calls}
-    first, *others = calls
-    begun = time.perf_counter()
-    for i in range(rounds):
-        if i >= _LEAST_ROUNDS and time.perf_counter() - begun > _SECONDS:
-            break
-        for name in others or [first]:
-            pair = {n: _time(calls[n], repeats[n]) for n in ((first, name) if i % 2 else (name, first))}
-            for n, seconds in pair.items():
-                samples[n].append(seconds)
-            ratios[name].append(pair[name] / pair[first])
-    ratios[first] = [1.0] * max(len(samples[first]), 1)
-    return {name: _quartiles(samples[name]) | _ratio(ratios[name]) for name in calls}
-
-
-def _time(call: Callable[[], object], repeats: int) -> float:
-    start = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    return (time.perf_counter() - start) / repeats
-
-
-def _quartiles(values: list[float]) -> dict[str, float]:
-    low, median, high = statistics.quantiles(values, n=4)
-    return {"median": median, "low": low, "high": high}
-
-
-def _ratio(values: list[float]) -> dict[str, float]:
-    interval = median_interval(values)
-    bounds = {} if interval is None else {"ratio_low": interval[0], "ratio_high": interval[1]}
-    return {"ratio": statistics.median(values), **bounds}
+    call = functools.partial
+    return time_in_pairs(
+        {name: (call(model, x), call(copy.deepcopy(model), x)) for name, model in models.items()}, rounds
+    )

@@ -79,7 +79,7 @@ def judge_bound(value: float | None, *, least: float | None = None, most: float 
 
 
 def judge_faster(times: Mapping[str, float] | None) -> Verdict:
-    """Judge the claim that we take less time than dense, from what :func:`midl.lab.measure.measure_latency` returns."""
+    """Judge the claim that we take less time than dense, from what :func:`midl.lab.pairs.time_in_pairs` returns."""
     if not times:
         return Verdict.MISSING
     if "ratio_low" not in times:

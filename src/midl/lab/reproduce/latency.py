@@ -52,7 +52,7 @@ def measure_latencies(plan: Plan, out: Path, dataset: str) -> Path | None:
             measured[method]["batch"][str(batch)] = times
     size = tasks["dense"].recipe.batch_size if profile.rows is None else profile.batches[-1]
     inputs, labels = setting.dataset.batch(setting.dataset.train, torch.arange(size) % len(setting.dataset.train))
-    for method, times in measure_step(models, inputs, labels, max(3, profile.rounds // 2)).items():
+    for method, times in measure_step(models, inputs, labels, max(3, profile.rounds // 4)).items():
         measured[method]["step"] = {"batch": size, **times}
     write_json(
         file,

@@ -68,7 +68,7 @@ class Profile:
     fractions: tuple[float, ...] = (0.01, 0.05, 0.1)
     noises: tuple[float, ...] = (0.2, 0.4)
     batches: tuple[int, ...] = (1, 32, 256)
-    rounds: int = 31
+    rounds: int = 61
     fit_rows: int = 2048
     measured_rows: int | None = None
 
