@@ -110,7 +110,7 @@ class Row:
         hidden_flops: of the hidden layers, per input.
         parameters: of the whole network.
         saved_bytes: kept for the backward pass, per input of a training batch.
-        latency: batch size to seconds: median and quartiles.
+        latency: batch size to times and their ratio to dense (:func:`midl.lab.pairs.time_in_pairs`).
     """
 
     method: str
