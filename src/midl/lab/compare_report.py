@@ -63,7 +63,8 @@ def caption(comparison: Comparison) -> str:
     seeds = f"mean ± standard deviation of {len(s.seeds)} seeds" if len(s.seeds) > 1 else "one seed"
     return (
         f"Accuracy: {seeds}. {s.active:.0%} active, groups of {s.group_size} neurons. FLOPs: two per multiply-add. "
-        f"Latency: medians, and median ratios of interleaved pairs, weights cold. Backward: bytes that autograd keeps per input in training. "
+        f"Latency: medians, and median ratios of interleaved pairs, weights cold. Backward: bytes that autograd keeps "
+        f"per input in training. "
         f"Trained for {recipes.train.epochs} epochs; the converted network: the dense one, distilled for "
         f"{recipes.distill.epochs} more."
     )
