@@ -29,9 +29,9 @@ SEEDS = 3
 RULES = (
     f"As good: holds if the mean paired difference is at least 0 and Student's 95 % interval stays above -{MARGIN} "
     "points; does not hold if the whole interval is below 0. Better: holds if the whole interval is above 0, does not "
-    "hold if it is below 0. Faster: the 95 % interval of the median "
-    "ratio to dense, timed in pairs, lies below 1; does not hold if it lies above. Counted numbers (active neurons, "
-    f"FLOPs, bytes) need no interval. Everything between is undecided; fewer than {SEEDS} seeds decide nothing."
+    "hold if it is below 0. Faster: the 95 % interval of the median ratio to dense, timed in pairs, lies below 1; does "
+    "not if it lies above. Counted numbers (active neurons to the whole per cent, FLOPs, bytes) need no interval. "
+    f"Everything between is undecided; fewer than {SEEDS} seeds decide nothing."
 )
 """The rules in words."""
 
