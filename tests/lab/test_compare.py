@@ -64,6 +64,18 @@ def test_a_second_start_trains_nothing(comparison: Comparison, monkeypatch: pyte
     assert [row.accuracies for row in again.rows.values()] == [row.accuracies for row in comparison.rows.values()]
 
 
+def test_a_lost_model_is_trained_again_and_damaged_results_are_named(tmp_path: Path) -> None:
+    quick = Settings(seeds=(0,), epochs=1, threads=1)
+    first = compare(quick, tmp_path)
+    (first.folder / "models" / "narrow-seed0.safetensors").unlink()
+    again = compare(quick, tmp_path)
+    assert [row.accuracies for row in again.rows.values()] == [row.accuracies for row in first.rows.values()]
+    results = first.folder / "results.jsonl"
+    results.write_text(results.read_text()[:-9])
+    with pytest.raises(MIDLError, match=r"results\.jsonl is damaged"):
+        compare(quick, tmp_path)
+
+
 def test_seeds_can_be_added_and_other_settings_go_elsewhere(comparison: Comparison, tmp_path: Path) -> None:
     quick = Settings(seeds=(0,), epochs=1, threads=1)
     first = compare(quick, tmp_path)

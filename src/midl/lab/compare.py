@@ -209,7 +209,7 @@ class _Job:
         """Train and score one method with one seed, unless that is done."""
         name = _run_name(method, seed)
         for result in folder.results():
-            if result["run"] == name:
+            if result["run"] == name and folder.model(name).is_file():
                 watcher.end(method, seed, result["accuracy"])
                 return
         watcher.begin(method, seed)

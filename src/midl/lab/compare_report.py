@@ -61,11 +61,12 @@ def caption(comparison: Comparison) -> str:
     """Return how to read the numbers."""
     s, recipes = comparison.settings, comparison.recipes
     seeds = f"mean ± standard deviation of {len(s.seeds)} seeds" if len(s.seeds) > 1 else "one seed"
+    epochs = f"{recipes.train.epochs} epoch" + "s" * (recipes.train.epochs > 1)
     return (
         f"Accuracy: {seeds}. {s.active:.0%} active, groups of {s.group_size} neurons. FLOPs: two per multiply-add. "
         f"Latency: medians, and median ratios of interleaved pairs, weights cold. Backward: bytes that autograd keeps "
         f"per input in training. "
-        f"Trained for {recipes.train.epochs} epochs; the converted network: the dense one, distilled for "
+        f"Trained for {epochs}; the converted network: the dense one, distilled for "
         f"{recipes.distill.epochs} more."
     )
 

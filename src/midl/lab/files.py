@@ -8,7 +8,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-__all__ = ["hash_file", "hash_json", "write_bytes", "write_json", "write_text"]
+from midl.errors import MIDLError
+
+__all__ = ["hash_file", "hash_json", "parse_json", "read_json", "write_bytes", "write_json", "write_text"]
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -34,6 +36,26 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Replace the file at ``path`` by ``value`` as indented JSON, atomically."""
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Return the JSON value that a file holds.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        MIDLError: it is damaged; the message names it.
+    """
+    return parse_json(path.read_bytes(), path)
+
+
+def parse_json(text: bytes | str, path: Path) -> Any:
+    """Return a JSON value of a file, or raise an error that names the file."""
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise MIDLError(
+            f"{path} is damaged ({error}), expected JSON: delete it, and what it held is done again"
+        ) from error
 
 
 def hash_file(path: Path) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from midl.errors import MIDLError
 from midl.lab.environment import describe_environment
-from midl.lab.files import hash_json, write_json, write_text
+from midl.lab.files import hash_json, parse_json, read_json, write_json, write_text
 from midl.lab.lock import FolderLock
 
 __all__ = ["RunFolder"]
@@ -43,7 +43,7 @@ class RunFolder:
         self._lock.__enter__()
         config = self.path / "config.json"
         if config.exists():
-            stored = json.loads(config.read_text())
+            stored = read_json(config)
             if stored != self.settings:
                 self._lock.__exit__(None, None, None)
                 raise MIDLError(f"{config} holds {stored}, expected {self.settings}: choose another out folder")
@@ -68,7 +68,7 @@ class RunFolder:
     def results(self) -> list[dict[str, Any]]:
         """Return the finished runs, in the order they finished."""
         file = self.path / "results.jsonl"
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        return [parse_json(line, file) for line in file.read_text().splitlines()] if file.exists() else []
 
     def append(self, result: dict[str, Any]) -> None:
         """Add a finished run."""
@@ -77,5 +77,5 @@ class RunFolder:
 
     def _record_environment(self) -> None:
         file = self.path / "environment.json"
-        starts = json.loads(file.read_text()) if file.exists() else []
+        starts = read_json(file) if file.exists() else []
         write_json(file, [*starts, describe_environment()])

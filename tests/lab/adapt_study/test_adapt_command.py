@@ -8,11 +8,14 @@ pytest.importorskip("sklearn")
 pytest.importorskip("typer")
 pytest.importorskip("safetensors")
 
+import torch
 from torch import nn
 from typer.testing import CliRunner
 
 import midl
+from midl.lab.adapt_study.once import _inputs
 from midl.lab.commands import app
+from midl.lab.data import load
 from midl.lab.models import architecture_for
 
 
@@ -100,9 +103,31 @@ def test_a_curve_of_ones_own_model(tmp_path):
     [
         (("--model", "no_such_module:f"), "cannot be imported"),
         (("--model", f"{__name__}:no_network"), "returned a str, expected torch.nn.Module"),
+        (("--model", "torch.nn:Linear"), "failed (TypeError: "),
+        (("--threads", "0"), "threads=0"),
+        (("--budget", "0.5"), "budget=0.5, expected a ratio above 1"),
+        (("--budget", "nan"), "budget=nan, expected a ratio above 1"),
+        (("--checkpoint", "nowhere.safetensors"), "'nowhere.safetensors' is not a file"),
     ],
 )
-def test_a_factory_that_makes_no_model_is_one_line(tmp_path, arguments, message):
+def test_what_is_wrong_is_one_line_before_anything_is_trained(tmp_path, arguments, message):
     result = run(*arguments, "--out", str(tmp_path))
     assert result.exit_code == 1
-    assert message in result.output
+    assert message in result.output.replace("\n", "")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_curve_checks_its_fractions_before_anything_is_trained(tmp_path):
+    for active in ("2", "0.5,nan", "0"):
+        result = run("--active", active, "--out", str(tmp_path), command="curve")
+        assert result.exit_code == 1
+        assert "expected fractions in (0, 1]" in result.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_more_inputs_than_rows_are_rows_again():
+    dataset = load("digits")
+    rows = len(dataset.train)
+    inputs = _inputs(dataset, 2 * rows + 1)
+    assert torch.equal(inputs[rows : 2 * rows], inputs[:rows])
+    assert len(inputs) == 2 * rows + 1

@@ -107,6 +107,12 @@ def test_file_that_differs_from_the_listed_hash(make_mirror: Make) -> None:
         data.load("mnist")
 
 
+def test_a_damaged_list_of_hashes_is_named(make_mirror: Make) -> None:
+    (make_mirror("mnist", mnist_rows()) / "SHA256SUMS").write_text("abc\n")
+    with pytest.raises(DataError, match="SHA256SUMS has a line without a file's name"):
+        data.load("mnist")
+
+
 @pytest.mark.parametrize("damage", ["truncated", "no parquet"])
 def test_unreadable_parquet(make_mirror: Make, damage: str) -> None:
     file = make_mirror("mnist", mnist_rows()) / "mnist" / "test.parquet"

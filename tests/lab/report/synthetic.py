@@ -126,6 +126,7 @@ def make_latency() -> dict[str, Any]:
         "machine": {"cpu": "A <processor> & more", "threads": 2}, "threads": 2,
         "methods": {
             method: {
+                "run": f"{method}-s0-1.0-0.0",
                 "batch": {"1": times(6e-4, method), "32": times(2e-3, method), "256": times(9e-3, method)},
                 "step": times(2e-2, method),
             }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -73,7 +74,7 @@ def test_another_profile_is_left_out_and_the_youngest_of_equal_runs_counts(sweep
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "holds no results"), ("{", "mnist.json cannot be read"), ('{"runs": [{"spec": {}}]}', "a record without")],
+    [(None, "holds no results"), ("{", "mnist.json is damaged"), ('{"runs": [{"spec": {}}]}', "a record without")],
 )
 def test_unreadable_results_are_errors(content: str | None, message: str, tmp_path: Path) -> None:
     if content is not None:
@@ -140,9 +141,40 @@ def test_tables_have_as_many_cells_as_columns(results: Results) -> None:
 
 def test_svhn_and_what_has_not_run_are_listed(results: Results) -> None:
     rows = {row[0].text: row[1].text for row in coverage_table(results).rows}
-    assert rows["svhn"] == "not run here: the data could not be had offline"
-    assert rows["imdb"] == "not run"
+    assert rows["svhn"] == rows["imdb"] == "not run"
     assert rows["mnist"].startswith("dense 3, ")
+
+
+def test_half_a_record_is_an_error(tmp_path: Path) -> None:
+    record = make_record("mnist", "dense", 0)
+    del record["train_accuracy"]
+    (tmp_path / "mnist.json").write_text(json.dumps({"runs": [record]}))
+    with pytest.raises(MIDLError, match="a record without 'train_accuracy'"):
+        read_results(tmp_path)
+
+
+def test_latencies_are_those_of_networks_in_the_report(tmp_path: Path) -> None:
+    write_sweep(tmp_path, ("mnist",), seeds=1)
+    shutil.rmtree(tmp_path / "mnist" / "low_rank-s0-1.0-0.0")
+    timed = read_results(tmp_path).latency["mnist"]["methods"]
+    assert "low_rank" not in timed
+    assert "dense" in timed
+    (tmp_path / "mnist" / "latency.json").write_text("{}")
+    with pytest.raises(MIDLError, match=r"latency\.json is damaged"):
+        read_results(tmp_path)
+
+
+def test_one_precision_at_a_time(tmp_path: Path) -> None:
+    records = [make_record("mnist", method, seed) for method in ("dense", "scratch") for seed in range(2)]
+    other = make_record("mnist", "scratch", 0)
+    other["accuracy"], other["spec"]["recipe"] = 1.0, {"epochs": 8, "precision": "bf16"}
+    (tmp_path / "mnist.json").write_text(json.dumps({"runs": [*records, other]}))
+    results = read_results(tmp_path)
+    assert (results.precision, results.superseded, len(results.runs)) == ("no", 1, 4)
+    assert min(results.values("mnist", "scratch", "accuracy").values()) > 90
+    (tmp_path / "mnist.json").write_text(json.dumps({"runs": [other]}))
+    markdown = to_report_markdown(read_results(tmp_path), "midl report")
+    assert "--precision bf16" in markdown
 
 
 def test_failed_runs_are_listed_with_the_reason(tmp_path: Path) -> None:

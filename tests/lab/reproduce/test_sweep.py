@@ -132,6 +132,9 @@ def test_latency_is_measured_once_for_all_methods(undisturbed: Path) -> None:
     file.write_text(json.dumps(latency))
     run(undisturbed, options=Options(threads=1))
     assert "ratio" in json.loads(file.read_text())["methods"]["converted"]["step"]
+    before = file.read_bytes()
+    run(undisturbed, Request("smoke", ("digits",), ("dense",)), options=Options(threads=1))  # a part of it
+    assert file.read_bytes() == before
 
 
 def _folder(out: Path, start: str) -> Path:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import midl
+from midl.config import check_positive_int
 from midl.errors import MIDLError
 from midl.lab.adapt_study.batches import ShuffledBatches
 from midl.lab.adapt_study.subject import distillation
@@ -45,6 +47,14 @@ class AdaptSettings:
     latency_batch: int | None = None
     threshold: bool = False
 
+    def __post_init__(self) -> None:
+        # What adapt would find out only after the dense network is trained.
+        if not 1 < self.budget < math.inf:
+            raise MIDLError(f"budget={self.budget!r}, expected a ratio above 1")
+        for name in ("group_size", "epochs", "threads", "latency_batch"):
+            if getattr(self, name) is not None:
+                check_positive_int("adapt", name, getattr(self, name))
+
 
 def adapt_once(settings: AdaptSettings, out: Path, checkpoint: Path | None = None) -> Iterator[str]:
     """Train or load a dense network, adapt it, write both, a report and a plot to ``out``; yield lines for the console.
@@ -57,7 +67,7 @@ def adapt_once(settings: AdaptSettings, out: Path, checkpoint: Path | None = Non
     served = settings.latency_batch
     report = midl.adapt(
         model, ShuffledBatches(dataset, settings.seed), settings.budget, group_size=settings.group_size,
-        latency_inputs=None if served is None else dataset.batch(dataset.train, slice(0, served))[0],
+        latency_inputs=None if served is None else _inputs(dataset, served),
         epochs=settings.distil_epochs, threshold=settings.threshold, seed=settings.seed,
         **distillation(recipes_for(settings.dataset)),
     )  # fmt: skip
@@ -89,6 +99,9 @@ def draw_curve(
     Raises:
         MIDLError: a data set, model factory, checkpoint or budget that cannot be had.
     """
+    for active in budgets:
+        if not 0 < active <= 1:
+            raise MIDLError(f"active={active!r}, expected fractions in (0, 1]")
     dataset, dense = _dense(settings, out, checkpoint)
     model = copy.deepcopy(dense)
     midl.adapt(
@@ -99,7 +112,7 @@ def draw_curve(
     midl.save(model, out / "elastic.safetensors")
     accuracy = measure_accuracy(dense, dataset)[0]
     yield f"dense: {accuracy:.2f} %"
-    yield "active   FLOPs     accuracy" + "".join(f"   batch {batch}" for batch in _LATENCY_BATCHES)
+    yield "active   of dense's FLOPs   accuracy" + "".join(f"   batch {batch}" for batch in _LATENCY_BATCHES)
     points = []
     for point in measure_curve(model, dense, dataset, budgets, _LATENCY_BATCHES):
         points.append(point)
@@ -115,7 +128,7 @@ def draw_curve(
 
 def _line(point: Point) -> str:
     speeds = "".join(f"{point.latency_dense[b] / point.latency[b]:9.2f}x" for b in point.latency)
-    return f"{point.active:6.0%}   {point.flops_ratio:.2f}x less   {point.accuracy:6.2f} %{speeds}"
+    return f"{point.active:6.0%}   {1 / point.flops_ratio:15.2f}x   {point.accuracy:6.2f} %{speeds}"
 
 
 def _dense(settings: AdaptSettings, out: Path, checkpoint: Path | None) -> tuple[Dataset, nn.Module]:
@@ -137,6 +150,11 @@ def _dense(settings: AdaptSettings, out: Path, checkpoint: Path | None) -> tuple
     return dataset, model.eval()
 
 
+def _inputs(dataset: Dataset, rows: int) -> Tensor:
+    """Return so many training inputs, the first ones again where there are not as many."""
+    return dataset.batch(dataset.train, torch.arange(rows) % len(dataset.train))[0]
+
+
 def _call_factory(name: str) -> nn.Module:
     """Return what the function ``module:function`` makes."""
     module, _, function = name.partition(":")
@@ -144,7 +162,13 @@ def _call_factory(name: str) -> nn.Module:
         factory: Any = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise MIDLError(f"model={name!r} cannot be imported ({error}), expected module:function") from error
-    made = factory()
+    try:
+        made = factory()
+    except Exception as error:
+        raise MIDLError(
+            f"model={name!r} failed ({type(error).__name__}: {error}), expected a function without arguments that "
+            "returns the network"
+        ) from error
     if not isinstance(made, nn.Module):
         raise MIDLError(f"model={name!r} returned a {type(made).__name__}, expected torch.nn.Module")
     return made

@@ -22,6 +22,10 @@ def _fractions(text: str) -> tuple[float, ...]:
 def curve(
     dataset: Annotated[str, typer.Argument(help="Data set: digits needs no download; see midl info.")] = "digits",
     active: Annotated[str, typer.Option(help="Active fractions, separated by commas.")] = "0.25,0.4,0.55,0.75,1",
+    budget: Annotated[
+        float,
+        typer.Option(help="FLOPs of the dense network, divided by those that light paths and gates are made for."),
+    ] = 1.7,
     group_size: Annotated[int, typer.Option(help="Neurons that are selected together.")] = 16,
     checkpoint: Annotated[
         Path | None, typer.Option(help="Dense network, as midl.save wrote it.  [default: train one]")
@@ -41,14 +45,15 @@ def curve(
 ) -> None:
     """Make one network serve many budgets and print its accuracy, FLOPs and latency at each.
 
-    The network is adapted at the smallest budget asked for and distilled with a budget drawn anew every step.
+    The network is adapted once, every layer by the same ratio, so that it spends 1/BUDGET of dense's FLOPs at its own
+    active fraction, then distilled with one drawn anew every step between the least and the most asked for.
     """
     from midl.lab.adapt_study.once import AdaptSettings, draw_curve
 
     with readable_errors():
         settings = AdaptSettings(
-            dataset, group_size=group_size, epochs=epochs, distil_epochs=distil_epochs, seed=seed, threads=threads,
-            model=model,
+            dataset, budget, group_size=group_size, epochs=epochs, distil_epochs=distil_epochs, seed=seed,
+            threads=threads, model=model,
         )  # fmt: skip
         for line in draw_curve(settings, _fractions(active), out, checkpoint):
             typer.echo(line)

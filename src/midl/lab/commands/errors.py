@@ -14,14 +14,16 @@ __all__ = ["readable_errors"]
 
 @contextmanager
 def readable_errors(interrupted: str = "stopped") -> Iterator[None]:
-    """Turn midl's errors into exit code 1 and Ctrl-C into 130, each with one line; other errors are bugs and pass.
+    """Turn midl's errors and the system's into exit code 1 and Ctrl-C into 130, each with one line.
+
+    Other errors are bugs and pass.
 
     Args:
         interrupted: what to say after Ctrl-C.
     """
     try:
         yield
-    except MIDLError as error:
+    except (MIDLError, OSError) as error:
         typer.echo(f"midl: {error}", err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -28,9 +29,9 @@ def report(
 
     with readable_errors():
         results = read_results(runs)
-        command = f"midl report {runs}"
+        command = f"midl report {shlex.quote(str(runs))}"
         write_text(out, to_html(results, command))
         typer.echo(f"{len(results.runs)} runs, profile {results.profile}: {out}")
         if markdown is not None:
-            update_markdown(markdown, to_report_markdown(results, f"{command} --markdown {markdown}"))
+            update_markdown(markdown, to_report_markdown(results, f"{command} --markdown {shlex.quote(str(markdown))}"))
             typer.echo(f"tables: {markdown}")

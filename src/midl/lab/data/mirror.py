@@ -84,5 +84,7 @@ def _read_sums(mirror: Path) -> dict[str, str]:
     sums = mirror / "SHA256SUMS"
     if not sums.is_file():
         return {}
-    pairs = (line.split(maxsplit=1) for line in sums.read_text().splitlines() if line.strip())
+    pairs = [line.split(maxsplit=1) for line in sums.read_text().splitlines() if line.strip()]
+    if any(len(pair) != 2 for pair in pairs):
+        raise DataError(f"{sums} has a line without a file's name, expected lines of sha256sum: hash and name")
     return {name.strip().removeprefix("*").removeprefix("./"): digest for digest, name in pairs}

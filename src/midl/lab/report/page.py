@@ -78,7 +78,7 @@ def to_report_markdown(results: Results, command: str) -> str:
     lines = [
         f"    {_reproduce(results)}", f"    {command}", "",
         f"Profile `{results.profile}`. {RULES} Differences to dense are paired by seed; bold where "
-        "Student's 95 % interval excludes zero.", "",
+        "Student's 95 % interval excludes zero." + _left_out(results), "",
     ]  # fmt: skip
     for heading, found in (
         ("Does not hold", _with_verdict(judged, Verdict.FAILS)),
@@ -151,8 +151,18 @@ def _overfitting(results: Results) -> list[Table]:
     return [table for table in found if table is not None]
 
 
+def _left_out(results: Results) -> str:
+    if not results.superseded:
+        return ""
+    return (
+        f" Left out: {results.superseded} runs of another precision, or with a younger one of the same data set, "
+        "method, variant and seed."
+    )
+
+
 def _reproduce(results: Results) -> str:
-    return f"midl reproduce --profile {results.profile} --data {','.join(results.datasets)}"
+    precision = "" if results.precision == "no" else f" --precision {results.precision}"
+    return f"midl reproduce --profile {results.profile} --data {','.join(results.datasets)}{precision}"
 
 
 def _environments(results: Results) -> list[dict[str, Any]]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from midl.errors import MIDLError
-from midl.lab.reproduce.latency import has_ratios
-from midl.lab.reproduce.state import read_state
+from midl.lab.files import read_json
+from midl.lab.reproduce.latency import latency_of, of_runs
+from midl.lab.reproduce.state import describe_failure, read_state
 
 __all__ = ["PAPER_SETS", "ROUTES", "Results", "Run", "read_results"]
 
@@ -18,6 +18,12 @@ PAPER_SETS = ("mnist", "cifar10", "cifar100", "svhn", "adult", "imdb")
 """The data sets of arXiv 2505.11416, in the order of its abstract."""
 ROUTES = ("scratch", "converted", "elastic", "adapted")
 """The methods that are MID-L."""
+
+
+_NUMBERS = (
+    "accuracy", "train_accuracy", "active_neurons", "neurons", "flops", "dense_flops", "parameters", "weight_bytes",
+    "saved_bytes", "peak_bytes", "seconds",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,13 +46,16 @@ class Results:
         profile: of all runs.
         runs: in the order they were read.
         latency: data set to the content of ``latency.json``.
-        superseded: number of runs left out because another has the same data set, method, variant and seed.
+        precision: of their training, as accelerate names it.
+        superseded: number of runs left out, because a younger one has the same data set, method, variant and seed, or
+            for their precision.
         failed: data set to one line for each run whose last attempt failed.
     """
 
     profile: str
     runs: tuple[Run, ...]
     latency: dict[str, dict[str, Any]]
+    precision: str = "no"
     superseded: int = 0
     failed: dict[str, list[str]] = dataclasses.field(default_factory=dict)
 
@@ -96,53 +105,106 @@ class Results:
 def read_results(path: Path) -> Results:
     """Return the results below a sweep's folder, or in a folder of compact files as ``midl runs --export`` writes them.
 
-    Where there are runs of several profiles those of ``paper`` count, else those of the profile with most runs.
+    Where there are runs of several profiles those of ``paper`` count, else those of the profile with most runs; where
+    there are runs of several precisions those of the precision with most runs.
 
     Raises:
         MIDLError: there is none, or a file is damaged; the message names it.
     """
-    files = sorted(path.glob("*/*/result.json"), key=lambda file: (file.stat().st_mtime, str(file)))
-    compact = [] if files else sorted(path.glob("*.json"))
-    records = [_load(file) for file in files]
-    latency = {file.parent.name: _load(file) for file in path.glob("*/latency.json")} if files else {}
-    for file in compact:
-        content = _load(file)
-        if isinstance(content, dict) and content.get("runs"):
-            records += content["runs"]
-            if "latency" in content:
-                latency[content["runs"][0]["spec"]["dataset"]] = content["latency"]
-    latency = {dataset: content for dataset, content in latency.items() if has_ratios(content)}
+    sources = _read_folder(path) or _read_compact(path)
+    records = [record for source in sources for record in source.records]
     if not records:
         raise MIDLError(f"report: {path} holds no results, expected a folder of midl reproduce or midl runs --export")
     runs = [_run(record, path) for record in records]
     profiles = [run.record["spec"].get("profile", "unknown") for run in runs]
-    profile = "paper" if "paper" in profiles else max(sorted(set(profiles)), key=profiles.count)
+    profile = "paper" if "paper" in profiles else _most_frequent(profiles)
     chosen = [run for run, name in zip(runs, profiles, strict=True) if name == profile]
     # The last one counts: of a folder, the youngest.
-    unique = {(r.dataset, r.method, r.seed, r.train_fraction, r.label_noise): r for r in chosen}
-    return Results(profile, tuple(unique.values()), latency, len(chosen) - len(unique), _failures(path, profile))
+    unique = {(r.dataset, r.method, r.seed, r.train_fraction, r.label_noise, _precision(r.record)): r for r in chosen}
+    precision = _most_frequent([_precision(run.record) for run in unique.values()])
+    kept = [run for run in unique.values() if _precision(run.record) == precision]
+    latency, failed = {}, {}
+    for source in sources:
+        if source.profile != profile:
+            continue
+        failed[source.dataset] = source.failed
+        counted = {id(run.record) for run in kept}
+        names = {name for name, record in source.names.items() if id(record) in counted}
+        timed = of_runs(source.latency, names) if source.names else source.latency
+        if timed is not None:
+            latency[source.dataset] = timed
+    return Results(profile, tuple(kept), latency, precision, len(chosen) - len(kept), failed)
 
 
-def _failures(path: Path, profile: str) -> dict[str, list[str]]:
-    out: dict[str, list[str]] = {}
-    for state in map(read_state, sorted(file.parent for file in path.glob("*/*/failure.json"))):
-        if state is not None and state.state == "failed" and state.spec["profile"] == profile:
-            what = "tuning" if state.kind == "tuning" else f"seed {state.spec['seed']}"
-            out.setdefault(state.spec["dataset"], []).append(f"{state.spec['method']}, {what}: {state.reason}")
-    return out
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """The runs of one data set and profile, with what else is known of them.
+
+    Args:
+        dataset: its name.
+        profile: of the runs.
+        records: of the finished ones, the youngest last.
+        latency: timings of their networks.
+        failed: a line for each one that failed.
+        names: folder to record; empty where folders are not known, and all timings are those of the records.
+    """
+
+    dataset: str
+    profile: str
+    records: list[Any]
+    latency: dict[str, Any] | None
+    failed: list[str]
+    names: dict[str, Any]
 
 
-def _load(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise MIDLError(f"report: {file} cannot be read ({error}), expected JSON") from error
+def _read_folder(path: Path) -> list[_Source]:
+    finished: dict[tuple[str, str], dict[str, Any]] = {}
+    for file in sorted(path.glob("*/*/result.json"), key=lambda file: (file.stat().st_mtime_ns, str(file))):
+        record = read_json(file)
+        key = file.parent.parent.name, _run(record, file).record["spec"].get("profile", "unknown")
+        finished.setdefault(key, {})[file.parent.name] = record
+    failed: dict[tuple[str, str], list[str]] = {}
+    for file in sorted(path.glob("*/*/failure.json")):
+        state = read_state(file.parent)
+        if state is not None and state.state == "failed":
+            failed.setdefault((state.spec["dataset"], state.spec["profile"]), []).append(describe_failure(state))
+    sources = []
+    for dataset, profile in sorted(finished.keys() | failed.keys()):
+        records, lines = finished.get((dataset, profile), {}), failed.get((dataset, profile), [])
+        latency = latency_of(path / dataset)
+        sources.append(_Source(dataset, profile, list(records.values()), latency, lines, records))
+    return sources
+
+
+def _read_compact(path: Path) -> list[_Source]:
+    sources = []
+    for file in sorted(path.glob("*.json")):
+        content = read_json(file)
+        if not isinstance(content, dict) or not content.get("runs"):
+            continue
+        try:
+            spec = content["runs"][0]["spec"]
+            dataset, profile = spec["dataset"], spec.get("profile", "unknown")
+        except (KeyError, TypeError) as error:
+            raise MIDLError(f"report: {file} has a record without {error}, expected those of midl reproduce") from error
+        latency = content.get("latency") and of_runs(content["latency"], None)
+        sources.append(_Source(dataset, profile, content["runs"], latency, content.get("failed", []), {}))
+    return sources
+
+
+def _most_frequent(values: list[str]) -> str:
+    return max(sorted(set(values)), key=values.count)
+
+
+def _precision(record: dict[str, Any]) -> str:
+    return record["spec"].get("recipe", {}).get("precision", "no")
 
 
 def _run(record: Any, path: Path) -> Run:
     try:
         spec = record["spec"]
-        float(record["accuracy"])
+        for name in _NUMBERS:
+            float(record[name])
         return Run(
             spec["dataset"], spec["method"], spec["seed"], spec.get("train_fraction", 1.0),
             spec.get("label_noise", 0.0), record,

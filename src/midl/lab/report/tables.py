@@ -21,7 +21,6 @@ __all__ = [
 MISSING = Cell("not run", float("-inf"), kind="missing")
 _INTERVAL = "[95\u00a0%\u00a0t]"  # kept on one line
 _VS = f"vs dense {_INTERVAL}"
-SVHN = "not run here: the data could not be had offline"
 
 
 def title(method: str) -> str:
@@ -54,7 +53,7 @@ def coverage_table(results: Results) -> Table:
             seeds = {method: len(results.seeds(name, method)) for method in methods}
             text = ", ".join(f"{title(method)} {number}" for method, number in seeds.items())
         else:
-            text = SVHN if name == "svhn" else "not run"
+            text = "not run"
         text = "; ".join([text, *(f"failed: {reason}" for reason in results.failed.get(name, []))])
         rows.append([Cell(name), Cell(text)])
     return Table("Seeds of each method", ["data set", "seeds"], rows, numeric=False)

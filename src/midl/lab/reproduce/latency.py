@@ -2,47 +2,58 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from midl.errors import MIDLError
 from midl.lab.environment import describe_kernels, describe_machine
-from midl.lab.files import write_json
+from midl.lab.files import read_json, write_json
 from midl.lab.measure import measure_latency, measure_step
 from midl.lab.methods import METHODS, find, load
 from midl.lab.reproduce.execute import MODEL
 from midl.lab.reproduce.plan import Plan, Task, setting_for
 from midl.lab.reproduce.profiles import profile_named
-from midl.lab.reproduce.state import FINISHED
+from midl.lab.reproduce.state import FINISHED, read_state
 
-__all__ = ["has_ratios", "measure_latencies"]
+__all__ = ["latency_of", "measure_latencies", "of_runs"]
 
 
 def measure_latencies(plan: Plan, out: Path, dataset: str) -> Path | None:
     """Write ``latency.json`` of a data set for the methods that are trained, unless that is done; return its path.
 
-    The first seed's networks without a variant are taken. None where the dense network, to which all are compared, is
-    not trained.
+    The first seed's networks without a variant are taken. What was timed before stays, timed again with the rest where
+    a method is new, as long as the network is one of this plan's settings. None where the dense network, to which all
+    are compared, is not trained.
     """
-    tasks = {
-        task.spec["method"]: task
-        for task in reversed(plan.tasks)
-        if task.kind == "run" and task.spec["dataset"] == dataset and _plain(task)
-        and (out / task.folder / FINISHED["run"]).exists()
-    }  # fmt: skip
-    if "dense" not in tasks:
+    trained: dict[str, dict[int, Task]] = {}
+    for task in plan.tasks:
+        counts = task.kind == "run" and task.spec["dataset"] == dataset and _is_plain(task.spec)
+        if counts and (out / task.folder / FINISHED["run"]).exists():
+            trained.setdefault(task.spec["method"], {})[task.spec["seed"]] = task
+    if "dense" not in trained:
         return None
-    order = [method for method in METHODS if method in tasks]
-    file = out / dataset / "latency.json"
-    runs = {method: tasks[method].folder.name for method in order}
-    if _runs_of(file) == runs:
+    dense = next(iter(trained["dense"].values()))
+    folder = out / dataset
+    before = latency_of(folder)
+    earlier = {} if before is None else {method: entry["run"] for method, entry in before["methods"].items()}
+    runs = {method: next(iter(by_seed.values())).folder.name for method, by_seed in trained.items()}
+    for method, run in earlier.items():
+        seed = _seed_of(folder / run, dense)
+        if seed is not None:
+            planned = trained.get(method, {}).get(seed)
+            runs[method] = run if planned is None else planned.folder.name
+    order = [method for method in METHODS if method in runs]
+    runs = {method: runs[method] for method in order}
+    file = folder / "latency.json"
+    if earlier == runs:
         return file
-    profile = profile_named(tasks["dense"].spec["profile"])
+    profile = profile_named(dense.spec["profile"])
     setting = setting_for(dataset, profile.rows)
     models = {
-        method: load(find(method), setting.architecture, setting.budget, out / tasks[method].folder / MODEL)
+        method: load(find(method), setting.architecture, setting.budget, folder / runs[method] / MODEL)
         for method in order
     }
     measured: dict[str, dict[str, Any]] = {method: {"run": runs[method], "batch": {}, "step": {}} for method in order}
@@ -50,7 +61,7 @@ def measure_latencies(plan: Plan, out: Path, dataset: str) -> Path | None:
         inputs = setting.dataset.batch(setting.dataset.test, torch.arange(batch) % len(setting.dataset.test))[0]
         for method, times in measure_latency(models, inputs, profile.rounds).items():
             measured[method]["batch"][str(batch)] = times
-    size = tasks["dense"].recipe.batch_size if profile.rows is None else profile.batches[-1]
+    size = dense.recipe.batch_size if profile.rows is None else profile.batches[-1]
     inputs, labels = setting.dataset.batch(setting.dataset.train, torch.arange(size) % len(setting.dataset.train))
     for method, times in measure_step(models, inputs, labels, max(3, profile.rounds // 4)).items():
         measured[method]["step"] = {"batch": size, **times}
@@ -64,18 +75,42 @@ def measure_latencies(plan: Plan, out: Path, dataset: str) -> Path | None:
     return file
 
 
-def has_ratios(latency: dict[str, Any]) -> bool:
-    """Return whether the content of a ``latency.json`` was timed in pairs, as older ones were not."""
-    return all("ratio" in entry["step"] for entry in latency["methods"].values())
+def latency_of(folder: Path) -> dict[str, Any] | None:
+    """Return what ``latency.json`` of a data set's folder holds, without timings that are not of pairs, or None.
 
-
-def _runs_of(file: Path) -> dict[str, str] | None:
-    """Return the runs, by method, that a file was measured with, or None where there is none to build on."""
-    content = json.loads(file.read_text()) if file.exists() else None
-    if content is None or not has_ratios(content):
+    Raises:
+        MIDLError: the file is damaged.
+    """
+    file = folder / "latency.json"
+    if not file.exists():
         return None
-    return {method: entry["run"] for method, entry in content["methods"].items()}
+    try:
+        return of_runs(read_json(file), None)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise MIDLError(f"{file} is damaged (no {error}), expected what midl reproduce wrote: delete it") from error
 
 
-def _plain(task: Task) -> bool:
-    return task.spec["train_fraction"] == 1 and not task.spec["label_noise"]
+def of_runs(latency: dict[str, Any] | None, runs: Container[str] | None) -> dict[str, Any] | None:
+    """Return the part of a latency file that was timed in pairs, with networks of ``runs`` (None: any), or None."""
+    if latency is None:
+        return None
+    methods = {
+        method: entry
+        for method, entry in latency["methods"].items()
+        if "ratio" in entry["step"] and (runs is None or entry["run"] in runs)
+    }
+    return {**latency, "methods": methods} if methods else None
+
+
+def _seed_of(folder: Path, dense: Task) -> int | None:
+    """Return the seed of a finished run with the budget, data and profile of ``dense``; None for any other folder."""
+    state = read_state(folder)
+    if state is None or state.finished is None or not _is_plain(state.spec):
+        return None
+    settings = read_json(folder / "run.json")["settings"]
+    same = all(settings[name] == dense.settings[name] for name in ("budget", "data", "results_version"))
+    return state.spec["seed"] if same and state.spec["profile"] == dense.spec["profile"] else None
+
+
+def _is_plain(spec: dict[str, Any]) -> bool:
+    return spec["train_fraction"] == 1 and not spec["label_noise"]

@@ -8,7 +8,8 @@ from typing import Any
 
 from midl.errors import MIDLError
 from midl.lab.files import write_text
-from midl.lab.reproduce.state import State, read_state
+from midl.lab.reproduce.latency import latency_of, of_runs
+from midl.lab.reproduce.state import State, describe_failure, newest, read_state
 
 __all__ = ["export", "list_runs"]
 
@@ -39,22 +40,36 @@ def export(runs: Path, out: Path) -> list[Path]:
     """Write the finished runs as one JSON file per data set and profile and return the files.
 
     One line per run, in an order that does not depend on when they ran, without what is bulky: losses of every epoch,
-    measures of the overfitting study's runs, activity and gates of all seeds but the first.
+    measures of the overfitting study's runs, activity and gates of all seeds but the first. Runs that a younger one of
+    the same data set, method, variant and seed supersedes stay behind, failures and latencies go along.
     """
+    states = list_runs(runs)
     entries: dict[str, list[dict[str, Any]]] = {}
-    for state in list_runs(runs):
-        if state.kind == "run" and state.finished is not None:
-            name = state.spec["dataset"] + ("" if state.spec["profile"] == "paper" else f"-{state.spec['profile']}")
-            entries.setdefault(name, []).append(_compact(state.finished, entries.get(name, [])))
+    folders: dict[str, set[str]] = {}
+    for state in sorted(newest(states), key=_order):
+        name = _file_of(state)
+        assert state.finished is not None  # of newest
+        entries.setdefault(name, []).append(_compact(state.finished, entries.get(name, [])))
+        folders.setdefault(name, set()).add(state.folder.name)
+    failures: dict[str, list[str]] = {}
+    for state in states:
+        if state.state == "failed":
+            failures.setdefault(_file_of(state), []).append(describe_failure(state))
     files = []
     for name, results in entries.items():
-        latency = runs / results[0]["spec"]["dataset"] / "latency.json"
+        latency = of_runs(latency_of(runs / results[0]["spec"]["dataset"]), folders[name])
         parts = [f'"runs": [\n{_lines(results)}\n]']
-        if latency.exists():
-            parts.append(f'"latency": {json.dumps(json.loads(latency.read_text()), sort_keys=True)}')
+        if name in failures:
+            parts.append(f'"failed": {json.dumps(failures[name])}')
+        if latency is not None:
+            parts.append(f'"latency": {json.dumps(latency, sort_keys=True)}')
         files.append(out / f"{name}.json")
         write_text(files[-1], "{\n" + ",\n".join(parts) + "\n}\n")
     return files
+
+
+def _file_of(state: State) -> str:
+    return state.spec["dataset"] + ("" if state.spec["profile"] == "paper" else f"-{state.spec['profile']}")
 
 
 def _compact(result: dict[str, Any], before: list[dict[str, Any]]) -> dict[str, Any]:

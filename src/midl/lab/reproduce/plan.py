@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -31,6 +31,8 @@ MEASURES_VERSION = 1
 
 # A small share of the rows gets more epochs, so that the networks can fit them, but not more than this many times.
 _MOST_REPEATS = 10
+
+_LARGEST_SEED = 2**32 - 1  # of numpy and scikit-learn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +63,10 @@ class Request:
             values = getattr(self, name)
             if values is not None and (not values or len(set(values)) != len(values)):
                 raise MIDLError(f"reproduce: {name}={values!r}, expected different values, at least one")
-        if self.seeds is not None and min(self.seeds) < 0:
-            raise MIDLError(f"reproduce: seeds={self.seeds!r}, expected integers of at least 0")
+        if self.seeds is not None and not 0 <= min(self.seeds) <= max(self.seeds) <= _LARGEST_SEED:
+            raise MIDLError(f"reproduce: seeds={self.seeds!r}, expected integers from 0 to {_LARGEST_SEED}")
+        if self.precision not in get_args(Precision):
+            raise MIDLError(f"reproduce: precision={self.precision!r}, expected one of {get_args(Precision)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +140,8 @@ def setting_for(name: str, rows: tuple[int, int] | None) -> Setting:
 def make_plan(request: Request, say: Callable[[str], None] = lambda line: None) -> Plan:
     """Return the tasks of a sweep.
 
-    A data set that the mirror lacks, or that cannot be read, is left out with the reason.
+    A data set that the mirror lacks, that cannot be read, or that has none of the methods asked for is left out with
+    the reason.
 
     Args:
         request: what was asked for.
@@ -155,7 +160,12 @@ def make_plan(request: Request, say: Callable[[str], None] = lambda line: None) 
             say(f"{dataset}: left out: {error}")
             continue
         planner = _Planner(profile, setting, request.precision, tasks)
-        methods = [m for m in profile.methods_for(dataset) if request.methods is None or m in request.methods]
+        known = profile.methods_for(dataset)
+        methods = [method for method in known if request.methods is None or method in request.methods]
+        if not methods:
+            left_out[dataset] = f"of its methods in profile {profile.name} ({', '.join(known)}) none was asked for"
+            say(f"{dataset}: left out: {left_out[dataset]}")
+            continue
         for method in methods:
             planner.tuning(method)
         for seed in request.seeds or profile.seeds:
@@ -242,9 +252,9 @@ class _Planner:
 
 def _check_present(name: str, profile: Profile) -> None:
     """Raise where the data set would have to come from a mirror that lacks it, or a smoke run from a download."""
-    spec, mirror = data.find(name), mirror_path()
-    if not spec.columns:
+    if not data.find(name).columns:  # embedded
         return
+    mirror = mirror_path()
     if mirror is None:
         if profile.name == "smoke":
             raise DataError(f"dataset={name!r}: a smoke sweep downloads nothing, expected MIDL_DATA to name a mirror")

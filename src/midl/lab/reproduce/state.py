@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from midl.lab.files import write_json
+from midl.lab.files import read_json, write_json
 from midl.lab.lock import FolderLock
 
-__all__ = ["FINISHED", "State", "read_failure", "read_finished", "read_state", "record_failure"]
+__all__ = [
+    "FINISHED", "State", "age_of", "describe_failure", "newest", "read_failure", "read_finished", "read_state",
+    "record_failure",
+]  # fmt: skip
 
 FINISHED = {"tuning": "tuned.json", "run": "result.json"}
 """The file that is written last, by kind of task: where it is, the task is done."""
@@ -77,8 +80,37 @@ def read_failure(folder: Path) -> dict[str, Any] | None:
     return _read(folder / _FAILURE)
 
 
+def newest(states: Iterable[State]) -> list[State]:
+    """Return the finished trainings, the youngest of those that only a reader of their settings could tell apart.
+
+    That is, of the same profile, data set, method, variant, seed and precision: another recipe, version of the data or
+    of midl makes a folder of its own.
+    """
+    found = {}
+    names = ("profile", "dataset", "method", "seed", "train_fraction", "label_noise")
+    for state in sorted((s for s in states if s.kind == "run" and s.finished is not None), key=age_of):
+        found[(*(state.spec[name] for name in names), state.spec["recipe"]["precision"])] = state
+    return list(found.values())
+
+
+def age_of(state: State) -> tuple[int, str]:
+    """Return what sorts finished trainings from the oldest to the youngest."""
+    return (state.folder / FINISHED["run"]).stat().st_mtime_ns, state.folder.name
+
+
+def describe_failure(state: State) -> str:
+    """Return which task failed, and why, on one line."""
+    spec = state.spec
+    if state.kind == "tuning":
+        return f"{spec['method']}, tuning: {state.reason}"
+    fraction, noisy = spec.get("train_fraction", 1.0), spec.get("label_noise", 0.0)
+    share = f", {fraction:.0%} of the rows" if fraction < 1 else ""
+    noise = f", {noisy:.0%} random labels" if noisy else ""
+    return f"{spec['method']}, seed {spec['seed']}{share}{noise}: {state.reason}"
+
+
 def _read(file: Path) -> dict[str, Any] | None:
     try:
-        return json.loads(file.read_text())
+        return read_json(file)
     except FileNotFoundError:
         return None

@@ -72,7 +72,8 @@ def sweep(request: Request, out: Path, options: Options, say: Callable[[str], No
         return None
     plan = make_plan(request, say)
     if not plan.tasks:
-        raise MIDLError("reproduce: nothing to run, expected at least one data set that can be read")
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in plan.left_out.items())
+        raise MIDLError(f"reproduce: nothing to run ({reasons}), expected at least one data set that can be read")
     prepare(plan, out)
     threads = options.threads or max(1, torch.get_num_threads() // options.workers)
     outcome = LAUNCHERS[options.launcher](request, plan, out, since, options.workers, threads, say)
