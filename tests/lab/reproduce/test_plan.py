@@ -91,7 +91,7 @@ def test_an_unreadable_data_set_is_left_out(make_mirror: Callable[[str, Rows], P
         ({"methods": ("magic",)}, MIDLError, "method='magic' is unknown, expected one of"),
         ({"seeds": ()}, MIDLError, r"seeds=\(\), expected different values, at least one"),
         ({"seeds": (1, 1)}, MIDLError, r"seeds=\(1, 1\), expected different values"),
-        ({"seeds": (-1,)}, MIDLError, r"seeds=\(-1,\), expected integers of at least 0"),
+        ({"seeds": (-1,)}, MIDLError, r"seeds=\(-1,\), expected integers from 0 to"),
     ],
 )
 def test_requests_refuse_wrong_values(arguments: dict[str, object], error: type[Exception], message: str) -> None:
