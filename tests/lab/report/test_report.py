@@ -13,8 +13,10 @@ from synthetic import METHODS, make_record, write_sweep
 from typer.testing import CliRunner
 
 from midl.errors import MIDLError
+from midl.lab import methods as lab_methods
 from midl.lab.commands import app
-from midl.lab.report import Results, read_results, to_html, to_report_markdown, update_markdown
+from midl.lab.report import Results, read_results, svg, to_html, to_report_markdown, update_markdown
+from midl.lab.report.charts import _shape
 from midl.lab.report.claims import judge_claims
 from midl.lab.report.page import BEGIN, END
 from midl.lab.report.tables import accuracy_table, coverage_table, overfitting_table, robustness_table
@@ -229,6 +231,15 @@ def test_every_chart_has_words_and_a_table(page: str) -> None:
     assert all(len(words) > 30 for words in re.findall(r'role="img" aria-label="([^"]*)"', page))
     drawn = "".join(re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL))
     assert not re.search(r"[\s,\"MLHV](nan|inf)\b", re.sub(r"base64,[^\"]*", "", drawn))
+
+
+def test_every_method_has_a_mark_and_a_colour_of_its_own() -> None:
+    marks = {svg.mark(_shape(method), 0, 0, "any") for method in lab_methods.METHODS}
+    assert len(marks) == len(lab_methods.METHODS)
+    style = (Path(svg.__file__).parent / "page.css").read_text()
+    for method in lab_methods.METHODS:
+        assert f".c-{method} {{ color: var(--{method}); }}" in style
+        assert len(re.findall(rf"--{method}: #", style)) == 2  # light and dark
 
 
 def test_what_fails_comes_first(page: str) -> None:
