@@ -39,6 +39,24 @@ def test_a_parameter_of_another_dtype_is_named(layer_and_input, dtype, grad):
                 parameter.data = before
 
 
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("rows", ["same", "more"])
+def test_a_parameter_of_another_shape_is_named_not_read_past_its_end(layer_and_input, grad, rows):
+    layer, x = layer_and_input
+    with torch.set_grad_enabled(grad):
+        for _ in range(4):
+            layer(x)  # packed and prepared
+        if rows == "more":  # which no call was prepared for
+            x = torch.cat((x, x))
+        for name, parameter in layer.named_parameters():
+            before = parameter.data
+            parameter.data = before[: len(before) // 2].clone()
+            with pytest.raises(MIDLError, match=f"{name} has shape .*, expected "):
+                layer(x)
+            parameter.data = before
+        layer(x)
+
+
 def test_parameters_without_values_are_named_not_read():
     with torch.device("meta"):
         layer = midl.MIDLinear(64, 128, active=0.5, group_size=16)

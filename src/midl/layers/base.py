@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +68,7 @@ class MIDLayer(nn.Module):
                 f"{owner}: rank={rank}, expected at most min(fan_in, {self._light_name})={min(fan_in, light_width)}"
             )
         self.config = config.replace(rank=rank)
+        self._fan_in = tuple(fan_in_shape)
         groups = n // config.group_size
 
         def parameter(*shape: int) -> nn.Parameter:
@@ -250,6 +251,7 @@ class MIDLayer(nn.Module):
         x = tensors[0]
         if any(t is not None and (t.dtype is not x.dtype or t.device != x.device) for t in tensors[1:]):
             raise self._mismatch(x, tensors)
+        self._check_shapes(tensors[1:])
         if torch.compiler.is_compiling():
             return op(*tensors, *options)
         if forward_ad._current_level >= 0 and any(
@@ -284,6 +286,21 @@ class MIDLayer(nn.Module):
         if t.device != x.device:
             return MIDLError(f"{type(self).__name__}: {name} is on {t.device}, expected {x.device} like the input")
         return DTypeError(f"{type(self).__name__}: {name} has dtype {t.dtype}, expected {x.dtype} like the input")
+
+    def _shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Return the shapes of the parameters in the op's order, of those that the layer may lack too."""
+        n, rank = getattr(self, self._width_name), cast(int, self.config.rank)
+        groups = n // self.config.group_size
+        return ((n, *self._fan_in), (n,), (rank, *self._fan_in), (n, rank), (groups, rank), (groups,))
+
+    def _check_shapes(self, parameters: tuple[Any, ...]) -> None:
+        """Raise where a parameter has another shape than the layer was made with: kernels would read past its end."""
+        shapes = self._shapes()
+        for i, t in enumerate(parameters):
+            if t is not None and t.shape != shapes[i]:
+                raise MIDLError(
+                    f"{type(self).__name__}: {self._tensor_names[i]} has shape {tuple(t.shape)}, expected {shapes[i]}"
+                )
 
     def _draw_noise(self, x: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Return the exploration noise of a training step."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -173,6 +173,13 @@ class MIDFFN(MIDLayer):
     value_weight: nn.Parameter | None
     value_bias: nn.Parameter | None
     down_bias: nn.Parameter | None
+
+    def _shapes(self) -> tuple[tuple[int, ...], ...]:
+        d, h, n, rank = self.in_features, self.hidden_features, self.out_features, cast(int, self.config.rank)
+        groups = h // self.config.group_size
+        return (
+            (h, d), (h,), (h, d), (h,), (n, h), (n,), (rank, d), (n, rank), (h,), (n,), (groups, rank), (groups,)
+        )  # fmt: skip
 
     def _light_width(self, neurons: int) -> int:
         return self.out_features

@@ -71,6 +71,8 @@ _PARAMETERS = {"weight", "bias", "light_down", "light_up", "gate_weight", "gate_
 def _prepare_linear(packed: Packed, x: Tensor, parameters: dict[str, Any], config: MIDConfig) -> Any:
     if not parameters.keys() >= _PARAMETERS:  # pruned, parametrized, a buffer: what it is now is seen by name alone
         return None
+    if not _fit(parameters, config):
+        return None
     weight = parameters["weight"]
     n, depth = weight.shape
     if config.span != 1 or not _may_be_native() or x.dtype != weight.dtype:
@@ -94,7 +96,7 @@ def _prepare_linear(packed: Packed, x: Tensor, parameters: dict[str, Any], confi
 
 
 def _prepare_conv2d(packed: Packed, x: Tensor, parameters: dict[str, Any], config: MIDConfig, window: Window) -> Any:
-    if not parameters.keys() >= _PARAMETERS:
+    if not parameters.keys() >= _PARAMETERS or not _fit(parameters, config):
         return None
     weight = parameters["weight"]
     n, channels, *_ = weight.shape
@@ -114,6 +116,17 @@ def _prepare_conv2d(packed: Packed, x: Tensor, parameters: dict[str, Any], confi
         return None
     prepared = native.prepare_conv2d(packed, parameters, x, k, config, window)
     return None if prepared is None else prepared.run
+
+
+def _fit(parameters: dict[str, Any], config: MIDConfig) -> bool:
+    """Return whether the shapes of the parameters go together; what does not is an error of the general path."""
+    n, *fan_in = parameters["weight"].shape
+    groups, rank = n // config.group_size, config.rank
+    shapes = {
+        "bias": (n,), "light_down": (rank, *fan_in), "light_up": (n, rank), "gate_weight": (groups, rank),
+        "gate_bias": (groups,),
+    }  # fmt: skip
+    return all(parameters[name] is None or parameters[name].shape == shape for name, shape in shapes.items())
 
 
 def _may_be_native() -> bool:
