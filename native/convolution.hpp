@@ -38,7 +38,13 @@ template <int R, int V>
     const float* a[R];
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) a[r] = rows[r] + segments[s].start;
-    for (std::int64_t i = 0; i < depth; ++i, panel += V * L) {
+    std::int64_t i = 0;
+    if constexpr (L >= 16) {
+      constexpr int U = V == 1 ? 4 : 2;
+      for (; i + U <= depth; i += U, panel += U * V * L)
+        add_words<U>(acc, a, i, [&](int u, int v) { return panel + (u * V + v) * L; });
+    }
+    for (; i < depth; ++i, panel += V * L) {
       Vec column[V];
 #pragma GCC unroll 16
       for (int v = 0; v < V; ++v) column[v] = load(panel + v * L);
@@ -171,18 +177,16 @@ class Pixels {
     if (segment_) fill_segments();
   }
 
-  void prepare(Range chunk, std::int64_t thread, std::int64_t threads) {
+  void prepare(Range chunk, Team team) {
     const auto& m = padded_.images;
     const Range band = lines_of(chunk);
     if (!in_place_) {
-      const Range own = part_of(band.end - band.begin, thread, threads, 1);
+      const Range own = part_of(band.end - band.begin, team.thread, team.threads, 1);
       for (std::int64_t i = own.begin; i < own.end; ++i)
         padded_.fill_line(x_, band.begin + i, band_ + i * padded_.line_stride);
-      if (patches_) {
-#pragma omp barrier
-      }
+      if (patches_) team.wait();
     }
-    const Range rows = part_of(chunk.end - chunk.begin, thread, threads, 1);
+    const Range rows = part_of(chunk.end - chunk.begin, team.thread, team.threads, 1);
     for (std::int64_t r = rows.begin; r < rows.end; ++r) {
       const std::int64_t row = chunk.begin + r, image = row / (m.out_width * m.out_height);
       const float* first =

@@ -7,6 +7,10 @@
 
 #include <omp.h>
 
+#include <atomic>
+#include <new>
+#include <type_traits>
+
 #include "arena.hpp"
 #include "kernels.hpp"
 #include "panel.hpp"
@@ -17,6 +21,10 @@ namespace {
 constexpr std::int64_t kChunkRows = 512;
 // Below this many multiply-adds a second thread costs more than it brings.
 constexpr double kThreadWorth = 300e3;
+// Layers with at most this many weights: with many rows, threads take whole chunks and never wait for each other, though
+// each reads all weights.
+constexpr double kApartWeights = 1 << 20;
+constexpr std::int64_t kApartRows = 128;
 // Below this many, every thread computes the gate for itself rather than wait for the others' share.
 constexpr double kRepeatWorth = 100e3;
 
@@ -29,6 +37,16 @@ MIDL_INLINE Range part_of(std::int64_t n, std::int64_t i, std::int64_t parts, st
   const std::int64_t steps = divide_up(n, step);
   return {lesser(n, steps * i / parts * step), lesser(n, steps * (i + 1) / parts * step)};
 }
+
+// The threads that compute a chunk together.
+struct Team {
+  std::int64_t threads, thread;
+  void wait() const {
+    if (threads > 1) {
+#pragma omp barrier
+    }
+  }
+};
 
 // Positions that share a selection: `span` neighbours within a sequence, the last block of a sequence may be short.
 struct Blocks {
@@ -100,6 +118,11 @@ struct PackedLayout {
 template <class T>
 constexpr bool kGroupMeansPacked = sizeof(T) == 4;
 
+// Of the rows of the code that the light path multiplies: half precision where there are dot products for it, which take
+// a quarter of the time; the gate always has them in float32.
+template <class T>
+using Code = std::conditional_t<sizeof(T) != 4 && kDotPairs, T, float>;
+
 // The rows of a matrix, float32 as they are, half precision widened once per chunk, not once per neuron, unless there are
 // dot products for it. A source also says how its rows are multiplied, since their elements need not lie side by side.
 template <class T>
@@ -119,8 +142,8 @@ class PlainRows {
   void carve(Carver& memory) {
     if (kPrepares) wide_ = memory.take<float>(room_ * depth_);
   }
-  void prepare(Range chunk, std::int64_t thread, std::int64_t threads) {
-    const Range own = part_of(chunk.end - chunk.begin, thread, threads, 1);
+  void prepare(Range chunk, Team team) {
+    const Range own = part_of(chunk.end - chunk.begin, team.thread, team.threads, 1);
     for (std::int64_t r = own.begin; r < own.end; ++r) {
       const T* from = x_ + (chunk.begin + r) * stride_;
       float* to = wide_ + r * depth_;
@@ -152,6 +175,17 @@ class PlainRows {
   float* wide_ = nullptr;
 };
 
+// Multiply-adds of a call, roughly.
+inline double forward_work(const midl::LinearForward& c) {
+  const double full = c.full ? double(c.neurons) : double(c.selected_groups) * double(c.neurons / c.groups) * double(c.depth);
+  return double(c.rows) * (double(c.rank) * double(c.depth + c.neurons) + full);
+}
+
+template <class Source>
+struct ForwardPlan;
+template <class Source>
+void read_gate_bias(ForwardPlan<Source>& plan);
+
 // Everything the phases of a call share.
 template <class Source>
 struct ForwardPlan {
@@ -165,24 +199,23 @@ struct ForwardPlan {
   int threads;
   bool repeat_gate;
   std::int64_t group_size, code_stride, gate_stride, chunk_blocks, chunk_rows, row_parts;
+  std::atomic<std::int64_t>* taken;  // items of compute_neurons, per chunk
 
-  // Shared by the threads, for the chunk at hand.
+  // Shared by the threads, for the chunk at hand. light_code is code or its rounded copy.
+  Code<T>* light_code;
   float *code, *block_code, *gate, *gate_weight, *gate_bias;
-  char* private_memory;
-  std::size_t private_bytes;
 
-  ForwardPlan(const midl::LinearForward& c, const Source& rows)
+  // Chunks are computed by `team` threads together and number a multiple of `chunk_step`.
+  ForwardPlan(const midl::LinearForward& c, const Source& rows, int team, std::int64_t chunk_step)
       : call(c), source(rows), blocks(c.rows, c.positions, c.span), neuron_blocks(c.groups, c.neurons / c.groups),
         layout(c.depth, c.rank, neuron_blocks), packed_light(static_cast<const T*>(c.packed_light)),
         packed_weight(static_cast<const T*>(c.packed_weight)) {
     group_size = c.neurons / c.groups;
     code_stride = round_up(c.rank, kPanelWidth);
     gate_stride = round_up(c.groups, kPanelWidth);
-    const double full = c.full ? double(c.neurons) : double(c.selected_groups) * double(group_size) * double(c.depth);
-    const double work = double(c.rows) * (double(c.rank) * double(c.depth + c.neurons) + full);
-    threads = work < kThreadWorth ? 1 : c.threads;
+    threads = team;
     repeat_gate = threads > 1 && double(blocks.count) * double(c.groups) * double(c.rank) < kRepeatWorth;
-    const std::int64_t chunks = divide_up(c.rows, source.chunk_rows());
+    const std::int64_t chunks = round_up(divide_up(c.rows, source.chunk_rows()), chunk_step);
     chunk_blocks = divide_up(blocks.count, chunks);
     chunk_rows = 0;
     for (std::int64_t b = 0; b < blocks.count; b += chunk_blocks) {
@@ -195,6 +228,11 @@ struct ForwardPlan {
     row_parts = lesser(row_parts, divide_up(chunk_rows, 4 * kTileRows));
     if (threads == 1) row_parts = 1;
   }
+  std::int64_t chunks() const { return divide_up(blocks.count, chunk_blocks); }
+  // Of a block of neurons that fill panels.
+  std::int64_t first_panel(std::int64_t index) const {
+    return index / neuron_blocks.parts * neuron_blocks.groups_per_block * neuron_blocks.parts + index % neuron_blocks.parts;
+  }
   std::int64_t end_block(std::int64_t first) const { return lesser(first + chunk_blocks, blocks.count); }
   std::int64_t last_row(std::int64_t first) const {
     const std::int64_t end = end_block(first);
@@ -203,17 +241,30 @@ struct ForwardPlan {
 
   void carve(Carver& memory) {
     code = memory.take<float>(chunk_rows * code_stride);
+    if constexpr (sizeof(*light_code) == sizeof(*code))
+      light_code = code;
+    else
+      light_code = memory.take<Code<T>>(chunk_rows * code_stride);
     block_code = call.span > 1 ? memory.take<float>(chunk_blocks * code_stride) : code;
     gate = memory.take<float>(chunk_blocks * gate_stride);
     gate_weight = call.gate_weight || (packed_light && kGroupMeansPacked<T>) ? nullptr : memory.take<float>(call.groups * call.rank);
     gate_bias = memory.take<float>(gate_stride);
+    taken = memory.take<std::atomic<std::int64_t>>(chunks());
     source.carve(memory);
+  }
+  // Take the memory that carve() measured and fill what does not depend on the rows.
+  void settle(char* memory) {
+    Carver carver(memory);
+    carve(carver);
+    for (std::int64_t i = 0; i < chunks(); ++i) new (taken + i) std::atomic<std::int64_t>(0);
+    read_gate_bias(*this);
   }
 };
 
 // What one thread needs for itself.
 struct ThreadMemory {
   const void** rows;  // as row_pointers() says
+  const void** light_rows;  // of light_code
   const float** code_rows;
   std::int32_t* members;
   float* weights;
@@ -226,6 +277,7 @@ struct ThreadMemory {
     const auto& c = plan.call;
     rows = memory.take<const void*>(plan.chunk_rows);
     code_rows = memory.take<const float*>(plan.chunk_rows);
+    light_rows = memory.take<const void*>(plan.chunk_rows);
     members = memory.take<std::int32_t>(plan.chunk_rows);
     weights = memory.take<float>(plan.chunk_rows);
     slice = memory.take<float>(slice_floats());
@@ -246,8 +298,9 @@ auto row_pointers(const ForwardPlan<S>& plan, const ThreadMemory& memory) {
 }
 
 template <class W>
-Neurons<W> neurons_at(const W* plain, std::int64_t stride, const W* packed, std::int64_t offset, std::int64_t count) {
-  return {plain, stride, packed ? packed + offset : nullptr, int(count)};
+Neurons<W> neurons_at(const W* plain, std::int64_t stride, const W* packed, std::int64_t offset, std::int64_t count,
+                      std::int64_t next = -1) {
+  return {plain, stride, packed ? packed + offset : nullptr, int(count), packed && next >= 0 ? packed + next : nullptr};
 }
 
 // The light gate is a projection by the group means of light_up, with the group means of the bias.
@@ -263,7 +316,7 @@ void average_light_up(const T* up, std::int64_t rank, std::int64_t group_size, R
 }
 
 template <class S>
-void read_gate_bias(const ForwardPlan<S>& plan) {
+void read_gate_bias(ForwardPlan<S>& plan) {
   using T = typename S::Element;
   const auto& c = plan.call;
   const T* from = static_cast<const T*>(c.gate_weight ? c.gate_bias : c.bias);
@@ -288,9 +341,14 @@ void compute_code(const ForwardPlan<S>& plan, ThreadMemory& memory, Range rows, 
   for (std::int64_t i = columns.begin; i < columns.end; i += kPanelWidth)
     plan.source.multiply(pointers, rows.end - rows.begin,
                          neurons_at(down + i * c.depth, c.depth, plan.packed_light, plan.layout.down + i * plan.layout.depth,
-                                    lesser(kPanelWidth, columns.end - i)),
+                                    lesser(kPanelWidth, columns.end - i),
+                                    i + kPanelWidth < columns.end ? plan.layout.down + (i + kPanelWidth) * plan.layout.depth : -1),
                          memory.slice, plan.code + (rows.begin - chunk_start) * plan.code_stride + i,
                          plan.code_stride);
+  if constexpr (sizeof(*plan.light_code) != sizeof(*plan.code))
+    for (std::int64_t r = rows.begin - chunk_start; r < rows.end - chunk_start; ++r)
+      for (std::int64_t i = columns.begin; i < columns.end; i += L)
+        store_as(plan.light_code + r * plan.code_stride + i, load(plan.code + r * plan.code_stride + i));
 }
 
 template <class S>
@@ -383,7 +441,7 @@ void interpolate(const ThreadMemory& memory, std::int64_t count, std::int64_t of
 
 // Groups that fill panels: each against the rows that selected it.
 template <class S>
-void mix_groups(const ForwardPlan<S>& plan, ThreadMemory& memory, std::int64_t index, Range rows,
+void mix_groups(const ForwardPlan<S>& plan, ThreadMemory& memory, std::int64_t index, std::int64_t next, Range rows,
                 std::int64_t chunk_block, std::int64_t chunk_start) {
   using T = typename S::Element;
   const auto& c = plan.call;
@@ -391,11 +449,14 @@ void mix_groups(const ForwardPlan<S>& plan, ThreadMemory& memory, std::int64_t i
   const std::int64_t size = lesser(block.size, plan.group_size), parts = plan.neuron_blocks.parts;
   for (std::int64_t g = block.first_group; g < block.end_group; ++g) {
     const std::int64_t offset = (g - block.first_group) * plan.group_size;
+    const std::int64_t panel = g * parts + index % parts;
+    const std::int64_t next_panel = g + 1 < block.end_group ? panel + parts : next < 0 ? -1 : plan.first_panel(next);
     const std::int64_t count = gather_members(plan, g, rows, chunk_block, chunk_start, memory);
     if (count == 0) continue;
     plan.source.multiply(row_pointers(plan, memory), count,
                          neurons_at(static_cast<const T*>(c.weight) + (block.first + offset) * c.depth, c.depth,
-                                    plan.packed_weight, plan.layout.weight(g * parts + index % parts), size),
+                                    plan.packed_weight, plan.layout.weight(panel), size,
+                                    plan.layout.weight(next_panel)),
                          memory.slice, memory.full, kPanelWidth);
     interpolate(memory, count, offset, size);
   }
@@ -410,8 +471,8 @@ MIDL_INLINE void spread_gate(const float* gate, std::int64_t groups, std::int64_
 
 // Narrow groups, many to a block of neurons: see kDotCost.
 template <class S>
-void mix_narrow_groups(const ForwardPlan<S>& plan, ThreadMemory& memory, std::int64_t index, Range rows,
-                       std::int64_t chunk_block, std::int64_t chunk_start) {
+void mix_narrow_groups(const ForwardPlan<S>& plan, ThreadMemory& memory, std::int64_t index, std::int64_t next,
+                       Range rows, std::int64_t chunk_block, std::int64_t chunk_start) {
   using T = typename S::Element;
   const auto& c = plan.call;
   const NeuronBlocks::Block block = plan.neuron_blocks[index];
@@ -422,7 +483,8 @@ void mix_narrow_groups(const ForwardPlan<S>& plan, ThreadMemory& memory, std::in
     const auto pointers = row_pointers(plan, memory);
     for (std::int64_t r = 0; r < m; ++r) pointers[r] = plan.source.row(rows.begin + r, chunk_start);
     plan.source.multiply(pointers, m,
-                         neurons_at(weight, c.depth, plan.packed_weight, plan.layout.weight(index), block.size),
+                         neurons_at(weight, c.depth, plan.packed_weight, plan.layout.weight(index), block.size,
+                                    plan.layout.weight(next)),
                          memory.slice, memory.full, kPanelWidth);
   }
   for (std::int64_t r = 0; r < m; ++r) {
@@ -480,7 +542,7 @@ void mix_computed(const ForwardPlan<S>& plan, ThreadMemory& memory, std::int64_t
 }
 
 template <class S>
-void compute_neurons(const ForwardPlan<S>& plan, ThreadMemory& memory, std::int64_t index, Range rows,
+void compute_neurons(const ForwardPlan<S>& plan, ThreadMemory& memory, std::int64_t index, std::int64_t next, Range rows,
                      std::int64_t chunk_block, std::int64_t chunk_start) {
   using T = typename S::Element;
   const auto& c = plan.call;
@@ -489,9 +551,10 @@ void compute_neurons(const ForwardPlan<S>& plan, ThreadMemory& memory, std::int6
   const T* bias = static_cast<const T*>(c.bias);
   for (int j = 0; j < kPanelWidth; ++j)
     memory.bias[j] = bias && j < block.size ? to_float(bias[block.first + j]) : 0.0f;
+  const auto light_rows = reinterpret_cast<const Code<T>**>(memory.light_rows);
   for (std::int64_t r = 0; r < m; ++r)
-    memory.code_rows[r] = plan.code + (rows.begin + r - chunk_start) * plan.code_stride;
-  multiply_neurons(memory.code_rows, m,
+    light_rows[r] = plan.light_code + (rows.begin + r - chunk_start) * plan.code_stride;
+  multiply_neurons(light_rows, m,
                    neurons_at(static_cast<const T*>(c.light_up) + block.first * c.rank, c.rank, plan.packed_light,
                               plan.layout.up + index * kPanelWidth * plan.layout.rank, block.size),
                    c.rank, memory.bias, memory.slice, memory.light, kPanelWidth);
@@ -499,9 +562,9 @@ void compute_neurons(const ForwardPlan<S>& plan, ThreadMemory& memory, std::int6
   if (c.full)
     mix_computed(plan, memory, index, rows, chunk_block);
   else if (narrow(plan.group_size))
-    mix_narrow_groups(plan, memory, index, rows, chunk_block, chunk_start);
+    mix_narrow_groups(plan, memory, index, next, rows, chunk_block, chunk_start);
   else
-    mix_groups(plan, memory, index, rows, chunk_block, chunk_start);
+    mix_groups(plan, memory, index, next, rows, chunk_block, chunk_start);
 
   using Output = typename S::Output;
   Output* y = static_cast<Output*>(c.y) + rows.begin * c.neurons + block.first;
@@ -514,76 +577,100 @@ void compute_neurons(const ForwardPlan<S>& plan, ThreadMemory& memory, std::int6
   }
 }
 
+template <class S>
+void average_gate(const ForwardPlan<S>& plan, Team team) {
+  using T = typename S::Element;
+  const auto& c = plan.call;
+  if (plan.gate_weight)
+    average_light_up(static_cast<const T*>(c.light_up), c.rank, plan.group_size,
+                     part_of(c.groups, team.thread, team.threads, 1), plan.gate_weight);
+}
+
+// All phases for the chunk that begins with block `first`; the threads may leave it one after the other.
+template <class S>
+void forward_chunk(ForwardPlan<S>& plan, ThreadMemory& memory, std::int64_t first, Team team) {
+  using T = typename S::Element;
+  const auto& c = plan.call;
+  const std::int64_t start = plan.blocks.first_row(first), end = plan.last_row(first);
+  const std::int64_t rows = end - start, count = plan.end_block(first) - first;
+  const auto shift = [](Range r, std::int64_t by) { return Range{r.begin + by, r.end + by}; };
+
+  if constexpr (S::kPrepares) {
+    plan.source.prepare({start, end}, team);
+    team.wait();
+  }
+  // Many rows are dealt out by rows, few rows by columns of the code.
+  const bool by_rows = rows >= team.threads * kTileRows;
+  compute_code(plan, memory, by_rows ? shift(part_of(rows, team.thread, team.threads, kTileRows), start) : Range{start, end},
+               by_rows ? Range{0, c.rank} : part_of(c.rank, team.thread, team.threads, kPanelWidth), start);
+  team.wait();
+  if (c.span > 1) {
+    average_code(plan, shift(part_of(count, team.thread, team.threads, 1), first), first, start);
+    team.wait();
+  }
+  const bool by_blocks = plan.repeat_gate || count >= team.threads;
+  const Range all_blocks{0, count};
+  const Range own_blocks = plan.repeat_gate ? all_blocks : part_of(count, team.thread, team.threads, 1);
+  const Range own_groups = by_blocks ? Range{0, c.groups} : part_of(c.groups, team.thread, team.threads, kPanelWidth);
+  const Range logit_blocks = by_blocks ? own_blocks : all_blocks;
+  if (plan.gate_weight)
+    compute_logits(plan, memory, plan.gate_weight, static_cast<const float*>(nullptr), logit_blocks, own_groups);
+  else
+    compute_logits(plan, memory, static_cast<const T*>(c.gate_weight), plan.packed_light, logit_blocks, own_groups);
+  if (!by_blocks) team.wait();
+  select_groups(plan, memory, own_blocks, first);
+  if (!plan.repeat_gate) team.wait();
+  // Items are taken one ahead, so that a thread knows which panel to fetch while it is busy with another.
+  const std::int64_t items = plan.neuron_blocks.count * plan.row_parts;
+  auto& taken = plan.taken[first / plan.chunk_blocks];
+  const auto take = [&] { return taken.fetch_add(1, std::memory_order_relaxed); };
+  for (std::int64_t i = take(), next; i < items; i = next) {
+    next = take();
+    compute_neurons(plan, memory, i / plan.row_parts, next < items ? next / plan.row_parts : -1,
+                    shift(part_of(rows, i % plan.row_parts, plan.row_parts, kTileRows), start), first, start);
+  }
+}
+
 template <class Source>
 void run_forward(const midl::LinearForward& call, const Source& source) {
-  using T = typename Source::Element;
   if (call.rows == 0) return;
-  ForwardPlan<Source> plan(call, source);
-  {
-    Carver shared(nullptr), own(nullptr);
-    plan.carve(shared);
-    ThreadMemory measure(own, plan);
-    plan.private_bytes = own.used();
-    char* memory = midl::scratch(shared.used() + plan.private_bytes * std::size_t(plan.threads));
-    Carver carver(memory);
-    plan.carve(carver);
-    plan.private_memory = memory + shared.used();
-  }
-  const std::int64_t groups = call.groups, rank = call.rank;
-  read_gate_bias(plan);
+  const int threads = forward_work(call) < kThreadWorth ? 1 : call.threads;
+  const bool apart = threads > 1 && double(call.neurons) * double(call.depth) <= kApartWeights &&
+                     call.rows >= threads * kApartRows && call.rows / call.positions * divide_up(call.positions, call.span) >= threads;
+  ForwardPlan<Source> plan(call, source, apart ? 1 : threads, apart ? threads : 1);
+  Carver shared(nullptr), own(nullptr);
+  plan.carve(shared);
+  ThreadMemory measure(own, plan);
+  const std::size_t common = shared.used(), each = own.used();
 
-#pragma omp parallel num_threads(plan.threads) if (plan.threads > 1)
+  if (apart) {
+    char* memory = midl::scratch((common + each) * std::size_t(threads));
+    std::atomic<std::int64_t> taken(0);
+#pragma omp parallel num_threads(threads)
+    {
+      ForwardPlan<Source> mine(plan);
+      char* base = memory + (common + each) * std::size_t(omp_get_thread_num());
+      mine.settle(base);
+      Carver carver(base + common);
+      ThreadMemory own_memory(carver, mine);
+      average_gate(mine, {1, 0});
+      for (std::int64_t i; (i = taken.fetch_add(1, std::memory_order_relaxed)) < mine.chunks();)
+        forward_chunk(mine, own_memory, i * mine.chunk_blocks, {1, 0});
+    }
+    return;
+  }
+  char* memory = midl::scratch(common + each * std::size_t(threads));
+  plan.settle(memory);
+#pragma omp parallel num_threads(threads) if (threads > 1)
   {
     // The runtime may give fewer threads than asked for, in a nested region for instance.
-    const std::int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
-    Carver own(plan.private_memory + plan.private_bytes * std::size_t(thread));
-    ThreadMemory memory(own, plan);
-    if (plan.gate_weight)
-      average_light_up(static_cast<const T*>(call.light_up), rank, plan.group_size,
-                       part_of(groups, thread, threads, 1), plan.gate_weight);
-
+    const Team team{omp_get_num_threads(), omp_get_thread_num()};
+    Carver carver(memory + common + each * std::size_t(team.thread));
+    ThreadMemory own_memory(carver, plan);
+    average_gate(plan, team);
     for (std::int64_t first = 0; first < plan.blocks.count; first += plan.chunk_blocks) {
-      const std::int64_t start = plan.blocks.first_row(first), end = plan.last_row(first);
-      const std::int64_t rows = end - start, count = plan.end_block(first) - first;
-      const auto shift = [](Range r, std::int64_t by) { return Range{r.begin + by, r.end + by}; };
-
-      if constexpr (Source::kPrepares) {
-        plan.source.prepare({start, end}, thread, threads);
-#pragma omp barrier
-      }
-      // Many rows are dealt out by rows, few rows by columns of the code.
-      const bool by_rows = rows >= threads * kTileRows;
-      compute_code(plan, memory, by_rows ? shift(part_of(rows, thread, threads, kTileRows), start) : Range{start, end},
-                   by_rows ? Range{0, rank} : part_of(rank, thread, threads, kPanelWidth), start);
-#pragma omp barrier
-      if (call.span > 1) {
-        average_code(plan, shift(part_of(count, thread, threads, 1), first), first, start);
-#pragma omp barrier
-      }
-      const bool by_blocks = plan.repeat_gate || count >= threads;
-      const Range all_blocks{0, count};
-      const Range own_blocks = plan.repeat_gate ? all_blocks : part_of(count, thread, threads, 1);
-      const Range own_groups = by_blocks ? Range{0, groups} : part_of(groups, thread, threads, kPanelWidth);
-      const Range logit_blocks = by_blocks ? own_blocks : all_blocks;
-      if (plan.gate_weight)
-        compute_logits(plan, memory, plan.gate_weight, static_cast<const float*>(nullptr), logit_blocks, own_groups);
-      else
-        compute_logits(plan, memory, static_cast<const T*>(call.gate_weight), plan.packed_light, logit_blocks, own_groups);
-      if (!by_blocks) {
-#pragma omp barrier
-      }
-      select_groups(plan, memory, own_blocks, first);
-      if (!plan.repeat_gate) {
-#pragma omp barrier
-      }
-      const std::int64_t items = plan.neuron_blocks.count * plan.row_parts;
-#pragma omp for schedule(dynamic, 1) nowait
-      for (std::int64_t i = 0; i < items; ++i)
-        compute_neurons(plan, memory, i / plan.row_parts,
-                        shift(part_of(rows, i % plan.row_parts, plan.row_parts, kTileRows), start), first, start);
-      if (plan.end_block(first) < plan.blocks.count) {
-#pragma omp barrier
-      }
+      forward_chunk(plan, own_memory, first, team);
+      if (plan.end_block(first) < plan.blocks.count) team.wait();
     }
   }
 }

@@ -26,6 +26,13 @@ struct Neurons {
   std::int64_t stride;
   const W* panel;         // or null
   int count;              // at most kPanelWidth
+  const W* next = nullptr;  // the panel that this thread is likely to multiply next, or null
+};
+
+// Memory that a tile fetches into the cache while it computes, one line per word of its depth or less; or null.
+struct Ahead {
+  const char* from = nullptr;
+  std::int64_t step = 0;  // bytes per word
 };
 
 // Elements of the depth that lie side by side in a panel, one 32-bit word.
@@ -125,11 +132,38 @@ MIDL_INLINE void add_word(Vec (&acc)[R][V], const A* const (&a)[R], std::int64_t
   }
 }
 
+// The same for U words at once, row by row: there are more rows than registers for their addresses, and so each is read
+// once for U words. Every sum takes its words in the same order as there.
+template <int U, int R, int V, class A, class Column>
+MIDL_INLINE void add_words(Vec (&acc)[R][V], const A* const (&a)[R], std::int64_t i, Column column) {
+  constexpr int K = kWord<A>;
+  Vec value[U][V];
+#pragma GCC unroll 16
+  for (int u = 0; u < U; ++u) {
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) value[u][v] = load_words<A>(column(u, v), 0);
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+    const A* row = a[r] + i;
+#pragma GCC unroll 16
+    for (int u = 0; u < U; ++u) {
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) {
+        if constexpr (K == 2)
+          acc[r][v] = add_dot_pairs(acc[r][v], splat(pair_at(row + 2 * u)), (UVec)value[u][v]);
+        else
+          acc[r][v] += splat(row[u]) * value[u][v];
+      }
+    }
+  }
+}
+
 // out[r] (+)= rows[r][start .. start + depth) . V vectors of neurons, word i of vector v at column(i, v); without
 // `accumulate` it starts from `bias` (or 0).
 template <int R, int V, class P, class A, class Column>
 MIDL_INLINE void multiply_tile(const A* const* rows, std::int64_t start, std::int64_t depth, const float* bias,
-                               float* out, std::int64_t ldo, bool accumulate, Column column) {
+                               float* out, std::int64_t ldo, bool accumulate, Ahead ahead, Column column) {
   Vec acc[R][V];
   const A* a[R];
 #pragma GCC unroll 16
@@ -140,8 +174,23 @@ MIDL_INLINE void multiply_tile(const A* const* rows, std::int64_t start, std::in
   }
   constexpr int K = kWord<P>;
   std::int64_t i = 0;
-  for (; i + K <= depth; i += K)
+  if constexpr (L >= 16 && sizeof(A) == sizeof(P)) {
+    constexpr int U = V == 1 ? 4 : 2;
+    const auto add = [&] { add_words<U>(acc, a, i, [&](int u, int v) { return column(i + u * K, v); }); };
+    if (ahead.from) {
+      for (; i + U * K <= depth; i += U * K) {
+#pragma GCC unroll 16
+        for (int u = 0; u < U; ++u, ahead.from += ahead.step) __builtin_prefetch(ahead.from, 0, 2);
+        add();
+      }
+    } else {
+      for (; i + U * K <= depth; i += U * K) add();
+    }
+  }
+  for (; i + K <= depth; i += K, ahead.from += ahead.step) {
+    if (ahead.from) __builtin_prefetch(ahead.from, 0, 2);
     add_word<R, V, A, P>(acc, a, i, true, [&](int v) { return column(i, v); });
+  }
   if (K > 1 && i < depth) add_word<R, V, A, P>(acc, a, i, false, [&](int v) { return column(i, v); });
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
@@ -152,26 +201,26 @@ MIDL_INLINE void multiply_tile(const A* const* rows, std::int64_t start, std::in
 
 template <int R, int V, class A, class P>
 [[gnu::noinline]] void panel_tile(const A* const* rows, std::int64_t start, const P* panel, std::int64_t depth,
-                                  const float* bias, float* out, std::int64_t ldo, bool accumulate) {
-  multiply_tile<R, V, P>(rows, start, depth, bias, out, ldo, accumulate,
+                                  const float* bias, float* out, std::int64_t ldo, bool accumulate, Ahead ahead) {
+  multiply_tile<R, V, P>(rows, start, depth, bias, out, ldo, accumulate, ahead,
                          [panel](std::int64_t i, int v) { return panel + i * (V * L) + v * (L * kWord<P>); });
 }
 
 template <int R, int V, class A, class P>
 void panel_remainder(std::int64_t m, const A* const* rows, std::int64_t start, const P* panel, std::int64_t depth,
-                     const float* bias, float* out, std::int64_t ldo, bool accumulate) {
-  if (m == R) return panel_tile<R, V>(rows, start, panel, depth, bias, out, ldo, accumulate);
-  if constexpr (R > 1) panel_remainder<R - 1, V>(m, rows, start, panel, depth, bias, out, ldo, accumulate);
+                     const float* bias, float* out, std::int64_t ldo, bool accumulate, Ahead ahead) {
+  if (m == R) return panel_tile<R, V>(rows, start, panel, depth, bias, out, ldo, accumulate, ahead);
+  if constexpr (R > 1) panel_remainder<R - 1, V>(m, rows, start, panel, depth, bias, out, ldo, accumulate, ahead);
 }
 
 // A tile of m <= panel_rows(V) rows.
 template <int V, class A, class P>
 MIDL_INLINE void panel_rows_tile(std::int64_t m, const A* const* rows, std::int64_t start, const P* panel,
                                  std::int64_t depth, const float* bias, float* out, std::int64_t ldo,
-                                 bool accumulate) {
+                                 bool accumulate, Ahead ahead = {}) {
   constexpr int R = panel_rows(V);
-  if (m == R) return panel_tile<R, V>(rows, start, panel, depth, bias, out, ldo, accumulate);
-  panel_remainder<R - 1, V>(m, rows, start, panel, depth, bias, out, ldo, accumulate);
+  if (m == R) return panel_tile<R, V>(rows, start, panel, depth, bias, out, ldo, accumulate, ahead);
+  panel_remainder<R - 1, V>(m, rows, start, panel, depth, bias, out, ldo, accumulate, ahead);
 }
 
 // Two sub-panels at once for few rows: twice the accumulators in flight and two streams from memory.
@@ -179,42 +228,52 @@ template <int R, class A, class P>
 [[gnu::noinline]] void panel_pair(const A* const* rows, std::int64_t start, const P* left, const P* right,
                                   std::int64_t depth, const float* bias, float* out, std::int64_t ldo,
                                   bool accumulate) {
-  multiply_tile<R, 4, P>(rows, start, depth, bias, out, ldo, accumulate, [left, right](std::int64_t i, int v) {
+  multiply_tile<R, 4, P>(rows, start, depth, bias, out, ldo, accumulate, Ahead{}, [left, right](std::int64_t i, int v) {
     return (v < 2 ? left : right) + i * (2 * L) + v % 2 * (L * kWord<P>);
   });
 }
 
 // out (m x round_up(count, L)) (+)= rows[start ..) . panel over one slice of the depth. The sub-panels are `panel_depth`
-// deep and the slice begins at depth `offset` in them, where a word begins.
+// deep and the slice begins at depth `offset` in them, where a word begins. Where several tiles of rows go over the
+// slice, they meanwhile fetch the one that comes after it: at depth `next_offset` of the panel `next`, or null.
 template <class A, class P>
 void panel_slice(const A* const* rows, std::int64_t m, const P* panel, std::int64_t panel_depth,
                  std::int64_t offset, int count, std::int64_t start, std::int64_t depth, const float* bias, float* out,
-                 std::int64_t ldo, bool accumulate) {
+                 std::int64_t ldo, bool accumulate, const P* next = nullptr, std::int64_t next_offset = 0) {
   panel_depth = round_up(panel_depth, kWord<P>);
   const int whole = count / (2 * L) * (2 * L), wide = count - whole > L ? whole + 2 * L : whole;
   constexpr int R2 = panel_rows(2), R1 = panel_rows(1);
-  for (std::int64_t r = 0; r < m; r += R2) {
-    const std::int64_t tile = lesser(m - r, R2);
+  const auto fetch = [&](int column, int lanes, std::int64_t tile, std::int64_t tiles) {
+    if (!next || tiles < 2) return Ahead{};
+    const std::int64_t step = divide_up(4 * lanes, tiles);
+    const P* slice = next + column * panel_depth + next_offset * lanes;
+    return Ahead{reinterpret_cast<const char*>(slice) + tile * step * (depth / kWord<P>), step};
+  };
+  const std::int64_t tiles = divide_up(m, R2), even = divide_up(m, tiles ? tiles : 1);
+  for (std::int64_t r = 0; r < m; r += even) {
+    const std::int64_t tile = lesser(m - r, even);
     for (int c = 0; c < wide; c += 2 * L) {
       const P* sub = panel + c * panel_depth + offset * (2 * L);
       const float* from = bias ? bias + c : nullptr;
       float* to = out + r * ldo + c;
       if (tile <= 2 && c + 4 * L <= wide) {
-        const P* next = sub + 2 * L * panel_depth;
+        const P* right = sub + 2 * L * panel_depth;
         if (tile == 1)
-          panel_pair<1>(rows + r, start, sub, next, depth, from, to, ldo, accumulate);
+          panel_pair<1>(rows + r, start, sub, right, depth, from, to, ldo, accumulate);
         else
-          panel_pair<2>(rows + r, start, sub, next, depth, from, to, ldo, accumulate);
+          panel_pair<2>(rows + r, start, sub, right, depth, from, to, ldo, accumulate);
         c += 2 * L;
       } else {
-        panel_rows_tile<2>(tile, rows + r, start, sub, depth, from, to, ldo, accumulate);
+        panel_rows_tile<2>(tile, rows + r, start, sub, depth, from, to, ldo, accumulate, fetch(c, 2 * L, r / even, tiles));
       }
     }
   }
   if (wide >= count) return;
-  for (std::int64_t r = 0; r < m; r += R1)
-    panel_rows_tile<1>(lesser(m - r, R1), rows + r, start, panel + wide * panel_depth + offset * L, depth,
-                       bias ? bias + wide : nullptr, out + r * ldo + wide, ldo, accumulate);
+  const std::int64_t narrow_tiles = divide_up(m, R1), narrow_even = divide_up(m, narrow_tiles ? narrow_tiles : 1);
+  for (std::int64_t r = 0; r < m; r += narrow_even)
+    panel_rows_tile<1>(lesser(m - r, narrow_even), rows + r, start, panel + wide * panel_depth + offset * L, depth,
+                       bias ? bias + wide : nullptr, out + r * ldo + wide, ldo, accumulate,
+                       fetch(wide, L, r / narrow_even, narrow_tiles));
 }
 
 // A slice of a panel, as pack_panel would write it from float neurons.
@@ -251,7 +310,9 @@ void multiply_neurons(const A* const* rows, std::int64_t m, const Neurons<W>& ne
       if (widened) widen_slice(neurons.panel, depth, start, neurons.count, length, slice);
     }
     if (neurons.panel && !widened) {
-      panel_slice(rows, m, neurons.panel, depth, start, neurons.count, start, length, bias, out, ldo, start > 0);
+      const bool last = start + step >= depth;
+      panel_slice(rows, m, neurons.panel, depth, start, neurons.count, start, length, bias, out, ldo, start > 0,
+                  last ? neurons.next : neurons.panel, last ? 0 : start + step);
     } else {
       // Of the rows' type.
       A* panel = reinterpret_cast<A*>(slice);
