@@ -208,6 +208,25 @@ void gather_columns(const BackwardPlan& plan, Range rows, std::int64_t col, std:
     copy_columns(c.x + r * c.x_stride + col, width, kOuterColumns, block + (r - rows.begin) * stride);
 }
 
+// A block of columns of a group's matrix, fetched into the cache share by share while something else is computed.
+struct Fetch {
+  const char* from;      // or null
+  std::int64_t stride;   // bytes from row to row
+  std::int64_t rows, bytes;
+  bool to_write;
+
+  MIDL_INLINE void share(std::int64_t i, std::int64_t shares) const {
+    if (!from) return;
+    for (std::int64_t r = rows * i / shares; r < rows * (i + 1) / shares; ++r)
+      for (std::int64_t b = 0; b < bytes; b += 64) {
+        if (to_write)
+          __builtin_prefetch(from + r * stride + b, 1, 2);
+        else
+          __builtin_prefetch(from + r * stride + b, 0, 2);
+      }
+  }
+};
+
 // grad_x over one share of the depth, and that share of the sums of grad_full * f.
 void grad_input(const BackwardPlan& plan, BackwardMemory& memory, std::int64_t share) {
   const auto& c = plan.call;
@@ -228,10 +247,15 @@ void grad_input(const BackwardPlan& plan, BackwardMemory& memory, std::int64_t s
         if (begin == end) continue;
         for (std::int64_t j = 0; j < size; ++j)
           copy_columns(c.weight + (g * size + j) * c.depth + col, width, kOuterColumns, memory.weights + j * stride);
-        for (std::int64_t e = begin; e < end; e += kOuterRows)
+        const float* next = g + 1 < c.groups ? c.weight + (g + 1) * size * c.depth + col : nullptr;
+        const Fetch fetch{reinterpret_cast<const char*>(next), c.depth * 4, size, width * 4, false};
+        const std::int64_t tiles = divide_up(end - begin, kOuterRows);
+        for (std::int64_t e = begin; e < end; e += kOuterRows) {
+          fetch.share((e - begin) / kOuterRows, tiles);
           input_rows(lesser(kOuterRows, end - e), plan.scaled + e * size, size, memory.weights,
                                     plan.members.row + e, memory.inputs - start * stride,
                                     memory.gradients - start * stride, stride, width, sums + e);
+        }
       }
       for (std::int64_t r = start; r < stop; ++r)
         copy_floats(memory.gradients + (r - start) * stride, width, c.grad_x + r * c.depth + col);
@@ -296,12 +320,15 @@ void weight_rows(std::int64_t neurons, Args... args) {
 void grad_group(const float* scaled, std::int64_t size, const float* x, const std::int32_t* rows, std::int64_t members,
                 std::int64_t width, float* sums, float* grad, std::int64_t grad_stride, bool accumulate) {
   const std::int64_t stride = block_stride(width), tiles = divide_up(size, kOuterRows);
-  std::int64_t done = 0;
+  const Fetch fetch{reinterpret_cast<const char*>(grad), grad_stride * 4, size, width * 4, true};
+  const std::int64_t shares = tiles * divide_up(width, kOuterColumns);
+  std::int64_t done = 0, item = 0;
   do {
     const std::int64_t some = lesser(kMembersAtOnce, members - done);
     for (std::int64_t i = 0; i < width; i += kOuterColumns)
       for (std::int64_t t = 0; t < tiles; ++t) {
         const std::int64_t j = size * t / tiles;
+        if (item < shares) fetch.share(item++, shares);
         weight_rows(size * (t + 1) / tiles - j, scaled + done * size + j, size, x + i, stride, rows + done, some,
                     sums + j * stride + i, done > 0);
       }

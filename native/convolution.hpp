@@ -275,4 +275,52 @@ void convolution_forward(const midl::ConvolutionForward& call) {
     run_forward(call.rows, Pixels<float>(call.images, static_cast<const float*>(call.rows.x)));
 }
 
+void convolution_code(const midl::ConvolutionCode& call) {
+  if (call.rows == 0) return;
+  const Pixels<float> source(call.images, call.x);
+  const std::int64_t depth = PaddedImages(call.images).depth, panel = kPanelWidth * round_up(depth, kWord<float>);
+  const int threads = double(call.rows) * double(call.rank) * double(depth) < kThreadWorth ? 1 : call.threads;
+  const std::int64_t step = divide_up(call.rows, round_up(divide_up(call.rows, source.chunk_rows()), threads));
+  const std::int64_t chunks = divide_up(call.rows, step);
+
+  struct Memory {
+    Pixels<float> source;
+    const float** rows;
+    float* sums;
+  };
+  const auto carve = [&](Carver& carver) {
+    Memory memory{source, carver.take<const float*>(step), carver.take<float>(step * kPanelWidth)};
+    for (std::int64_t i = 0; i < chunks; ++i) memory.source.make_room({i * step, lesser(call.rows, (i + 1) * step)});
+    memory.source.carve(carver);
+    return memory;
+  };
+  Carver shared(nullptr), own(nullptr);
+  shared.take<float>(divide_up(call.rank, kPanelWidth) * panel);
+  carve(own);
+  char* base = midl::scratch(shared.used() + own.used() * std::size_t(threads));
+  float* panels = reinterpret_cast<float*>(base);
+  for (std::int64_t first = 0; first < call.rank; first += kPanelWidth)
+    pack_panel(call.light_down + first * depth, depth, int(lesser(kPanelWidth, call.rank - first)), depth,
+               panels + first / kPanelWidth * panel);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    Carver carver(base + shared.used() + own.used() * std::size_t(omp_get_thread_num()));
+    Memory memory = carve(carver);
+#pragma omp for schedule(dynamic, 1)
+    for (std::int64_t i = 0; i < chunks; ++i) {
+      const Range chunk{i * step, lesser(call.rows, (i + 1) * step)};
+      const std::int64_t m = chunk.end - chunk.begin;
+      memory.source.prepare(chunk, {1, 0});
+      for (std::int64_t r = 0; r < m; ++r) memory.rows[r] = memory.source.row(chunk.begin + r, chunk.begin);
+      for (std::int64_t first = 0; first < call.rank; first += kPanelWidth) {
+        const std::int64_t count = lesser(kPanelWidth, call.rank - first);
+        memory.source.multiply(memory.rows, m, {nullptr, depth, panels + first / kPanelWidth * panel, int(count)}, nullptr,
+                               memory.sums, kPanelWidth);
+        for (std::int64_t r = 0; r < m; ++r)
+          copy_floats(memory.sums + r * kPanelWidth, count, call.code + (chunk.begin + r) * call.rank + first);
+      }
+    }
+  }
+}
+
 }  // namespace

@@ -158,7 +158,7 @@ void split_unit(const ConvolutionBackwardPlan& plan, ConvolutionBackwardMemory& 
 }
 
 // u = full path's gradient of R members . two vectors of columns of their group's weights; gradients += u,
-// sums += u * inputs. Of the last stretch of a run only `count` columns are there.
+// sums += u * inputs where somebody wants them. Of the last stretch of a run only `count` columns are there.
 template <int R>
 [[gnu::noinline]] void window_tile(const float* scaled, std::int64_t size, const float* weights,
                                    std::int64_t weights_stride, const std::int64_t* window, const std::int32_t* pixel,
@@ -183,13 +183,13 @@ template <int R>
     if (count >= 2 * L) {
       store(to, load(to) + acc[r][0]);
       store(to + L, load(to + L) + acc[r][1]);
-      store(sums + r * L, load(sums + r * L) + acc[r][0] * load(from) + acc[r][1] * load(from + L));
+      if (sums) store(sums + r * L, load(sums + r * L) + acc[r][0] * load(from) + acc[r][1] * load(from + L));
     } else {
       float u[2 * L];
       store(u, acc[r][0]), store(u + L, acc[r][1]);
       for (std::int64_t j = 0; j < count; ++j) {
         to[j] += u[j];
-        sums[r * L] += u[j] * from[j];
+        if (sums) sums[r * L] += u[j] * from[j];
       }
     }
   }
@@ -220,11 +220,12 @@ void grad_images(const ConvolutionBackwardPlan& plan, ConvolutionBackwardMemory&
                      2 * L, memory.weights + j * stride);
       for (std::int64_t e = begin; e < end; e += kUnitTile) {
         const std::int64_t m = lesser(kUnitTile, end - e);
+        float* sums = c.grad_logits ? memory.sums : nullptr;
         for (std::int64_t r = 0; r < m; ++r) store(memory.sums + r * L, Vec{});
         for (std::int64_t i = 0; i < columns.width; i += 2 * L)
           window_rows(m, u.scaled + e * size, size, memory.weights + i, stride, plan.window, u.pixel + e,
-                      u.x + columns.start + i, memory.gradients + columns.start + i, columns.width - i, memory.sums);
-        for (std::int64_t r = 0; r < m; ++r)
+                      u.x + columns.start + i, memory.gradients + columns.start + i, columns.width - i, sums);
+        for (std::int64_t r = 0; sums && r < m; ++r)
           for (int lane = 0; lane < L; ++lane) u.full_sum[e + r] += memory.sums[r * L + lane];
       }
     }

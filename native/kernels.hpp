@@ -50,6 +50,16 @@ struct ConvolutionForward {
   LinearForward rows;
 };
 
+// The code of every output pixel alone, float32 (rows, rank).
+struct ConvolutionCode {
+  Images images;
+  const float* x;
+  std::int64_t rows, rank;
+  const float* light_down;     // (rank, depth)
+  float* code;
+  int threads;
+};
+
 // Parameters of a layer to be laid out as panels; the fields are those of LinearForward.
 struct LinearPack {
   Storage storage;
@@ -147,6 +157,7 @@ struct Kernels {
   void (*linear_forward)(const LinearForward&);
   void (*linear_backward)(const LinearBackward&);
   void (*convolution_forward)(const ConvolutionForward&);
+  void (*convolution_code)(const ConvolutionCode&);
   void (*convolution_backward)(const ConvolutionBackward&);
   PackedSizes (*packed_sizes)(const LinearPack&);
   bool (*wants_weight_panels)(std::int64_t rows, std::int64_t groups, std::int64_t selected, std::int64_t group_size);

@@ -88,6 +88,12 @@ void convolution_forward(bool bfloat16, std::uintptr_t x, const Geometry& images
   });
 }
 
+void convolution_code(std::uintptr_t x, const Geometry& images, int64_t rows, int64_t rank, std::uintptr_t light_down,
+                      std::uintptr_t code, int threads) {
+  midl::current().convolution_code({images_of(images), pointer<const float>(x), rows, rank,
+                                    pointer<const float>(light_down), pointer<float>(code), threads});
+}
+
 void convolution_backward(std::uintptr_t x, const Geometry& images, std::uintptr_t grad_y, int64_t rows,
                           int64_t neurons, int64_t rank, int64_t groups, int64_t selected_groups, int64_t positions,
                           int64_t span, std::uintptr_t weight, std::uintptr_t selected, std::uintptr_t gate,
@@ -189,6 +195,8 @@ NB_MODULE(_native, m) {
         "rank"_a, "groups"_a, "selected_groups"_a, "threshold"_a, "positions"_a, "span"_a, "weight"_a, "bias"_a,
         "projection"_a,
         "gate_bias"_a, "noise"_a, "packed_light"_a, "packed_weight"_a, "hard"_a, "y"_a, "selected"_a, "threads"_a);
+  m.def("convolution_code", &convolution_code, released, "x"_a, "images"_a, "rows"_a, "rank"_a, "light_down"_a, "code"_a,
+        "threads"_a);
   m.def("convolution_backward", &convolution_backward, released, "x"_a, "images"_a, "grad_y"_a, "rows"_a, "neurons"_a,
         "rank"_a, "groups"_a, "selected_groups"_a, "positions"_a, "span"_a, "weight"_a, "selected"_a, "gate"_a,
         "code"_a, "light_up"_a, "hard"_a, "grad_light"_a, "grad_x"_a, "accumulate"_a, "grad_logits"_a, "grad_weight"_a,

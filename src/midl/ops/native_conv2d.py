@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from midl.ops.native_backward import Blocks, gate_projection, repeat_first, through_gate
@@ -70,8 +69,11 @@ def conv2d_backward(
     need_x, need_weight, need_bias, need_down, need_up, need_gate, need_gate_bias = needs
     grad = grad_y.permute(0, 2, 3, 1).reshape(rows, n).float().contiguous()
     filters, down, up = _matrix(weight), _matrix(light_down), light_up.float().contiguous()
-    code_image = F.conv2d(image, light_down.float(), None, stride, padding, dilation)
-    code = code_image.permute(0, 2, 3, 1).reshape(rows, rank).contiguous()
+    threads = torch.get_num_threads()
+    code = down.new_empty(rows, rank)
+    kernels.convolution_code(
+        image.data_ptr(), geometry, rows, rank, down.data_ptr(), code.data_ptr(), threads
+    )  # fmt: skip
 
     blocks = Blocks(rows, positions, span or positions)
     block_code = blocks.mean(code)
@@ -85,7 +87,6 @@ def conv2d_backward(
     grad_x = image.new_empty((batch, *size, channels)) if need_code else None
     grad_chosen = torch.empty_like(gate)
     grad_weight = torch.empty_like(filters) if need_weight else None
-    threads = torch.get_num_threads()
     kernels.convolution_backward(
         image.data_ptr(), geometry, grad.data_ptr(), rows, n, rank, groups, k, positions, span or positions,
         filters.data_ptr(), chosen.data_ptr(), gate.data_ptr(), code.data_ptr(), up.data_ptr(), interpolation == "hard",
