@@ -18,11 +18,6 @@ constexpr std::int64_t kChunkElements = 128 * 1024;
 // Depth of a pass over a panel: deep enough to repay loading and storing the sums, and the panel's slice stays in cache.
 constexpr std::int64_t kPassDepth = 576;
 
-// `length` elements, `start` elements behind a row's pointer.
-struct Segment {
-  std::int64_t start, length;
-};
-
 // out[r][0 .. V L) (+)= the segments of rows[r] . a sub-panel's slice.
 template <int R, int V>
 [[gnu::noinline]] void segment_tile(const float* const* rows, const Segment* segments, std::int64_t count,
@@ -233,9 +228,14 @@ class Pixels {
       r = end;
     }
     if (wide >= neurons.count) return;
+    const bool folded = folds<float>(neurons.count - wide);
     for (std::int64_t t = 0, r = 0, tiles = divide_up(m, panel_rows(1)); t < tiles; ++t) {
       const std::int64_t end = m * (t + 1) / tiles;
-      segment_rows<1>(end - r, rows + r, segments, count, neurons.panel + wide * padded_.depth + at * L,
+      if (folded)
+        folded_rows(end - r, rows + r, segments, count, neurons.panel + wide * padded_.depth + at / 2 * L, at % 2 != 0,
+                    static_cast<const float*>(nullptr), out + r * ldo + wide, ldo, at > 0, Ahead{});
+      else
+        segment_rows<1>(end - r, rows + r, segments, count, neurons.panel + wide * padded_.depth + at * L,
                       out + r * ldo + wide, ldo, at > 0);
       r = end;
     }

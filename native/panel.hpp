@@ -1,11 +1,13 @@
 // Products of input rows with panels of neurons: neurons on the lanes, rows addressed by pointer and never copied.
 //
 // A panel holds up to kPanelWidth neurons transposed: sub-panels of 2 L lanes (the last may have L), each stored
-// (depth, lanes), bfloat16 as (depth / 2, lanes, 2) with a zero behind an odd depth. Panels come packed from the caller or
-// are packed here, slice by slice, into memory that stays in cache.
+// (depth, lanes), bfloat16 as (depth / 2, lanes, 2) with a zero behind an odd depth. A float sub-panel whose neurons would
+// leave half of the lanes empty is folded: (depth / 2, lanes / 2, 2), two sums per neuron. Panels come packed from the caller
+// or are packed here, slice by slice, into memory that stays in cache.
 #pragma once
 
 #include "dot.hpp"
+#include "shuffle.hpp"
 
 namespace {
 
@@ -39,6 +41,17 @@ struct Ahead {
 template <class P>
 constexpr int kWord = 4 / sizeof(P);
 
+// Whether a sub-panel of L lanes with so many neurons is folded.
+template <class P>
+constexpr bool folds(std::int64_t neurons) {
+  return sizeof(P) == 4 && L > 2 && neurons <= L / 2;
+}
+
+// `length` elements, `start` elements behind a row's pointer.
+struct Segment {
+  std::int64_t start, length;
+};
+
 // Words [i, i + L) of a neuron, bits as they are; float panels of bfloat16 neurons are widened.
 template <class P, class W>
 MIDL_INLINE Vec load_words(const W* w, std::int64_t i) {
@@ -62,6 +75,14 @@ template <class W, class P>
 void pack_sub_panel(const W* w, std::int64_t stride, int count, int lanes, std::int64_t depth, P* panel) {
   constexpr int K = kWord<P>;
   const std::int64_t words = divide_up(depth, K);
+  if constexpr (K == 1) {
+    if (lanes == L && folds<P>(count)) {
+      for (int j = 0; j < L / 2; ++j)
+        for (std::int64_t i = 0; i < depth + depth % 2; ++i)
+          panel[i / 2 * L + 2 * j + i % 2] = j < count && i < depth ? to_float(w[j * stride + i]) : 0.0f;
+      return;
+    }
+  }
   for (int lane = 0; lane < lanes; lane += L) {
     P* target = panel + lane * K;
     std::int64_t i = 0;
@@ -223,6 +244,76 @@ MIDL_INLINE void panel_rows_tile(std::int64_t m, const A* const* rows, std::int6
   panel_remainder<R - 1, V>(m, rows, start, panel, depth, bias, out, ldo, accumulate, ahead);
 }
 
+// acc[r] += element i of row r times that half of a folded word which holds it.
+template <bool Second, int R>
+MIDL_INLINE void add_half(Vec (&acc)[R], const float* const (&a)[R], std::int64_t i, const float* word) {
+  const UVec column = (UVec)load(word);
+  constexpr std::uint64_t kHalf = Second ? 0xffffffff00000000u : 0x00000000ffffffffu;
+  typedef std::uint64_t Pairs __attribute__((vector_size(4 * L)));
+  const Vec half = (Vec)((Pairs)column & kHalf);
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) acc[r] += splat(a[r][i]) * half;
+}
+
+// out[r] (+)= the segments of rows[r] . a folded sub-panel, from its word at `panel` on; `second`: from that word's second
+// half. Without `accumulate` it starts from `bias` (or 0).
+template <int R>
+[[gnu::noinline]] void folded_tile(const float* const* rows, const Segment* segments, std::int64_t count,
+                                   const float* panel, bool second, const float* bias, float* out, std::int64_t ldo,
+                                   bool accumulate, Ahead ahead) {
+  Vec acc[R] = {};
+  for (std::int64_t s = 0; s < count; ++s) {
+    const float* a[R];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) a[r] = rows[r] + segments[s].start;
+    std::int64_t i = 0;
+    const std::int64_t depth = segments[s].length;
+    if (second && depth > 0) {
+      add_half<true>(acc, a, i++, panel);
+      panel += L, second = false;
+    }
+    // As in add_words: an address is read once for several words.
+    constexpr int U = 4;
+    for (; i + 2 * U <= depth; i += 2 * U, panel += U * L) {
+      Vec column[U];
+#pragma GCC unroll 16
+      for (int u = 0; u < U; ++u) column[u] = load(panel + u * L);
+      if (ahead.from) {
+#pragma GCC unroll 16
+        for (int u = 0; u < U; ++u, ahead.from += 2 * ahead.step) __builtin_prefetch(ahead.from, 0, 2);
+      }
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        const float* row = a[r] + i;
+#pragma GCC unroll 16
+        for (int u = 0; u < U; ++u) acc[r] += splat_pair(row + 2 * u) * column[u];
+      }
+    }
+    for (; i + 2 <= depth; i += 2, panel += L) {
+      const Vec column = load(panel);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) acc[r] += splat_pair(a[r] + i) * column;
+    }
+    if (i < depth) {
+      add_half<false>(acc, a, i, panel);
+      second = true;
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+    const Vec sum = take_alternate<false>(acc[r], acc[r]) + take_alternate<true>(acc[r], acc[r]);
+    float* to = out + r * ldo;
+    store(to, accumulate ? load(to) + sum : bias ? load(bias) + sum : sum);
+  }
+}
+
+// A tile of m <= panel_rows(1) rows.
+template <int R = panel_rows(1), class... Args>
+void folded_rows(std::int64_t m, Args... args) {
+  if (m == R) return folded_tile<R>(args...);
+  if constexpr (R > 1) folded_rows<R - 1>(m, args...);
+}
+
 // Two sub-panels at once for few rows: twice the accumulators in flight and two streams from memory.
 template <int R, class A, class P>
 [[gnu::noinline]] void panel_pair(const A* const* rows, std::int64_t start, const P* left, const P* right,
@@ -270,6 +361,16 @@ void panel_slice(const A* const* rows, std::int64_t m, const P* panel, std::int6
   }
   if (wide >= count) return;
   const std::int64_t narrow_tiles = divide_up(m, R1), narrow_even = divide_up(m, narrow_tiles ? narrow_tiles : 1);
+  if constexpr (sizeof(A) == 4 && sizeof(P) == 4) {
+    if (folds<P>(count - wide)) {
+      const Segment segment{start, depth};
+      for (std::int64_t r = 0; r < m; r += narrow_even)
+        folded_rows(lesser(m - r, narrow_even), rows + r, &segment, std::int64_t(1), panel + wide * panel_depth + offset / 2 * L,
+                    false, bias ? bias + wide : nullptr, out + r * ldo + wide, ldo, accumulate,
+                    fetch(wide, L / 2, r / narrow_even, narrow_tiles));
+      return;
+    }
+  }
   for (std::int64_t r = 0; r < m; r += narrow_even)
     panel_rows_tile<1>(lesser(m - r, narrow_even), rows + r, start, panel + wide * panel_depth + offset * L, depth,
                        bias ? bias + wide : nullptr, out + r * ldo + wide, ldo, accumulate,
@@ -284,6 +385,11 @@ inline void widen_slice(const bf16* panel, std::int64_t panel_depth, std::int64_
     const int lanes = int(lesser(round_up(count - first, L), 2 * L));
     const bf16* from = panel + first * panel_depth + offset * lanes;
     float* to = slice + first * depth;
+    if (lanes == L && folds<float>(count - first)) {
+      // Pairs lie side by side there too.
+      for (std::int64_t i = 0; i < depth; i += 2) store(to + i / 2 * L, load(from + i * lanes));
+      return;
+    }
     for (std::int64_t i = 0; i < depth; i += 2)
       for (int lane = 0; lane < lanes; lane += L) {
         const UVec pairs = load_pairs(from + i * lanes + 2 * lane);
@@ -302,11 +408,12 @@ template <class A, class W>
 void multiply_neurons(const A* const* rows, std::int64_t m, const Neurons<W>& neurons, std::int64_t depth,
                       const float* bias, float* slice, float* out, std::int64_t ldo) {
   const std::int64_t step = round_up(divide_up(depth, divide_up(depth, kDepthBlock)), L);
+  [[maybe_unused]] const bool folded = folds<float>((neurons.count - 1) % (2 * L) + 1);
   for (std::int64_t start = 0; start < depth; start += step) {
     const std::int64_t length = lesser(step, depth - start);
     bool widened = false;
     if constexpr (sizeof(A) != sizeof(W)) {
-      widened = neurons.panel && m >= kRowsThatWiden;
+      widened = neurons.panel && (m >= kRowsThatWiden || folded);
       if (widened) widen_slice(neurons.panel, depth, start, neurons.count, length, slice);
     }
     if (neurons.panel && !widened) {

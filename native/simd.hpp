@@ -39,6 +39,14 @@ MIDL_INLINE IVec splat(std::int32_t value) { return value - IVec{}; }
 
 MIDL_INLINE UVec splat(std::uint32_t value) { return value - UVec{}; }
 
+// Two values that lie side by side, again and again: bits as they are.
+MIDL_INLINE Vec splat_pair(const float* p) {
+  typedef std::int64_t Pairs __attribute__((vector_size(4 * L)));
+  std::int64_t pair;
+  __builtin_memcpy(&pair, p, 8);
+  return (Vec)(pair - Pairs{});
+}
+
 MIDL_INLINE Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
 MIDL_INLINE IVec load(const std::int32_t* p) { return *reinterpret_cast<const UnalignedIVec*>(p); }
 MIDL_INLINE Vec load(const bf16* p) {
