@@ -9,12 +9,12 @@
 
 namespace {
 
-// A tile of sums: this many members or neurons by vectors of columns.
-constexpr int kOuterRows = L >= 16 ? 8 : 4, kOuterVectors = 3;
+// A tile of sums: this many members or neurons by vectors of columns. Depths are multiples of 4 vectors more often than of 3.
+constexpr int kOuterRows = L >= 16 ? 6 : 4, kOuterVectors = L >= 16 ? 4 : 3;
 constexpr std::int64_t kOuterColumns = kOuterVectors * L;
 static_assert(kOuterRows <= L);
 // Columns of the depth whose slices of inputs and weights stay in cache.
-constexpr std::int64_t kColumnBlock = 96;
+constexpr std::int64_t kColumnBlock = L >= 16 ? 128 : 96;
 static_assert(kColumnBlock % kOuterColumns == 0);
 // Fixed shares of the depth, each with its own partial sums for the gate.
 constexpr std::int64_t kDepthShares = 8;
