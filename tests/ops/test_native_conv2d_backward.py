@@ -118,6 +118,17 @@ def test_dense_straight_through(group_size):
     check(random_tensors((2, 9, 5, 5), (64, 9, 3, 3), 5, group_size), 2, group_size, ste="dense")
 
 
+@pytest.mark.parametrize("last", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("route", [midl.MIDConv2d.forward, torch.compile(midl.MIDConv2d.forward, backend="aot_eager")])
+def test_gradients_have_the_layout_of_what_they_are_the_gradients_of(last, route):
+    layer = midl.MIDConv2d(20, 64, 3, group_size=16).to(memory_format=last)
+    x = torch.randn(4, 20, 9, 9).contiguous(memory_format=last).requires_grad_()
+    route(layer, x).sum().backward()
+    for t in (x, layer.weight, layer.light_down):
+        assert t.grad.is_contiguous(memory_format=last)
+        assert not t.grad.isnan().any()
+
+
 def test_inputs_that_are_not_contiguous(instruction_set):
     tensors = random_tensors((4, 20, 9, 9), (64, 20, 3, 3), 6, 16)
     wide = torch.randn(4, 21, 20, 19)

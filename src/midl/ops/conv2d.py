@@ -10,7 +10,7 @@ from torch import Tensor
 from midl.ops import reference
 from midl.ops.dispatch import invoke, is_plain_inference, resolve
 from midl.ops.eager import make_eager
-from midl.ops.linear import contiguous, fake_backward, option, refuse_second_derivative
+from midl.ops.linear import fake_backward, lay_out, option, refuse_second_derivative
 
 __all__ = ["conv2d"]
 
@@ -51,7 +51,7 @@ def _backward(grad_y: Tensor, selected: Tensor, x: Tensor, weight: Tensor, *args
         "conv2d_backward", x, weight=weight, k=selected.shape[-1], group_size=args[8], span=args[9], ste=args[11],
         padded=bool(option(args, 13)),
     )  # fmt: skip
-    return contiguous(invoke(run, grad_y, selected, x, weight, *args))
+    return lay_out(invoke(run, grad_y, selected, x, weight, *args), (x, weight, *args[:5]))
 
 
 torch.library.impl("midl::conv2d_backward", "CompositeExplicitAutograd", _backward)

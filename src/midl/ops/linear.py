@@ -50,15 +50,24 @@ def _backward(grad_y: Tensor, selected: Tensor, x: Tensor, weight: Tensor, *args
         "linear_backward", x, weight=weight, k=selected.shape[-1], group_size=args[5], span=args[6], ste=args[8],
         padded=bool(option(args, 10)),
     )  # fmt: skip
-    return contiguous(invoke(run, grad_y, selected, x, weight, *args))
+    return lay_out(invoke(run, grad_y, selected, x, weight, *args), (x, weight, *args[:5]))
 
 
 torch.library.impl("midl::linear_backward", "CompositeExplicitAutograd", _backward)
 
 
-def contiguous(grads: reference.Grads) -> reference.Grads:
-    """Return the gradients in the layout that :func:`fake_backward` promises, whatever the inputs' layout."""
-    return tuple(g.contiguous() for g in grads)  # type: ignore[return-value]
+def layout_of(t: Tensor) -> torch.memory_format:
+    """Return channels-last for images and filters that are, else the plain layout."""
+    last = t.dim() == 4 and not t.is_contiguous() and t.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def lay_out(grads: reference.Grads, inputs: tuple[Tensor | None, ...]) -> reference.Grads:
+    """Return the gradients in the layout that :func:`fake_backward` promises: the inputs' where that has no gaps."""
+    return tuple(  # type: ignore[return-value]
+        g.contiguous() if t is None or g.dim() != 4 else g.contiguous(memory_format=layout_of(t))
+        for g, t in zip(grads, inputs, strict=True)
+    )
 
 
 @torch.library.register_fake("midl::linear")
@@ -74,7 +83,8 @@ def fake_backward(grad_y: Tensor, selected: Tensor, *args: Any) -> reference.Gra
     """Return empty gradients of the inputs' shapes (shared with the convolution)."""
     inputs, needs = args[:7], args[-1] if isinstance(args[-1], (list, tuple)) else args[-2]
     return tuple(  # type: ignore[return-value]
-        t.new_empty(t.shape) if need else args[0].new_empty(0) for t, need in zip(inputs, needs, strict=True)
+        torch.empty_like(t, memory_format=layout_of(t)) if need else args[0].new_empty(0)
+        for t, need in zip(inputs, needs, strict=True)
     )
 
 
