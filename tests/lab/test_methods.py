@@ -147,5 +147,5 @@ def test_elastic_draws_its_budget_from_the_range_and_settles_on_the_budgets() ->
 
 
 def test_an_unknown_method_is_an_error() -> None:
-    with pytest.raises(MIDLError, match=r"method='magic' is unknown, expected one of \['dense', 'dropout'"):
+    with pytest.raises(MIDLError, match=r"method='magic' is unknown, expected one of \['dense', 'distilled'"):
         find("magic")

@@ -18,7 +18,7 @@ from midl.lab.checkpoint import read_checkpoint, write_checkpoint
 from midl.lab.data import Dataset
 from midl.lab.processes import accelerator, share_rows
 
-__all__ = ["Loss", "Recipe", "cross_entropy", "seed_for", "train"]
+__all__ = ["Loss", "Precision", "Recipe", "cross_entropy", "seed_for", "train"]
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Called with inputs (rows, ...), the model's logits (rows, classes) and labels (rows,); returns a scalar."""

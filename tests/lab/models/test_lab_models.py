@@ -14,6 +14,7 @@ from midl.errors import MIDLError
 from midl.lab.data.sets import imdb
 from midl.lab.measure import layer_flops
 from midl.lab.models import MLP, VGG, Architecture, ResNet, Transformer, architecture_for
+from midl.lab.recipes import group_size_for
 
 SMALL: list[Architecture] = [
     MLP(64, (32, 48), 10),
@@ -28,8 +29,9 @@ def test_each_data_set_gets_its_architecture() -> None:
     mnist = architecture_for("mnist", (1, 28, 28), 10)
     assert mnist == MLP(784, (1024, 1024), 10)
     assert mnist.build()(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
-    for name, classes in (("cifar10", 10), ("cifar100", 100), ("svhn", 10)):
+    for name, classes in (("cifar100", 100), ("svhn", 10)):
         assert architecture_for(name, (3, 32, 32), classes) == ResNet(classes)
+    assert architecture_for("cifar10", (3, 32, 32), 10) == ResNet(10, widths=(32, 48, 112, 224))
     transformer = architecture_for("imdb", (imdb.TOKENS,), 2)
     assert isinstance(transformer, Transformer)
     assert transformer.vocabulary == imdb.VOCABULARY
@@ -47,16 +49,18 @@ def test_the_same_seed_builds_the_same_network(architecture: Architecture) -> No
 
 
 @pytest.mark.parametrize(
-    "architecture", [architecture_for("cifar10", (3, 32, 32), 10), architecture_for("imdb", (256,), 2)], ids=str
+    ("name", "shape"), [("cifar10", (3, 32, 32)), ("cifar100", (3, 32, 32)), ("imdb", (256,))], ids=str
 )
-def test_the_named_layers_carry_the_flops_and_suit_their_groups(architecture: Architecture) -> None:
+def test_the_named_layers_carry_the_flops_and_suit_their_groups(name: str, shape: tuple[int, ...]) -> None:
+    architecture = architecture_for(name, shape, 10)
+    group_size = 8 if name == "imdb" else group_size_for(name)
     model = architecture.build()
     flops = layer_flops(model, architecture.example(), architecture.layer_names)
     assert sum(flops.values()) > 0.9 * midl.count_flops(model, architecture.example())
-    for name in architecture.layer_names:
-        layer = model.get_submodule(name)
+    for layer_name in architecture.layer_names:
+        layer = model.get_submodule(layer_name)
         assert isinstance(layer, (nn.Linear, nn.Conv2d))
-        groups, rest = divmod(layer.weight.shape[0], 8)
+        groups, rest = divmod(layer.weight.shape[0], group_size)
         assert rest == 0
         assert num_active_groups(0.45, groups) / groups < 0.455
 

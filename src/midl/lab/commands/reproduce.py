@@ -34,7 +34,9 @@ def reproduce(
     threads: Annotated[
         int | None, typer.Option(help="Threads of each worker.  [default: torch's, divided among the workers]")
     ] = None,
-    precision: Annotated[str, typer.Option(help="no: float32. bf16: mixed precision.")] = "no",
+    precision: Annotated[
+        str | None, typer.Option(help="no: float32. bf16: mixed precision. Default: as the profile has it.")
+    ] = None,
     latency: Annotated[bool, typer.Option(help="Measure latency when all runs are done.")] = True,
 ) -> None:
     """Train every method on every data set with every seed, and measure.

@@ -5,6 +5,7 @@ from midl.lab.methods import (
     adapted,
     converted,
     dense,
+    distilled,
     dropout,
     elastic,
     k_winners,
@@ -17,10 +18,8 @@ from midl.lab.methods.method import NETWORK_RATIO, Budget, Method, count_neurons
 
 __all__ = ["METHODS", "NETWORK_RATIO", "Budget", "Method", "count_neurons", "find", "load"]
 
-METHODS: dict[str, Method] = {
-    module.METHOD.name: module.METHOD
-    for module in (dense, dropout, narrow, low_rank, magnitude, k_winners, scratch, converted, elastic, adapted)
-}
+_MODULES = (dense, distilled, dropout, narrow, low_rank, magnitude, k_winners, scratch, converted, elastic, adapted)
+METHODS: dict[str, Method] = {module.METHOD.name: module.METHOD for module in _MODULES}
 
 
 def find(name: str) -> Method:

@@ -41,7 +41,7 @@ class Claim:
     def command(self, results: Results) -> str:
         """Return the command that runs what the claim needs, and nothing else."""
         methods = ",".join((*self.others, *ROUTES))
-        precision = "" if results.precision == "no" else f" --precision {results.precision}"
+        precision = "" if results.precision is None else f" --precision {results.precision}"
         return f"midl reproduce --profile {results.profile} --methods {methods}{precision}"
 
 

@@ -161,7 +161,7 @@ def _left_out(results: Results) -> str:
 
 
 def _reproduce(results: Results) -> str:
-    precision = "" if results.precision == "no" else f" --precision {results.precision}"
+    precision = "" if results.precision is None else f" --precision {results.precision}"
     return f"midl reproduce --profile {results.profile} --data {','.join(results.datasets)}{precision}"
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from midl.errors import MIDLError
 from midl.lab.files import read_json
 from midl.lab.reproduce.latency import latency_of, of_runs
+from midl.lab.reproduce.profiles import PROFILES
 from midl.lab.reproduce.state import describe_failure, read_state
 
 __all__ = ["PAPER_SETS", "ROUTES", "Results", "Run", "read_results"]
@@ -46,7 +47,7 @@ class Results:
         profile: of all runs.
         runs: in the order they were read.
         latency: data set to the content of ``latency.json``.
-        precision: of their training, as accelerate names it.
+        precision: of their training, as accelerate names it; None: the profile's own for each data set.
         superseded: number of runs left out, because a younger one has the same data set, method, variant and seed, or
             for their precision.
         failed: data set to one line for each run whose last attempt failed.
@@ -55,7 +56,7 @@ class Results:
     profile: str
     runs: tuple[Run, ...]
     latency: dict[str, dict[str, Any]]
-    precision: str = "no"
+    precision: str | None = None
     superseded: int = 0
     failed: dict[str, list[str]] = dataclasses.field(default_factory=dict)
 
@@ -106,7 +107,7 @@ def read_results(path: Path) -> Results:
     """Return the results below a sweep's folder, or in a folder of compact files as ``midl runs --export`` writes them.
 
     Where there are runs of several profiles those of ``paper`` count, else those of the profile with most runs; where
-    there are runs of several precisions those of the precision with most runs.
+    there are runs of several precisions on a data set those of the precision with most runs there.
 
     Raises:
         MIDLError: there is none, or a file is damaged; the message names it.
@@ -121,8 +122,11 @@ def read_results(path: Path) -> Results:
     chosen = [run for run, name in zip(runs, profiles, strict=True) if name == profile]
     # The last one counts: of a folder, the youngest.
     unique = {(r.dataset, r.method, r.seed, r.train_fraction, r.label_noise, _precision(r.record)): r for r in chosen}
-    precision = _most_frequent([_precision(run.record) for run in unique.values()])
-    kept = [run for run in unique.values() if _precision(run.record) == precision]
+    precisions = {
+        dataset: _most_frequent([_precision(r.record) for r in unique.values() if r.dataset == dataset])
+        for dataset in {r.dataset for r in unique.values()}
+    }
+    kept = [run for run in unique.values() if _precision(run.record) == precisions[run.dataset]]
     latency, failed = {}, {}
     for source in sources:
         if source.profile != profile:
@@ -133,7 +137,7 @@ def read_results(path: Path) -> Results:
         timed = of_runs(source.latency, names) if source.names else source.latency
         if timed is not None:
             latency[source.dataset] = timed
-    return Results(profile, tuple(kept), latency, precision, len(chosen) - len(kept), failed)
+    return Results(profile, tuple(kept), latency, _unusual(profile, precisions), len(chosen) - len(kept), failed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,6 +198,13 @@ def _read_compact(path: Path) -> list[_Source]:
 
 def _most_frequent(values: list[str]) -> str:
     return max(sorted(set(values)), key=values.count)
+
+
+def _unusual(profile: str, precisions: dict[str, str]) -> str | None:
+    """Return the precision that had to be asked for, or None where every data set has the profile's own."""
+    own = PROFILES[profile].precision_for if profile in PROFILES else lambda dataset: "no"
+    asked = [precision for dataset, precision in precisions.items() if precision != own(dataset)]
+    return _most_frequent(asked) if asked else None
 
 
 def _precision(record: dict[str, Any]) -> str:

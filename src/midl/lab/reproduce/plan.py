@@ -44,14 +44,14 @@ class Request:
         datasets: their names.
         methods: their names; what they depend on is added.
         seeds: random seeds.
-        precision: of training, as accelerate names it.
+        precision: of training, as accelerate names it; None: what the profile has for each data set.
     """
 
     profile: str
     datasets: tuple[str, ...] | None = None
     methods: tuple[str, ...] | None = None
     seeds: tuple[int, ...] | None = None
-    precision: Precision = "no"
+    precision: Precision | None = None
 
     def __post_init__(self) -> None:
         profile_named(self.profile)
@@ -65,7 +65,7 @@ class Request:
                 raise MIDLError(f"reproduce: {name}={values!r}, expected different values, at least one")
         if self.seeds is not None and not 0 <= min(self.seeds) <= max(self.seeds) <= _LARGEST_SEED:
             raise MIDLError(f"reproduce: seeds={self.seeds!r}, expected integers from 0 to {_LARGEST_SEED}")
-        if self.precision not in get_args(Precision):
+        if self.precision is not None and self.precision not in get_args(Precision):
             raise MIDLError(f"reproduce: precision={self.precision!r}, expected one of {get_args(Precision)}")
 
 
@@ -159,7 +159,7 @@ def make_plan(request: Request, say: Callable[[str], None] = lambda line: None) 
             left_out[dataset] = str(error)
             say(f"{dataset}: left out: {error}")
             continue
-        planner = _Planner(profile, setting, request.precision, tasks)
+        planner = _Planner(profile, setting, request.precision or profile.precision_for(dataset), tasks)
         known = profile.methods_for(dataset)
         methods = [method for method in known if request.methods is None or method in request.methods]
         if not methods:

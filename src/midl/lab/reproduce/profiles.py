@@ -6,6 +6,7 @@ import dataclasses
 
 from midl.errors import MIDLError
 from midl.lab.methods import METHODS
+from midl.lab.training import Precision
 
 __all__ = ["PROFILES", "Grid", "Profile", "profile_named"]
 
@@ -44,6 +45,7 @@ class Profile:
         grids: data set to its grid, where another.
         rows: (training, test) rows at most; None: all.
         epochs: (training, distillation); None: the recipe's.
+        precisions: data set to how it is trained, as accelerate names it; others in float32.
         methods: data set to its methods, where not all.
         studied: data sets of the overfitting study.
         study_methods: methods of the overfitting study.
@@ -62,6 +64,7 @@ class Profile:
     rows: tuple[int, int] | None = None
     epochs: tuple[int, int] | None = None
     grids: dict[str, Grid] = dataclasses.field(default_factory=dict)
+    precisions: dict[str, Precision] = dataclasses.field(default_factory=dict)
     methods: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     studied: tuple[str, ...] = ()
     study_methods: tuple[str, ...] = ("dense", "dropout", "scratch", "converted")
@@ -78,7 +81,11 @@ class Profile:
 
     def methods_for(self, dataset: str) -> tuple[str, ...]:
         """Return the methods of a data set, in the order in which they run."""
-        return self.methods.get(dataset, tuple(METHODS))
+        return self.methods.get(dataset, _METHODS)
+
+    def precision_for(self, dataset: str) -> Precision:
+        """Return how a data set is trained unless asked for otherwise."""
+        return self.precisions.get(dataset, "no")
 
     def variants(self, dataset: str) -> list[tuple[float, float]]:
         """Return (training fraction, label noise) of the study's runs on a data set."""
@@ -87,6 +94,8 @@ class Profile:
         return [(fraction, 0.0) for fraction in self.fractions] + [(1.0, noise) for noise in self.noises]
 
 
+# The control "distilled" where converted networks still gain by further training.
+_METHODS = tuple(method for method in METHODS if method != "distilled")
 _PAPER_SETS = ("mnist", "adult", "imdb", "cifar10", "cifar100", "svhn")
 
 # Where one training takes minutes, tuning takes fewer rows.
@@ -105,6 +114,7 @@ PROFILES = {
         noises=(0.4,),
         batches=(1, 16),
         rounds=3,
+        methods={"digits": tuple(METHODS)},
         fit_rows=16,
         measured_rows=60,
     ),
@@ -114,7 +124,11 @@ PROFILES = {
         seeds=(0, 1, 2),
         grid=Grid(lr_factors=(0.33, 1.0, 3.0), weight_decays=(0.01, 0.1), rows=0.4, epochs=0.5),
         grids=dict.fromkeys(("imdb", "cifar10", "cifar100", "svhn"), _BRIEF),
-        methods={"cifar100": ("dense", "narrow", "low_rank", "scratch", "converted", "adapted")},
+        precisions={"cifar10": "bf16"},
+        methods={
+            "cifar10": tuple(METHODS),
+            "cifar100": ("dense", "narrow", "low_rank", "scratch", "converted", "adapted"),
+        },
         studied=("mnist", "adult"),
     ),
 }
