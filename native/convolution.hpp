@@ -18,10 +18,11 @@ constexpr std::int64_t kChunkElements = 128 * 1024;
 // Depth of a pass over a panel: deep enough to repay loading and storing the sums, and the panel's slice stays in cache.
 constexpr std::int64_t kPassDepth = 576;
 
-// out[r][0 .. V L) (+)= the segments of rows[r] . a sub-panel's slice.
-template <int R, int V>
-[[gnu::noinline]] void segment_tile(const float* const* rows, const Segment* segments, std::int64_t count,
-                                    const float* panel, float* out, std::int64_t ldo, bool accumulate) {
+// out[r][0 .. V L) (+)= the segments of rows[r] . a sub-panel's slice; all segments but the depth's last hold whole words.
+template <int R, int V, class E>
+[[gnu::noinline]] void segment_tile(const E* const* rows, const Segment* segments, std::int64_t count, const E* panel,
+                                    float* out, std::int64_t ldo, bool accumulate) {
+  constexpr int K = kWord<E>;
   Vec acc[R][V];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
@@ -30,26 +31,18 @@ template <int R, int V>
   }
   for (std::int64_t s = 0; s < count; ++s) {
     const std::int64_t depth = segments[s].length;
-    const float* a[R];
+    const E* a[R];
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) a[r] = rows[r] + segments[s].start;
     std::int64_t i = 0;
     if constexpr (L >= 16) {
       constexpr int U = V == 1 ? 4 : 2;
-      for (; i + U <= depth; i += U, panel += U * V * L)
-        add_words<U>(acc, a, i, [&](int u, int v) { return panel + (u * V + v) * L; });
+      for (; i + U * K <= depth; i += U * K, panel += U * V * L * K)
+        add_words<U>(acc, a, i, [&](int u, int v) { return panel + (u * V + v) * L * K; });
     }
-    for (; i < depth; ++i, panel += V * L) {
-      Vec column[V];
-#pragma GCC unroll 16
-      for (int v = 0; v < V; ++v) column[v] = load(panel + v * L);
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) {
-        const Vec row = splat(a[r][i]);
-#pragma GCC unroll 16
-        for (int v = 0; v < V; ++v) acc[r][v] += row * column[v];
-      }
-    }
+    const auto column = [&](int v) { return panel + v * L * K; };
+    for (; i + K <= depth; i += K, panel += V * L * K) add_word<R, V, E, E>(acc, a, i, true, column);
+    if (i < depth) add_word<R, V, E, E>(acc, a, i, false, column);
   }
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
@@ -64,17 +57,25 @@ void segment_rows(std::int64_t m, Args... args) {
   if constexpr (R > 1) segment_rows<V, R - 1>(m, args...);
 }
 
+// Copy elements, widened where they are for float32.
+template <class X, class E>
+MIDL_INLINE void copy_elements(const X* from, std::int64_t count, E* to) {
+  std::int64_t i = 0;
+  if constexpr (sizeof(X) == 2 && sizeof(E) == 2) {
+    for (; i + 2 * L <= count; i += 2 * L) *reinterpret_cast<UnalignedIVec*>(to + i) = (IVec)load_pairs(from + i);
+    for (; i < count; ++i) to[i] = from[i];
+  } else {
+    for (; i + L <= count; i += L) store_as(to + i, load(from + i));
+    for (; i < count; ++i) store_as(to + i, to_float(from[i]));
+  }
+}
+
 // Copy `width` pixels of `channels` from any strides to channels last.
-template <class X>
+template <class X, class E>
 void copy_line(const X* from, std::int64_t channel_stride, std::int64_t column_stride, std::int64_t width,
-               std::int64_t channels, float* to) {
+               std::int64_t channels, E* to) {
   if (channel_stride == 1) {
-    for (std::int64_t x = 0; x < width; ++x) {
-      const X* pixel = from + x * column_stride;
-      std::int64_t c = 0;
-      for (; c + L <= channels; c += L) store(to + x * channels + c, load(pixel + c));
-      for (; c < channels; ++c) to[x * channels + c] = to_float(pixel[c]);
-    }
+    for (std::int64_t x = 0; x < width; ++x) copy_elements(from + x * column_stride, channels, to + x * channels);
     return;
   }
   std::int64_t x = 0;
@@ -87,15 +88,15 @@ void copy_line(const X* from, std::int64_t channel_stride, std::int64_t column_s
         for (int j = 0; j < L; ++j) block[j] = load(from + (c + j) * channel_stride + x);
         transpose(block);
 #pragma GCC unroll 16
-        for (int j = 0; j < L; ++j) store(to + (x + j) * channels + c, block[j]);
+        for (int j = 0; j < L; ++j) store_as(to + (x + j) * channels + c, block[j]);
       }
       for (; c < channels; ++c)
-        for (int j = 0; j < L; ++j) to[(x + j) * channels + c] = to_float(from[c * channel_stride + x + j]);
+        for (int j = 0; j < L; ++j) store_as(to + (x + j) * channels + c, to_float(from[c * channel_stride + x + j]));
     }
   }
   for (; x < width; ++x)
     for (std::int64_t c = 0; c < channels; ++c)
-      to[x * channels + c] = to_float(from[c * channel_stride + x * column_stride]);
+      store_as(to + x * channels + c, to_float(from[c * channel_stride + x * column_stride]));
 }
 
 // Images channels last, padded with zeros, their lines numbered through all of them; the windows of output pixels in it.
@@ -127,11 +128,11 @@ struct PaddedImages {
     return (first_line(pixel / images.out_width) - base) * line_stride +
            pixel % images.out_width * images.stride_x * images.channels;
   }
-  template <class X>
-  void fill_line(const X* x, std::int64_t line, float* to) const {
+  template <class X, class E>
+  void fill_line(const X* x, std::int64_t line, E* to) const {
     const std::int64_t y = line % lines - images.padding_y, margin = images.padding_x * images.channels;
     const bool inside = y >= 0 && y < images.height;
-    const std::size_t zeros = std::size_t(inside ? margin : line_stride) * sizeof(float);
+    const std::size_t zeros = std::size_t(inside ? margin : line_stride) * sizeof(E);
     __builtin_memset(to, 0, zeros);
     if (!inside) return;
     copy_line(x + line / lines * images.batch_stride + y * images.row_stride, images.channel_stride,
@@ -140,19 +141,21 @@ struct PaddedImages {
   }
 };
 
-// Output pixels as rows of a layer. X is the type of the images, in and out; parameters are float32, always as panels.
+// Output pixels as rows of a layer. X is the type of the images, in and out; parameters have that of the elements that are
+// multiplied, always as panels.
 template <class X>
 class Pixels {
  public:
-  using Element = float;
+  using Element = Code<X>;
   using Output = X;
   static constexpr bool kPrepares = true;
 
   Pixels(const midl::Images& images, const X* x) : padded_(images), x_(x) {
-    in_place_ = sizeof(X) == 4 && images.channel_stride == 1 && images.column_stride == images.channels &&
+    in_place_ = sizeof(X) == sizeof(Element) && images.channel_stride == 1 && images.column_stride == images.channels &&
                 !images.padding_x && !images.padding_y;
     if (in_place_) padded_.line_stride = images.row_stride;
-    patches_ = padded_.runs() > 1 && padded_.run < kShortSegment;
+    // A word of a panel must not reach from one run into the next.
+    patches_ = padded_.runs() > 1 && (padded_.run < kShortSegment || padded_.run % kWord<Element> != 0);
   }
 
   std::int64_t chunk_rows() const {
@@ -164,9 +167,9 @@ class Pixels {
     if (chunk.end - chunk.begin > room_rows_) room_rows_ = chunk.end - chunk.begin;
   }
   void carve(Carver& memory) {
-    band_ = memory.take<float>(in_place_ ? 0 : room_lines_ * padded_.line_stride);
-    row_ = memory.take<const float*>(room_rows_);
-    patch_ = memory.take<float>(patches_ ? room_rows_ * padded_.depth : 0);
+    band_ = memory.take<Element>(in_place_ ? 0 : room_lines_ * padded_.line_stride);
+    row_ = memory.take<const Element*>(room_rows_);
+    patch_ = memory.take<Element>(patches_ ? room_rows_ * padded_.depth : 0);
     segments_ = patches_ ? divide_up(padded_.depth, kPassDepth) : padded_.runs() * divide_up(padded_.run, kPassDepth);
     segment_ = memory.take<Segment>(segments_);
     if (segment_) fill_segments();
@@ -184,15 +187,15 @@ class Pixels {
     const Range rows = part_of(chunk.end - chunk.begin, team.thread, team.threads, 1);
     for (std::int64_t r = rows.begin; r < rows.end; ++r) {
       const std::int64_t row = chunk.begin + r, image = row / (m.out_width * m.out_height);
-      const float* first =
-          in_place_ ? reinterpret_cast<const float*>(x_) + image * m.batch_stride + padded_.window(row, image * padded_.lines)
+      const Element* first =
+          in_place_ ? reinterpret_cast<const Element*>(x_) + image * m.batch_stride + padded_.window(row, image * padded_.lines)
                     : band_ + padded_.window(row, band.begin);
       row_[r] = patches_ ? copy_patch(first, patch_ + r * padded_.depth) : first;
     }
   }
-  const float* row(std::int64_t row, std::int64_t chunk_start) const { return row_[row - chunk_start]; }
+  const Element* row(std::int64_t row, std::int64_t chunk_start) const { return row_[row - chunk_start]; }
 
-  void multiply(const float* const* rows, std::int64_t m, const Neurons<float>& neurons, float*, float* out,
+  void multiply(const Element* const* rows, std::int64_t m, const Neurons<Element>& neurons, float*, float* out,
                 std::int64_t ldo) const {
     std::int64_t at = 0;
     for (std::int64_t first = 0, end; first < segments_; first = end) {
@@ -203,7 +206,7 @@ class Pixels {
       at += depth;
     }
   }
-  void dot(const float* const* neurons, int count, const float* row, float* out) const {
+  void dot(const Element* const* neurons, int count, const Element* row, float* out) const {
     std::int64_t at = 0;
     for (std::int64_t i = 0; i < segments_; at += segment_[i++].length)
       dot_block(neurons, count, row + (segment_[i].start - at), padded_.depth, 1, at, segment_[i].length, out, 1, i > 0);
@@ -217,32 +220,37 @@ class Pixels {
   }
   // The products with some of the segments, which begin at depth `at` of the panel. Rows are dealt out to tiles evenly: a
   // tile of one row takes nearly as long as a full one.
-  void multiply_pass(const float* const* rows, std::int64_t m, const Neurons<float>& neurons, const Segment* segments,
+  void multiply_pass(const Element* const* rows, std::int64_t m, const Neurons<Element>& neurons, const Segment* segments,
                      std::int64_t count, std::int64_t at, float* out, std::int64_t ldo) const {
+    const std::int64_t depth = round_up(padded_.depth, kWord<Element>);
     const int whole = neurons.count / (2 * L) * (2 * L), wide = neurons.count - whole > L ? whole + 2 * L : whole;
     for (std::int64_t t = 0, r = 0, tiles = divide_up(m, panel_rows(2)); wide && t < tiles; ++t) {
       const std::int64_t end = m * (t + 1) / tiles;
       for (int c = 0; c < wide; c += 2 * L)
-        segment_rows<2>(end - r, rows + r, segments, count, neurons.panel + c * padded_.depth + at * (2 * L),
+        segment_rows<2>(end - r, rows + r, segments, count, neurons.panel + c * depth + at * (2 * L),
                         out + r * ldo + c, ldo, at > 0);
       r = end;
     }
     if (wide >= neurons.count) return;
-    const bool folded = folds<float>(neurons.count - wide);
+    const Element* panel = neurons.panel + wide * depth;
     for (std::int64_t t = 0, r = 0, tiles = divide_up(m, panel_rows(1)); t < tiles; ++t) {
       const std::int64_t end = m * (t + 1) / tiles;
-      if (folded)
-        folded_rows(end - r, rows + r, segments, count, neurons.panel + wide * padded_.depth + at / 2 * L, at % 2 != 0,
-                    static_cast<const float*>(nullptr), out + r * ldo + wide, ldo, at > 0, Ahead{});
-      else
-        segment_rows<1>(end - r, rows + r, segments, count, neurons.panel + wide * padded_.depth + at * L,
-                      out + r * ldo + wide, ldo, at > 0);
+      float* to = out + r * ldo + wide;
+      if constexpr (sizeof(Element) == 4) {
+        if (folds<Element>(neurons.count - wide)) {
+          folded_rows(end - r, rows + r, segments, count, panel + at / 2 * L, at % 2 != 0,
+                      static_cast<const float*>(nullptr), to, ldo, at > 0, Ahead{});
+          r = end;
+          continue;
+        }
+      }
+      segment_rows<1>(end - r, rows + r, segments, count, panel + at * L, to, ldo, at > 0);
       r = end;
     }
   }
-  const float* copy_patch(const float* first, float* to) const {
+  const Element* copy_patch(const Element* first, Element* to) const {
     for (std::int64_t i = 0; i < padded_.runs(); ++i)
-      copy_floats(first + padded_.run_start(i), padded_.run, to + i * padded_.run);
+      copy_elements(first + padded_.run_start(i), padded_.run, to + i * padded_.run);
     return to;
   }
   void fill_segments() {
@@ -263,8 +271,8 @@ class Pixels {
   const X* x_;
   bool in_place_, patches_;
   std::int64_t segments_ = 0, room_lines_ = 0, room_rows_ = 0;
-  float *band_ = nullptr, *patch_ = nullptr;
-  const float** row_ = nullptr;
+  Element *band_ = nullptr, *patch_ = nullptr;
+  const Element** row_ = nullptr;
   Segment* segment_ = nullptr;
 };
 

@@ -520,13 +520,12 @@ void mix_narrow_groups(const ForwardPlan<S>& plan, ThreadMemory& memory, std::in
 template <class S>
 void mix_computed(const ForwardPlan<S>& plan, ThreadMemory& memory, std::int64_t index, Range rows,
                   std::int64_t chunk_block) {
-  using T = typename S::Element;
   const auto& c = plan.call;
   const NeuronBlocks::Block block = plan.neuron_blocks[index];
   const std::int64_t size = lesser(block.size, plan.group_size);
   for (std::int64_t r = rows.begin; r < rows.end; ++r) {
     const float* gate = memory.gate + (plan.blocks.block_of(r) - chunk_block) * plan.gate_stride;
-    const T* full = static_cast<const T*>(c.full) + r * c.neurons + block.first;
+    const auto* full = static_cast<const typename S::Output*>(c.full) + r * c.neurons + block.first;
     float* light = memory.light + (r - rows.begin) * kPanelWidth;
     float weights[kPanelWidth];
     spread_gate(gate + block.first_group, block.end_group - block.first_group, size, weights);

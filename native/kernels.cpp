@@ -8,7 +8,7 @@
 namespace midl {
 
 const Kernels MIDL_TABLE = {
-    MIDL_STRING(MIDL_NAME), L, linear_forward, linear_backward, convolution_forward, convolution_code,
+    MIDL_STRING(MIDL_NAME), L, kDotPairs, linear_forward, linear_backward, convolution_forward, convolution_code,
     convolution_backward, packed_sizes, wants_weight_panels, pack, topk, ffn_forward, packed_ffn_size,
     pack_ffn,
 };

@@ -26,7 +26,7 @@ struct LinearForward {
   const float* noise;          // (blocks, groups) or null
   const void* packed_light;    // what `pack` made of these parameters, or null
   const void* packed_weight;
-  const void* full = nullptr;  // (rows, neurons), the full path of every neuron where the caller has computed it, or null
+  const void* full = nullptr;  // (rows, neurons) like y, the full path of every neuron where the caller has computed it, or null
   bool hard;                   // interpolation weight 1 instead of sigmoid
   void* y;                     // (rows, neurons)
   std::int32_t* selected;      // (blocks, selected_groups), -1 behind the selected; or null where nobody wants it
@@ -42,8 +42,9 @@ struct Images {
 };
 
 // The layer whose rows are the output pixels of images: `rows.x` is the first image, `rows.depth` the size of the
-// receptive field, in the order kernel row, kernel column, channel. Parameters are float32; those of the light path come
-// packed, and those of the full path too where wants_weight_panels says so.
+// receptive field, in the order kernel row, kernel column, channel. Parameters are float32, for bfloat16 images bfloat16
+// where the kernels say dot_pairs; those of the light path come packed, `light_up` plain as well, and those of the full
+// path packed too where wants_weight_panels says so.
 struct ConvolutionForward {
   Storage storage;             // of the images, in and out
   Images images;
@@ -154,6 +155,7 @@ struct TopK {
 struct Kernels {
   const char* name;
   int lanes;
+  bool dot_pairs;              // whether bfloat16 is multiplied by instructions of its own
   void (*linear_forward)(const LinearForward&);
   void (*linear_backward)(const LinearBackward&);
   void (*convolution_forward)(const ConvolutionForward&);

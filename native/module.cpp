@@ -67,9 +67,9 @@ midl::Images images_of(const Geometry& g) {
 
 void convolution_forward(bool bfloat16, std::uintptr_t x, const Geometry& images, int64_t rows, int64_t neurons,
                          int64_t rank, int64_t groups, int64_t selected_groups, float threshold, int64_t positions,
-                         int64_t span, std::uintptr_t weight, std::uintptr_t bias, bool projection,
-                         std::uintptr_t gate_bias, std::uintptr_t noise, std::uintptr_t packed_light, std::uintptr_t packed_weight, bool hard,
-                         std::uintptr_t y, std::uintptr_t selected, int threads) {
+                         int64_t span, std::uintptr_t weight, std::uintptr_t bias, std::uintptr_t light_up,
+                         bool projection, std::uintptr_t gate_bias, std::uintptr_t noise, std::uintptr_t packed_light,
+                         std::uintptr_t packed_weight, std::uintptr_t full, bool hard, std::uintptr_t y, std::uintptr_t selected, int threads) {
   midl::current().convolution_forward({
       .storage = bfloat16 ? midl::Storage::bfloat16 : midl::Storage::float32,
       .images = images_of(images),
@@ -78,12 +78,12 @@ void convolution_forward(bool bfloat16, std::uintptr_t x, const Geometry& images
           .depth = images[0] * images[7] * images[8], .neurons = neurons, .rank = rank, .groups = groups,
           .selected_groups = selected_groups, .threshold = threshold, .positions = positions, .span = span,
           .weight = pointer<const void>(weight), .bias = pointer<const void>(bias),
-          // Never read: panels take their place.
-          .light_down = pointer<const void>(packed_light), .light_up = pointer<const void>(packed_light),
+          // Never read: panels take its place, as they take that of the gate's weights.
+          .light_down = pointer<const void>(packed_light), .light_up = pointer<const void>(light_up),
           .gate_weight = projection ? pointer<const void>(packed_light) : nullptr,
           .gate_bias = pointer<const void>(gate_bias), .noise = pointer<const float>(noise),
           .packed_light = pointer<const void>(packed_light), .packed_weight = pointer<const void>(packed_weight),
-          .hard = hard, .y = pointer<void>(y), .selected = pointer<std::int32_t>(selected), .threads = threads,
+          .full = pointer<const void>(full), .hard = hard, .y = pointer<void>(y), .selected = pointer<std::int32_t>(selected), .threads = threads,
       },
   });
 }
@@ -193,8 +193,8 @@ NB_MODULE(_native, m) {
         "threads"_a);
   m.def("convolution_forward", &convolution_forward, released, "bfloat16"_a, "x"_a, "images"_a, "rows"_a, "neurons"_a,
         "rank"_a, "groups"_a, "selected_groups"_a, "threshold"_a, "positions"_a, "span"_a, "weight"_a, "bias"_a,
-        "projection"_a,
-        "gate_bias"_a, "noise"_a, "packed_light"_a, "packed_weight"_a, "hard"_a, "y"_a, "selected"_a, "threads"_a);
+        "light_up"_a, "projection"_a, "gate_bias"_a, "noise"_a, "packed_light"_a, "packed_weight"_a, "full"_a,
+        "hard"_a, "y"_a, "selected"_a, "threads"_a);
   m.def("convolution_code", &convolution_code, released, "x"_a, "images"_a, "rows"_a, "rank"_a, "light_down"_a, "code"_a,
         "threads"_a);
   m.def("convolution_backward", &convolution_backward, released, "x"_a, "images"_a, "grad_y"_a, "rows"_a, "neurons"_a,
@@ -215,6 +215,7 @@ NB_MODULE(_native, m) {
   m.def("sample", &midl::sample, "data"_a, "bytes"_a);
   midl::bind_prepared(m);
   m.def("use_instruction_set", &midl::use_variant, "name"_a);
+  m.def("dot_pairs", [] { return midl::current().dot_pairs; });
   m.def("instruction_set", [] { return std::string(midl::current().name); });
   m.def("supported_instruction_sets", [] { return names(true); });
   m.def("built_instruction_sets", [] { return names(false); });

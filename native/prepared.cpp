@@ -201,28 +201,28 @@ class PreparedLinear {
   LinearForward call_;
 };
 
-// The same for a convolution of float32 images of one size and memory format.
+// The same for a convolution of images of one size and memory format; its parameters are of the images' type.
 class PreparedConvolution {
  public:
-  PreparedConvolution(nb::dict parameters, nb::dict states, nb::object x, nb::object y_shape,
+  PreparedConvolution(nb::dict parameters, nb::dict states, nb::object x, bool bfloat16, nb::object y_shape,
                       const std::array<int64_t, 17>& images, int64_t rows, int64_t neurons, int64_t rank,
                       int64_t groups, int64_t selected_groups, float threshold, int64_t positions, int64_t span,
-                      bool hard, nb::object packed_light, nb::object packed_weight)
+                      bool hard, nb::object packed_light, nb::object packed_weight, nb::object dense_product)
       : x_shape_(attribute(x.ptr(), names().shape)), x_strides_(method(x.ptr(), names().stride)),
         dtype_(attribute(x.ptr(), names().dtype)), y_shape_(std::move(y_shape)),
-        packed_light_(std::move(packed_light)), packed_weight_(std::move(packed_weight)), kernels_(&current()),
-        parameters_(parameters, states) {
+        packed_light_(std::move(packed_light)), packed_weight_(std::move(packed_weight)),
+        dense_product_(std::move(dense_product)), kernels_(&current()), parameters_(parameters, states) {
     static_assert(sizeof(Images) == sizeof images);
     const void* light = panels_at(packed_light_);
-    call_.storage = Storage::float32;
+    call_.storage = bfloat16 ? Storage::bfloat16 : Storage::float32;
     std::memcpy(&call_.images, images.data(), sizeof images);
     call_.rows = {
-        .storage = Storage::float32, .x = nullptr, .x_stride = 0, .rows = rows,
+        .storage = call_.storage, .x = nullptr, .x_stride = 0, .rows = rows,
         .depth = call_.images.channels * call_.images.kernel_height * call_.images.kernel_width, .neurons = neurons,
         .rank = rank, .groups = groups, .selected_groups = selected_groups, .threshold = threshold,
         .positions = positions, .span = span,
-        // Never read: panels take their place.
-        .weight = nullptr, .bias = parameters_.address(1), .light_down = light, .light_up = light,
+        // Never read but light_up: panels take their place.
+        .weight = nullptr, .bias = parameters_.address(1), .light_down = light, .light_up = parameters_.address(3),
         .gate_weight = parameters_.address(4) ? light : nullptr, .gate_bias = parameters_.address(5),
         .noise = nullptr, .packed_light = light, .packed_weight = panels_at(packed_weight_), .full = nullptr,
         .hard = hard, .y = nullptr, .selected = nullptr, .threads = 1,
@@ -240,6 +240,11 @@ class PreparedConvolution {
     PyObject* arguments[] = {x.ptr(), y_shape_.ptr()};
     nb::object y = checked(PyObject_VectorcallMethod(names().new_empty, arguments, 2, nullptr));
     ConvolutionForward call = call_;
+    nb::object full;  // (B, n, H, W), channels last
+    if (!dense_product_.is_none()) {
+      full = dense_product_(x, held[0]);
+      call.rows.full = reinterpret_cast<const void*>(address_of(full.ptr()));
+    }
     call.rows.x = reinterpret_cast<const void*>(address_of(x.ptr()));
     call.rows.y = reinterpret_cast<void*>(address_of(y.ptr()));
     call.rows.threads = threads;
@@ -253,7 +258,7 @@ class PreparedConvolution {
   }
 
  private:
-  nb::object x_shape_, x_strides_, dtype_, y_shape_, packed_light_, packed_weight_;
+  nb::object x_shape_, x_strides_, dtype_, y_shape_, packed_light_, packed_weight_, dense_product_;
   const Kernels* kernels_;
   Parameters parameters_;
   ConvolutionForward call_;
@@ -270,10 +275,11 @@ void bind_prepared(nb::module_& m) {
            "selected_groups"_a, "threshold"_a, "hard"_a, "packed_light"_a.none(), "packed_weight"_a.none(), "dense_product"_a.none())
       .def("run", &PreparedLinear::run, "x"_a, "parameters"_a, "threads"_a);
   nb::class_<PreparedConvolution>(m, "PreparedConvolution")
-      .def(nb::init<nb::dict, nb::dict, nb::object, nb::object, const std::array<int64_t, 17>&, int64_t, int64_t,
-                    int64_t, int64_t, int64_t, float, int64_t, int64_t, bool, nb::object, nb::object>(),
-           "parameters"_a, "states"_a, "x"_a, "y_shape"_a, "images"_a, "rows"_a, "neurons"_a, "rank"_a, "groups"_a,
-           "selected_groups"_a, "threshold"_a, "positions"_a, "span"_a, "hard"_a, "packed_light"_a, "packed_weight"_a)
+      .def(nb::init<nb::dict, nb::dict, nb::object, bool, nb::object, const std::array<int64_t, 17>&, int64_t, int64_t,
+                    int64_t, int64_t, int64_t, float, int64_t, int64_t, bool, nb::object, nb::object, nb::object>(),
+           "parameters"_a, "states"_a, "x"_a, "bfloat16"_a, "y_shape"_a, "images"_a, "rows"_a, "neurons"_a, "rank"_a, "groups"_a,
+           "selected_groups"_a, "threshold"_a, "positions"_a, "span"_a, "hard"_a, "packed_light"_a,
+           "packed_weight"_a.none(), "dense_product"_a.none())
       .def("run", &PreparedConvolution::run, "x"_a, "parameters"_a, "threads"_a);
 }
 

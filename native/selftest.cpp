@@ -342,6 +342,7 @@ void test_convolution(const Kernels& kernels, Storage storage, bool channels_las
   m.out_height = out(kHeight), m.out_width = out(kWidth);
   Tensor image = Tensor::random(storage, m.batch_stride);
   c.shape.rows = m.out_height * m.out_width, c.shape.depth = kernel * kernel * channels;
+  c.storage = kernels.dot_pairs ? storage : Storage::float32;  // of the parameters
   if (c.shape.span == 0) c.shape.span = c.shape.rows;
   const Shape& s = c.shape;
   Tensor patches(Storage::float32, s.rows * s.depth);
@@ -354,13 +355,13 @@ void test_convolution(const Kernels& kernels, Storage storage, bool channels_las
   }
   Layer layer(c, std::move(patches));
   midl::LinearPack parameters{
-      .storage = Storage::float32, .depth = s.depth, .neurons = s.neurons(), .rank = s.rank, .groups = s.groups,
+      .storage = c.storage, .depth = s.depth, .neurons = s.neurons(), .rank = s.rank, .groups = s.groups,
       .weight = layer.weight.data(), .light_down = layer.light_down.data(), .light_up = layer.light_up.data(),
       .gate_weight = c.light_gate ? nullptr : layer.gate_weight.data(), .packed_light = nullptr,
       .packed_weight = nullptr, .threads = 1};
   const midl::PackedSizes sizes = kernels.packed_sizes(parameters);
   const bool panels = kernels.wants_weight_panels(s.rows, s.groups, s.k, s.group_size);
-  Tensor packed_light(Storage::float32, sizes.light), packed_weight(Storage::float32, sizes.weight);
+  Tensor packed_light(c.storage, sizes.light), packed_weight(c.storage, sizes.weight);
   parameters.packed_light = packed_light.data();
   if (panels) parameters.packed_weight = packed_weight.data();
   kernels.pack(parameters);
@@ -370,10 +371,10 @@ void test_convolution(const Kernels& kernels, Storage storage, bool channels_las
       {.storage = storage,
        .images = m,
        .rows = {
-           .storage = Storage::float32, .x = image.data(), .x_stride = 0, .rows = s.rows, .depth = s.depth,
+           .storage = c.storage, .x = image.data(), .x_stride = 0, .rows = s.rows, .depth = s.depth,
            .neurons = s.neurons(), .rank = s.rank, .groups = s.groups, .selected_groups = s.k,
            .threshold = c.threshold, .positions = s.span > 1 ? s.rows : m.out_width, .span = s.span, .weight = layer.weight.data(),
-           .bias = layer.bias.data(), .light_down = nullptr, .light_up = nullptr,
+           .bias = layer.bias.data(), .light_down = nullptr, .light_up = layer.light_up.data(),
            .gate_weight = parameters.gate_weight, .gate_bias = c.light_gate ? nullptr : layer.gate_bias.data(),
            .noise = nullptr, .packed_light = packed_light.data(),
            .packed_weight = panels ? packed_weight.data() : nullptr, .full = nullptr, .hard = c.hard, .y = y.data(),
@@ -464,6 +465,9 @@ void test(const Kernels& kernels) {
           const Case c{{0, 0, 5, channels == 16 ? 3 : 32, 6, 2, stride == 1 ? 1 : 0}, Storage::float32, channels_last, false,
                        channels == 37 ? 0.4f : kNone};
           test_convolution(kernels, storage, channels_last, channels, 3, stride, 3 - stride, c);
+          if (channels == 16)
+            test_convolution(kernels, storage, channels_last, 50, 3, stride, 3 - stride,
+                             {{0, 0, 3, 16, 5, 1, 1}, Storage::float32, true, true, kNone});
         }
   for (const bool gated : {false, true}) {
     test_ffn(kernels, 1, 5, 4, 3, 7, 2, gated);

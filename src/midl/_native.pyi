@@ -19,6 +19,20 @@ def linear_backward(
     selected_groups: int, positions: int, span: int, weight: int, code: int, light_up: int, selected: int, gate: int,
     hard: bool, grad_light: int, grad_x: int, grad_logits: int, grad_weight: int, threads: int,
 ) -> None: ...  # fmt: skip
+def convolution_forward(
+    bfloat16: bool, x: int, images: list[int], rows: int, neurons: int, rank: int, groups: int, selected_groups: int,
+    threshold: float, positions: int, span: int, weight: int, bias: int, light_up: int, projection: bool,
+    gate_bias: int, noise: int, packed_light: int, packed_weight: int, full: int, hard: bool, y: int,
+    selected: int, threads: int,
+) -> None: ...  # fmt: skip
+def convolution_code(
+    x: int, images: list[int], rows: int, rank: int, light_down: int, code: int, threads: int
+) -> None: ...  # fmt: skip
+def convolution_backward(
+    x: int, images: list[int], grad_y: int, rows: int, neurons: int, rank: int, groups: int, selected_groups: int,
+    positions: int, span: int, weight: int, selected: int, gate: int, code: int, light_up: int, hard: bool,
+    grad_light: int, grad_x: int, accumulate: bool, grad_logits: int, grad_weight: int, threads: int,
+) -> None: ...  # fmt: skip
 def packed_sizes(depth: int, neurons: int, rank: int, groups: int) -> tuple[int, int]: ...
 def wants_weight_panels(rows: int, groups: int, selected_groups: int, group_size: int) -> bool: ...
 def pack(
@@ -30,8 +44,13 @@ def topk(
 ) -> None: ...  # fmt: skip
 def ffn_forward(
     x: int, x_stride: int, rows: int, depth: int, hidden: int, outputs: int, groups: int, selected_groups: int,
-    weight: int, bias: int, value_weight: int, value_bias: int, down_weight: int, light_hidden: int, selected: int,
-    shares: int, activation: int, y: int, threads: int,
+    weight: int, bias: int, value_weight: int, value_bias: int, down_weight: int, panels: int,
+    light_hidden: int, selected: int, shares: int, activation: int, y: int, threads: int,
+) -> None: ...  # fmt: skip
+def packed_ffn_size(depth: int, hidden: int, outputs: int, groups: int, gated: bool) -> int: ...
+def pack_ffn(
+    depth: int, hidden: int, outputs: int, groups: int, weight: int, value_weight: int, down_weight: int, panels: int,
+    threads: int,
 ) -> None: ...  # fmt: skip
 def sample(data: int, bytes: int) -> int: ...
 
@@ -45,14 +64,15 @@ class PreparedLinear:
 
 class PreparedConvolution:
     def __init__(
-        self, parameters: dict[str, Any], states: dict[str, tuple[int, int, int]], x: Tensor,
+        self, parameters: dict[str, Any], states: dict[str, tuple[int, int, int]], x: Tensor, bfloat16: bool,
         y_shape: tuple[int, int, int, int], images: list[int], rows: int, neurons: int, rank: int, groups: int,
         selected_groups: int, threshold: float, positions: int, span: int, hard: bool, packed_light: Tensor,
-        packed_weight: Tensor,
+        packed_weight: Tensor | None, dense_product: Callable[..., Tensor] | None,
     ) -> None: ...  # fmt: skip
     def run(self, x: Tensor, parameters: dict[str, Any], threads: int) -> Tensor | None: ...
 
 def use_instruction_set(name: str) -> None: ...
+def dot_pairs() -> bool: ...
 def instruction_set() -> str: ...
 def supported_instruction_sets() -> list[str]: ...
 def built_instruction_sets() -> list[str]: ...

@@ -23,7 +23,7 @@ from midl.ops import cpu_calibration, dense, native
 
 def constants(dense=10.0, single=10.0, wide=10.0, bandwidth=10.0, cache=1e12) -> Constants:
     rates = Rates((dense,) * 4, (single,) * 4, (wide,) * 4, (wide,) * 4)
-    return Constants("made up", rates, rates, bandwidth, dense_call=1000.0, cache=cache)
+    return Constants("made up", rates, rates, rates, rates, bandwidth, dense_call=1000.0, cache=cache)
 
 
 def use(monkeypatch, value):
@@ -49,6 +49,43 @@ def test_auto_follows_the_constants(monkeypatch, dtype):
     use(monkeypatch, constants(dense=30.0, wide=20.0))
     assert choice(64, 1, dtype) is dense.linear
     assert choice(64, 32, dtype) is native.linear
+
+
+def convolution_choice(size, group_size, dtype=torch.float32):
+    x, weight = torch.empty(3, 64, *size, dtype=dtype), torch.empty(128, 64, 3, 3, dtype=dtype)
+    k = round(0.45 * 128 / group_size)
+    return resolve("conv2d", x, weight=weight, k=k, group_size=group_size, span=1, positions=size)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_auto_follows_the_constants_of_convolutions(monkeypatch, dtype):
+    midl.kernels("auto")
+    linear = constants(dense=10.0, wide=10.0).float32
+    for dense_rate, single, wide in ((1.0, "native", "native"), (100.0, "dense", "dense"), (30.0, "dense", "native")):
+        rates = Rates((dense_rate,) * 4, (10.0,) * 4, (20.0,) * 4, (20.0,) * 4)
+        use(monkeypatch, Constants("made up", linear, linear, rates, rates, 10.0, dense_call=1000.0, cache=1e12))
+        expected = {"native": native.convolution, "dense": dense.convolution}
+        assert convolution_choice((8, 8), 1, dtype) is expected[single]
+        assert convolution_choice((8, 8), 32, dtype) is expected[wide]
+
+
+@pytest.mark.parametrize("dense_rate", [1e-3, 1e3])
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 2e-6), (torch.bfloat16, 6e-3)])
+@pytest.mark.parametrize("select", ["position", "image"])
+def test_a_convolution_is_right_either_way_and_prepared_calls_follow(monkeypatch, dense_rate, dtype, limit, select):
+    use(monkeypatch, constants(dense=dense_rate))
+    layer = midl.MIDConv2d(6, 64, 3, padding=1, stride=2, active=0.4, group_size=16, select=select).to(dtype).eval()
+    for format in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(3, 6, 9, 10, dtype=dtype).contiguous(memory_format=format)
+        with torch.no_grad(), midl.kernels("reference"):
+            expected = layer(x)
+        with torch.no_grad(), midl.kernels("auto"):
+            for _ in range(4):
+                assert error_ratio(layer(x), expected) < limit
+            layer.weight.mul_(2)
+            changed = layer(x)
+        with torch.no_grad(), midl.kernels("reference"):
+            assert error_ratio(changed, layer(x)) < limit
 
 
 def test_small_batches_of_large_layers_go_by_the_bytes(monkeypatch):
@@ -80,17 +117,17 @@ def test_a_layer_is_right_either_way_and_prepared_calls_follow(monkeypatch, dens
 
 
 def test_predictions_grow_with_the_work():
-    small = predict(BUILT_IN, "float32", 8, 512, 512, k=230, group_size=1)
+    small = predict(BUILT_IN, "linear", "float32", 8, 512, 512, k=230, group_size=1)
     for larger in (
-        predict(BUILT_IN, "float32", 16, 512, 512, k=230, group_size=1),
-        predict(BUILT_IN, "float32", 8, 1024, 512, k=230, group_size=1),
-        predict(BUILT_IN, "float32", 8, 512, 1024, k=460, group_size=1),
+        predict(BUILT_IN, "linear", "float32", 16, 512, 512, k=230, group_size=1),
+        predict(BUILT_IN, "linear", "float32", 8, 1024, 512, k=230, group_size=1),
+        predict(BUILT_IN, "linear", "float32", 8, 512, 1024, k=460, group_size=1),
     ):
         assert larger[0] > small[0]
         assert larger[1] > small[1]
     assert (
-        predict(BUILT_IN, "float32", 64, 2048, 2048, 20, 32, span=8)[0]
-        <= predict(BUILT_IN, "float32", 64, 2048, 2048, 20, 32)[0]
+        predict(BUILT_IN, "linear", "float32", 64, 2048, 2048, 20, 32, span=8)[0]
+        <= predict(BUILT_IN, "linear", "float32", 64, 2048, 2048, 20, 32)[0]
     )
 
 
@@ -150,6 +187,6 @@ def test_a_busy_machine_is_not_measured(small, monkeypatch):
 
 
 def test_sparse_wins_remembers_per_constants():
-    arguments = ("float32", 64, 512, 1024, 460, 1, 1)
+    arguments = ("linear", "float32", 64, 512, 1024, 460, 1, 1)
     assert sparse_wins(constants(dense=1.0), *arguments)
     assert not sparse_wins(constants(dense=100.0), *arguments)

@@ -78,20 +78,34 @@ WINDOWS = [
 ]
 
 
-@pytest.mark.parametrize("channels", [1, 3, 33])
+@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize("channels", [1, 3, 33, 34])
 @pytest.mark.parametrize(("kernel", "window"), WINDOWS)
 @pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
-def test_any_window(instruction_set, channels, kernel, window, format):
-    tensors = random_tensors((2, channels, 9, 11), (32, channels, *kernel), min(4, channels), 16)
+def test_any_window(instruction_set, dtype, channels, kernel, window, format):
+    tensors = random_tensors((2, channels, 9, 11), (32, channels, *kernel), 4, 16, dtype=dtype)
     tensors["x"] = tensors["x"].contiguous(memory_format=format)
     check(tensors, 1, 16, **window)
 
 
+@pytest.mark.parametrize("dtype", LIMITS)
 @pytest.mark.parametrize("channels", [1, 3, 17, 63, 100, 400])
 @pytest.mark.parametrize("size", [(1, 1), (3, 17), (8, 8)])
-def test_channels_and_maps_that_fill_no_tile(instruction_set, channels, size):
+def test_channels_and_maps_that_fill_no_tile(instruction_set, dtype, channels, size):
     for group_size, groups in ((1, 17), (3, 5), (32, 3)):
-        check(random_tensors((2, channels, *size), (group_size * groups, channels, 3, 3), 4, group_size), 2, group_size)
+        shape = (group_size * groups, channels, 3, 3)
+        check(random_tensors((2, channels, *size), shape, 4, group_size, dtype=dtype), 2, group_size)
+
+
+@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize("gate", ["projection", "light"])
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(("group_size", "span"), [(1, 1), (5, 2), (32, 0)])
+def test_a_full_path_computed_by_torch(instruction_set, dtype, gate, format, group_size, span):
+    tensors = random_tensors((2, 20, 9, 11), (group_size * 6, 20, 3, 3), 5, group_size, gate=gate, dtype=dtype)
+    tensors["x"] = tensors["x"].contiguous(memory_format=format)
+    with midl.kernels("dense"):
+        check(tensors, 2, group_size, span=span, stride=2)
 
 
 @pytest.mark.parametrize("dtype", LIMITS)

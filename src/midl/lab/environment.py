@@ -116,7 +116,7 @@ def describe_kernels() -> dict[str, str | None]:
 
 
 def describe_choice() -> dict[str, str]:
-    """Return the constants by which ``auto`` chooses on this CPU, and what it chooses for a few linear layers."""
+    """Return the constants by which ``auto`` chooses on this CPU, and what it chooses for a few layers."""
     if unavailable_reason("native") is not None:
         return {"linear layers": "dense, no native kernels"}
     from midl.config import num_active_groups
@@ -130,7 +130,11 @@ def describe_choice() -> dict[str, str]:
         "dense call": f"{c.dense_call / 1000:.1f} µs",
     }
     at = "/".join(map(str, ROWS))
-    for dtype, rates in (("float32", c.float32), ("bfloat16", c.bfloat16)):
+    measured = {
+        "float32": c.float32, "bfloat16": c.bfloat16,
+        "convolution float32": c.convolution_float32, "convolution bfloat16": c.convolution_bfloat16,
+    }  # fmt: skip
+    for dtype, rates in measured.items():
         forms = {"dense": rates.dense, "G=1": rates.single, "G=16": rates.groups_of_16, "G=32": rates.groups_of_32}
         described[dtype] = "; ".join(f"{form} {'/'.join(f'{r:g}' for r in values)}" for form, values in forms.items())
         described[dtype] += f" GMAC/s at {at} rows"
@@ -138,9 +142,14 @@ def describe_choice() -> dict[str, str]:
         for group_size in (1, 32):
             k = num_active_groups(0.45, n // group_size)
             kernels = [
-                "native" if sparse_wins(c, "float32", rows, n, n, k, group_size, 1) else "dense" for rows in ROWS
+                "native" if sparse_wins(c, "linear", "float32", rows, n, n, k, group_size, 1) else "dense"
+                for rows in ROWS
             ]
             described[f"{n}x{n} G={group_size}"] = f"{'/'.join(kernels)} at {at} rows"
+    for group_size in (8, 16):
+        k = num_active_groups(0.45, 128 // group_size)
+        wins = sparse_wins(c, "conv2d", "float32", 256, 1152, 128, k, group_size, 1)
+        described[f"128 channels 3x3 16x16 G={group_size}"] = "native" if wins else "dense"
     return described
 
 

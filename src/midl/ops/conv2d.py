@@ -37,8 +37,19 @@ def output_size(size: Any, kernel: int, stride: int, padding: int, dilation: int
     return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
 
 
+def output_positions(x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any) -> tuple[Any, Any]:
+    """Return height and width of the output."""
+    height, width = (
+        output_size(x.shape[2 + i], weight.shape[2 + i], stride[i], padding[i], dilation[i]) for i in (0, 1)
+    )
+    return height, width
+
+
 def _forward(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    run = resolve("conv2d", x, weight=weight, k=args[9], group_size=args[10], span=args[11], threshold=option(args, 14))
+    run = resolve(
+        "conv2d", x, weight=weight, k=args[9], group_size=args[10], span=args[11], threshold=option(args, 14),
+        positions=output_positions(x, weight, *args[6:9]),
+    )  # fmt: skip
     y, selected = invoke(run, x, weight, *args)
     return y, selected
 
@@ -60,9 +71,7 @@ torch.library.impl("midl::conv2d_backward", "CompositeExplicitAutograd", _backwa
 @torch.library.register_fake("midl::conv2d")
 def _fake(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     stride, padding, dilation, k, _, span = args[6:12]
-    height, width = (
-        output_size(x.shape[2 + i], weight.shape[2 + i], stride[i], padding[i], dilation[i]) for i in (0, 1)
-    )
+    height, width = output_positions(x, weight, stride, padding, dilation)
     # Channels-last, as the implementations return it.
     y = x.new_empty((x.shape[0], height, width, weight.shape[0])).permute(0, 3, 1, 2)
     shape = (x.shape[0], height, (width + span - 1) // span, k) if span else (x.shape[0], 1, k)

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 import midl
 from midl.errors import MIDLError
@@ -28,8 +29,11 @@ from midl.ops.native_packing import clear_packed
 
 __all__ = ["constants", "measure", "measured"]
 
-# Layer that rates are measured on: its weights stay in the cache, its products outweigh the call.
+# Layers that rates are measured on: their weights stay in the cache, their products outweigh the call.
 _SIZE, _RANK, _SHARE = 1024, 8, 0.45
+_CHANNELS = 128
+# Maps of as many pixels as ROWS says.
+_MAPS = ((1, 1), (2, 4), (8, 8), (16, 16))
 _TURNS = 9
 # Times of one call that differ more, median over best, say more about the machine's other work than about the kernels.
 _BUSY = 1.25
@@ -71,18 +75,28 @@ def measure() -> Constants:
         MIDLError: the machine was too busy; nothing was kept.
         OSError: the cache folder cannot be written; the constants are used nevertheless.
     """
-    products = {dtype: _Products(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    products: dict[Any, _Products] = {
+        (op, dtype): kind(dtype)
+        for dtype in (torch.float32, torch.bfloat16)
+        for op, kind in (("linear", _LinearProducts), ("conv2d", _ConvolutionProducts))
+    }
     tiny, sweep = (torch.randn(1, 16), torch.randn(16, 16)), torch.ones(2**24)
     calls: dict[Any, Callable[[], object]] = {
         "dense call": lambda: F.linear(*tiny),
         "sweep": sweep.sum,
-        **{(dtype, *name): call for dtype, p in products.items() for name, call in p.calls.items()},
+        **{(key, *name): call for key, p in products.items() for name, call in p.calls.items()},
     }
     times = _best_nanoseconds(calls)
+    rates = {
+        key: p.rates({name[1:]: t for name, t in times.items() if name[0] == key}, times["dense call"])
+        for key, p in products.items()
+    }
     result = Constants(
         source=f"measured on {time.strftime('%Y-%m-%d')} with {torch.get_num_threads()} threads",
-        float32=products[torch.float32].rates(times),
-        bfloat16=products[torch.bfloat16].rates(times),
+        float32=rates["linear", torch.float32],
+        bfloat16=rates["linear", torch.bfloat16],
+        convolution_float32=rates["conv2d", torch.float32],
+        convolution_bfloat16=rates["conv2d", torch.bfloat16],
         bandwidth=round(sweep.nbytes / times["sweep"], 2),
         dense_call=round(times["dense call"]),
         cache=_CACHE,
@@ -94,39 +108,45 @@ def measure() -> Constants:
 
 
 class _Products:
-    """Calls of one dtype at each of ``ROWS`` rows: dense, and sparse with and without the full path."""
+    """Calls at each of ``ROWS`` rows: dense, and sparse with and without the full path.
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
+    Attributes:
+        neurons: of the layer.
+        depth: of a neuron.
+        calls: by form (``"dense"``, the group size, or less the group size where the full path is given) and rows.
+    """
+
+    neurons: int
+    depth: int
+
+    def __init__(self) -> None:
         self.calls: dict[tuple[str | int, int], Callable[[], object]] = {}
-        inputs = {rows: torch.randn(rows, _SIZE).to(dtype) for rows in ROWS}
-        weight = (torch.randn(_SIZE, _SIZE) / _SIZE**0.5).to(dtype)
-        for rows, x in inputs.items():
-            self.calls["dense", rows] = functools.partial(F.linear, x, weight)
-        for group_size in (1, 16, 32):
-            groups = _SIZE // group_size
-            down, up = torch.randn(_RANK, _SIZE).to(dtype), torch.randn(_SIZE, _RANK).to(dtype)
-            gate, bias = torch.randn(groups, _RANK).to(dtype), torch.zeros(groups, dtype=dtype)
-            # Weights of their own: panels are kept for one group size.
-            layer = (weight.clone(), None, down, up, gate, bias, None)
-            options = (round(_SHARE * groups), group_size, 1, "sigmoid", "selected")
-            for rows, x in inputs.items():
-                full = F.linear(x, weight)
-                self.calls[group_size, rows] = functools.partial(native.linear, x, *layer, *options)
-                # What is left of a call that is given the full path is there on both sides.
-                self.calls[-group_size, rows] = functools.partial(native.linear, x, *layer, *options, full=full)
 
-    def rates(self, times: dict[Any, float]) -> Rates:
-        """Return the rates by the best times of the calls."""
+    def add(
+        self, x: Tensor, rows: int, form: str | int, layer: tuple[Any, ...], *, dense: Callable[..., Tensor],
+        sparse: Callable[..., object], options: tuple[Any, ...] = (),
+    ) -> None:  # fmt: skip
+        """Add the calls for one input: dense, or sparse with and without the full path."""
+        product = functools.partial(dense, x, layer[0])
+        if form == "dense":
+            self.calls[form, rows] = product
+            return
+        assert isinstance(form, int)
+        self.calls[form, rows] = functools.partial(sparse, x, *layer, *options)
+        # What is left of a call that is given the full path is there on both sides.
+        self.calls[-form, rows] = functools.partial(sparse, x, *layer, *options, full=product())
+
+    def rates(self, times: dict[Any, float], dense_call: float) -> Rates:
+        """Return the rates by the best times of the calls, in nanoseconds."""
 
         def dense(rows: int) -> float:
-            whole = times[self.dtype, "dense", rows]
-            return rows * _SIZE**2 / max(whole - times["dense call"], whole / 4)
+            whole = times["dense", rows]
+            return rows * self.neurons * self.depth / max(whole - dense_call, whole / 4)
 
         def sparse(group_size: int, rows: int) -> float:
-            whole, rest = times[self.dtype, group_size, rows], times[self.dtype, -group_size, rows]
-            selected = round(_SHARE * (_SIZE // group_size)) * group_size
-            return rows * selected * _SIZE / max(whole - rest, whole / 4)
+            whole, rest = times[group_size, rows], times[-group_size, rows]
+            selected = _selected(self.neurons, group_size) * group_size
+            return rows * selected * self.depth / max(whole - rest, whole / 4)
 
         def at_rows(rate: Callable[[int], float]) -> tuple[float, ...]:
             return tuple(float(f"{rate(rows):.4g}") for rows in ROWS)  # a slow one must not become zero
@@ -137,6 +157,56 @@ class _Products:
             groups_of_16=at_rows(functools.partial(sparse, 16)),
             groups_of_32=at_rows(functools.partial(sparse, 32)),
         )
+
+
+class _LinearProducts(_Products):
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.neurons = self.depth = _SIZE
+        weight = (torch.randn(_SIZE, _SIZE) / _SIZE**0.5).to(dtype)
+        for form in _FORMS:
+            layer = _layer(weight, (_SIZE,), form)
+            for rows in ROWS:
+                self.add(
+                    torch.randn(rows, _SIZE).to(dtype), rows, form, layer, dense=F.linear, sparse=native.linear,
+                    options=_options(_SIZE, form),
+                )  # fmt: skip
+
+
+class _ConvolutionProducts(_Products):
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.neurons, self.depth = _CHANNELS, 9 * _CHANNELS
+        window = ([1, 1], [1, 1], [1, 1])
+        weight = (torch.randn(_CHANNELS, _CHANNELS, 3, 3) / self.depth**0.5).to(dtype)
+        for form in _FORMS:
+            layer = _layer(weight.contiguous(memory_format=torch.channels_last), (_CHANNELS, 3, 3), form)
+            for rows, size in zip(ROWS, _MAPS, strict=True):
+                x = torch.randn(1, _CHANNELS, *size).to(dtype).contiguous(memory_format=torch.channels_last)
+                self.add(
+                    x, rows, form, layer, dense=lambda x, weight: F.conv2d(x, weight, None, *window),
+                    sparse=native.convolution, options=(*window, *_options(_CHANNELS, form)),
+                )  # fmt: skip
+
+
+_FORMS: tuple[str | int, ...] = ("dense", 1, 16, 32)
+
+
+def _selected(neurons: int, group_size: int) -> int:
+    return max(1, round(_SHARE * (neurons // group_size)))
+
+
+def _layer(weight: Tensor, fan_in: tuple[int, ...], form: str | int) -> tuple[Any, ...]:
+    """Return the parameters, from weight to noise; weights of their own, as panels are kept for one group size."""
+    neurons = weight.shape[0]
+    groups = neurons // form if isinstance(form, int) else neurons
+    down, up = torch.randn(_RANK, *fan_in).to(weight), torch.randn(neurons, _RANK).to(weight)
+    gate, bias = torch.randn(groups, _RANK).to(weight), torch.zeros(groups).to(weight)
+    return weight.clone(), None, down, up, gate, bias, None
+
+
+def _options(neurons: int, form: str | int) -> tuple[Any, ...]:
+    return () if form == "dense" else (_selected(neurons, int(form)), int(form), 1, "sigmoid", "selected")
 
 
 def _best_nanoseconds(calls: dict[Any, Callable[[], object]]) -> dict[Any, float]:

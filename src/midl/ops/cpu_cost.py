@@ -1,4 +1,4 @@
-"""What a linear layer costs on this CPU, computed sparsely and densely: the model behind the choice of ``auto``.
+"""What a layer costs on this CPU, computed sparsely and densely: the model behind the choice of ``auto``.
 
 A product takes the longer of its multiply-adds at the measured rate of its kernel and of its weights at the bandwidth
 of the memory, plus what a call costs at all. Sparse kernels multiply the selected share and read the groups that some
@@ -21,6 +21,12 @@ __all__ = ["BUILT_IN", "ROWS", "Constants", "Rates", "predict", "sparse_wins"]
 # Rows of the calls that rates are measured at.
 ROWS = (1, 8, 64, 256)
 _CLEARLY = 1.15
+_RATES = {
+    ("linear", "float32"): "float32",
+    ("linear", "bfloat16"): "bfloat16",
+    ("conv2d", "float32"): "convolution_float32",
+    ("conv2d", "bfloat16"): "convolution_bfloat16",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +61,8 @@ class Constants:
     """Where the numbers are from, for people."""
     float32: Rates
     bfloat16: Rates
+    convolution_float32: Rates
+    convolution_bfloat16: Rates
     bandwidth: float
     """Bytes per nanosecond, read from memory."""
     dense_call: float
@@ -71,33 +79,35 @@ class Constants:
         """Build constants from :meth:`to_dict`'s result."""
         rates = {
             dtype: Rates(**{form: tuple(map(float, values)) for form, values in fields[dtype].items()})
-            for dtype in ("float32", "bfloat16")
+            for dtype in _RATES.values()
         }
         return cls(**{**fields, **rates})
 
 
 def predict(
-    constants: Constants, dtype: str, rows: int, depth: int, neurons: int, k: int, group_size: int, span: int = 1
-) -> tuple[float, float]:
+    constants: Constants, op: str, dtype: str, rows: int, depth: int, neurons: int, k: int, group_size: int,
+    span: int = 1,
+) -> tuple[float, float]:  # fmt: skip
     """Return the nanoseconds of a call by the sparse kernels and densely, without what both have to do.
 
     >>> rates = Rates(dense=(5,) * 4, single=(1,) * 4, groups_of_16=(2,) * 4, groups_of_32=(4,) * 4)
-    >>> constants = Constants("made up", rates, rates, bandwidth=10.0, dense_call=1e3, cache=1e9)
-    >>> sparse, dense = predict(constants, "float32", 64, 1024, 1024, k=8, group_size=32)
+    >>> constants = Constants("made up", *[rates] * 4, bandwidth=10.0, dense_call=1e3, cache=1e9)
+    >>> sparse, dense = predict(constants, "linear", "float32", 64, 1024, 1024, k=8, group_size=32)
     >>> round(dense / sparse, 1)
     3.2
 
     Args:
         constants: of the machine.
+        op: ``"linear"`` or ``"conv2d"``.
         dtype: ``"float32"`` or ``"bfloat16"``.
-        rows: rows of the input.
-        depth: of a neuron, d.
+        rows: rows of the input, or output pixels.
+        depth: of a neuron, d, or the size of its window.
         neurons: n.
         k: groups that a row selects.
         group_size: neurons of a group.
         span: neighbouring rows that share a selection.
     """
-    rates, width = (constants.float32, 4) if dtype == "float32" else (constants.bfloat16, 2)
+    rates, width = getattr(constants, _RATES[op, dtype]), 4 if dtype == "float32" else 2
     products, share = rows * neurons * depth, k * group_size / neurons
     weight = neurons * depth * width
     read = weight / constants.bandwidth if weight > constants.cache else 0.0
@@ -111,13 +121,13 @@ def predict(
 
 @functools.lru_cache(maxsize=4096)
 def sparse_wins(
-    constants: Constants, dtype: str, rows: int, depth: int, neurons: int, k: int, group_size: int, span: int
+    constants: Constants, op: str, dtype: str, rows: int, depth: int, neurons: int, k: int, group_size: int, span: int
 ) -> bool:
     """Return whether to take the sparse kernels, by :func:`predict`; remembers its answers.
 
     Dense must be clearly faster: a wrong choice for it costs more than a small gain is worth.
     """
-    sparse, dense = predict(constants, dtype, rows, depth, neurons, k, group_size, span)
+    sparse, dense = predict(constants, op, dtype, rows, depth, neurons, k, group_size, span)
     return sparse <= _CLEARLY * dense
 
 
@@ -145,6 +155,19 @@ BUILT_IN = Constants(
         single=(11.5, 22.0, 23.5, 23.0),
         groups_of_16=(12.0, 37.0, 47.0, 48.0),
         groups_of_32=(12.0, 36.0, 48.0, 51.0),
+    ),
+    # One thread of a Zen 4 kept to AVX2, its rates in proportion to the above.
+    convolution_float32=Rates(
+        dense=(12.0, 33.0, 53.0, 65.0),
+        single=(5.0, 22.0, 30.0, 31.0),
+        groups_of_16=(12.5, 40.0, 64.0, 69.0),
+        groups_of_32=(13.0, 45.0, 65.0, 69.0),
+    ),
+    convolution_bfloat16=Rates(
+        dense=(7.0, 9.3, 9.6, 9.6),
+        single=(1.6, 16.0, 21.0, 22.0),
+        groups_of_16=(7.9, 31.0, 46.0, 48.0),
+        groups_of_32=(8.3, 31.0, 46.0, 49.0),
     ),
     bandwidth=28.0,
     dense_call=4100.0,

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from midl.ops import native, reference, reference_ffn
 from midl.ops.dispatch import Implementation, register
+from midl.ops.native_conv2d import image_geometry
 from midl.ops.reference import accumulate_dtype
 from midl.selection import topk_groups
 
-__all__ = ["linear"]
+__all__ = ["convolution", "linear"]
 
 
 def linear(
@@ -37,12 +38,19 @@ def linear(
     return y.to(x.dtype), selected
 
 
-def _conv2d(
+def convolution(
     x: Tensor, weight: Tensor, bias: Tensor | None, light_down: Tensor, light_up: Tensor, gate_weight: Tensor | None,
     gate_bias: Tensor | None, noise: Tensor | None, stride: list[int], padding: list[int], dilation: list[int],
     k: int, group_size: int, span: int, interpolation: str, ste: str,
     threshold: float | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return ``(y, selected)`` of the convolution op; see :mod:`midl.ops` for the arguments."""
+    if native.takes(x, weight) and x.numel() and min(image_geometry(x, weight, stride, padding, dilation)[1:]) > 0:
+        return native.convolution(
+            x, weight, bias, light_down, light_up, gate_weight, gate_bias, noise, stride, padding, dilation, k,
+            group_size, span, interpolation, ste, threshold,
+            F.conv2d(x, weight, None, stride, padding, dilation).contiguous(memory_format=torch.channels_last),
+        )  # fmt: skip
     up = accumulate_dtype(x)
     code = F.conv2d(x.to(up), light_down.to(up), None, stride, padding, dilation)
     full = F.conv2d(x, weight, None, stride, padding, dilation).to(up)
@@ -82,7 +90,7 @@ register(
         {
             "linear": linear,
             "linear_backward": reference.linear_backward,
-            "conv2d": _conv2d,
+            "conv2d": convolution,
             "conv2d_backward": reference.conv2d_backward,
             "ffn": _ffn,
             "ffn_backward": reference_ffn.ffn_backward,

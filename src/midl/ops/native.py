@@ -9,6 +9,7 @@ import hashlib
 import math
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -33,6 +34,7 @@ __all__ = [
     "instruction_set",
     "linear",
     "linear_on_panels",
+    "multiplies_as_is",
     "prepare_conv2d",
     "prepare_linear",
     "supported_instruction_sets",
@@ -207,6 +209,11 @@ def linear_on_panels(
     return y, selected
 
 
+def multiplies_as_is(dtype: torch.dtype) -> bool:
+    """Return whether the instruction set's kernels for convolutions take parameters of ``dtype`` without a cast."""
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and _native.dot_pairs())
+
+
 def wants_weight_panels(rows: int, groups: int, k: int, group_size: int) -> bool:
     """Return whether a forward call of these sizes reads the weight's panels."""
     return _native.wants_weight_panels(rows, groups, k, group_size)
@@ -248,16 +255,21 @@ def prepare_conv2d(
     k: int,
     config: MIDConfig,
     window: tuple[Any, Any, Any],
+    *,
+    dense: Callable[[Tensor, Tensor], Tensor] | None,
 ) -> _native.PreparedConvolution | None:
-    """:func:`prepare_linear` for a convolution of float32 images like x, groups filling panels.
+    """:func:`prepare_linear` for a convolution of images like x, groups filling panels unless it is dense.
+
+    Half precision only where the kernels multiply it as it is.
 
     Args:
-        packed: the panels, those of the weight among them.
+        packed: the panels, those of the weight among them unless it is dense.
         parameters: of the layer, by name.
         x: an input; those of another size or memory format want another call.
         k: groups to select.
         config: of the layer.
         window: stride, padding and dilation, pairs of ints.
+        dense: computes every neuron, channels-last, from x and weight; None for the selected ones by the kernels.
     """
     states = _states_of(packed, parameters, config.group_size)
     weight, gate_weight = parameters["weight"], parameters["gate_weight"]
@@ -270,12 +282,11 @@ def prepare_conv2d(
     if height < 1 or width < 1:
         return None
     assert packed.light is not None
-    assert packed.weight is not None
     return _native.PreparedConvolution(
-        parameters, states, x, (x.shape[0], height, width, n), images, x.shape[0] * height * width, n, rank,
-        n // config.group_size, k, _least(config.threshold), positions,
+        parameters, states, x, x.dtype == torch.bfloat16, (x.shape[0], height, width, n), images,
+        x.shape[0] * height * width, n, rank, n // config.group_size, k, _least(config.threshold), positions,
         positions if config.select == "image" else config.span, config.interpolation == "hard", packed.light,
-        packed.weight,
+        packed.weight if dense is None else None, dense,
     )  # fmt: skip
 
 
@@ -309,11 +320,15 @@ def convolution(
     x: Tensor, weight: Tensor, bias: Tensor | None, light_down: Tensor, light_up: Tensor, gate_weight: Tensor | None,
     gate_bias: Tensor | None, noise: Tensor | None, stride: list[int], padding: list[int], dilation: list[int],
     k: int, group_size: int, span: int, interpolation: str, ste: str, threshold: float | None = None,
+    full: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return ``(y, selected)`` of the convolution op; see :mod:`midl.ops` for the arguments."""
+    """Return ``(y, selected)`` of the convolution op; see :mod:`midl.ops` for the arguments.
+
+    ``full`` is the full path of every neuron, (B, n, H, W) and channels-last, where the caller has computed it.
+    """
     return conv2d(
         _native, x, weight, bias, light_down, light_up, gate_weight, gate_bias, noise, stride, padding, dilation, k,
-        group_size, span, interpolation, _least(threshold),
+        group_size, span, interpolation, _least(threshold), full,
     )  # fmt: skip
 
 
@@ -382,20 +397,21 @@ def _unsupported(op: str, x: Tensor, *, weight: Tensor, **_: Any) -> str | None:
 
 def _prefers(
     op: str, x: Tensor, *, weight: Tensor, k: int, group_size: int, span: int = 1, threshold: float | None = None,
-    **_: Any,
+    positions: tuple[int, int] = (1, 1), **_: Any,
 ) -> bool:  # fmt: skip
     from midl.ops.cpu_calibration import constants
     from midl.ops.cpu_cost import sparse_wins
 
     if op == "ffn":
         return prefers_ffn(group_size)
-    if op != "linear":
+    if op not in ("linear", "conv2d"):
         return True
-    n, depth = weight.shape
+    n, depth = weight.shape[0], weight.numel() // weight.shape[0]
+    rows = x.numel() // depth if op == "linear" else x.shape[0] * math.prod(positions)
     if threshold is not None:
         k = -(-k // 2)  # k is the most; calibrate_threshold makes it twice the average unless told otherwise
     dtype = "float32" if x.dtype == torch.float32 else "bfloat16"
-    return sparse_wins(constants(), dtype, x.numel() // depth, depth, n, k, group_size, span)
+    return sparse_wins(constants(), op, dtype, rows, depth, n, k, group_size, span or math.prod(positions))
 
 
 register(

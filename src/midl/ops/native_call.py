@@ -6,14 +6,17 @@ again that the parameters are the same and unchanged (native/prepared.cpp) and t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from midl.config import MIDConfig
 from midl.ops import dense, dispatch, native
+from midl.ops.native_conv2d import image_geometry
 from midl.ops.native_packing import Packed, packed_for
 
 __all__ = ["call_prepared"]
@@ -100,9 +103,12 @@ def _prepare_conv2d(packed: Packed, x: Tensor, parameters: dict[str, Any], confi
         return None
     weight = parameters["weight"]
     n, channels, *_ = weight.shape
-    if x.dtype != torch.float32 or weight.dtype != torch.float32 or not _may_be_native():
+    if x.dtype != weight.dtype or not _may_be_native() or not native.multiplies_as_is(x.dtype):
         return None
-    if x.dim() != 4 or x.shape[1] != channels or x.numel() == 0 or packed.weight is None:
+    if x.dim() != 4 or x.shape[1] != channels or x.numel() == 0 or weight.dim() != 4:
+        return None
+    positions = image_geometry(x, weight, *map(list, window))[1:]
+    if min(positions) < 1:
         return None
     groups = n // config.group_size
     k = config.num_slots(groups)
@@ -110,12 +116,24 @@ def _prepare_conv2d(packed: Packed, x: Tensor, parameters: dict[str, Any], confi
         return None
     span = 0 if config.select == "image" else config.span
     run = dispatch.resolve(
-        "conv2d", x, weight=weight, k=k, group_size=config.group_size, span=span, threshold=config.threshold
-    )
-    if run is not native.convolution or not native.wants_weight_panels(1, groups, k, config.group_size):
+        "conv2d", x, weight=weight, k=k, group_size=config.group_size, span=span, threshold=config.threshold,
+        positions=positions,
+    )  # fmt: skip
+    product = None
+    if run is dense.convolution:
+        product = functools.partial(_dense_product, window)
+    elif (
+        run is not native.convolution
+        or not native.wants_weight_panels(1, groups, k, config.group_size)
+        or packed.weight is None
+    ):
         return None
-    prepared = native.prepare_conv2d(packed, parameters, x, k, config, window)
+    prepared = native.prepare_conv2d(packed, parameters, x, k, config, window, dense=product)
     return None if prepared is None else prepared.run
+
+
+def _dense_product(window: Window, x: Tensor, weight: Tensor) -> Tensor:
+    return F.conv2d(x, weight, None, *window).contiguous(memory_format=torch.channels_last)
 
 
 def _fit(parameters: dict[str, Any], config: MIDConfig) -> bool:

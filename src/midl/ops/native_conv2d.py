@@ -18,8 +18,12 @@ def conv2d(
     kernels: Any, x: Tensor, weight: Tensor, bias: Tensor | None, light_down: Tensor, light_up: Tensor,
     gate_weight: Tensor | None, gate_bias: Tensor | None, noise: Tensor | None, stride: list[int], padding: list[int],
     dilation: list[int], k: int, group_size: int, span: int, interpolation: str, threshold: float,
+    full: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return ``(y, selected)``, y channels-last; ``span=0`` makes each image one block, ``threshold`` may be -inf."""
+    """Return ``(y, selected)``, y channels-last; ``span=0`` makes each image one block, ``threshold`` may be -inf.
+
+    ``full`` is the full path of every neuron, shaped as y and channels-last, where the caller has computed it.
+    """
     geometry, height, width = image_geometry(x, weight, stride, padding, dilation)
     batch, n, groups = x.shape[0], weight.shape[0], weight.shape[0] // group_size
     y = x.new_empty((batch, height, width, n))
@@ -30,23 +34,29 @@ def conv2d(
     if rows == 0:
         return y.permute(0, 3, 1, 2), selected
 
-    by_panels = kernels.wants_weight_panels(rows, groups, k, group_size)
+    dtype = x.dtype if kernels.dot_pairs() else torch.float32
+
+    def matrix(t: Tensor) -> Tensor:
+        return _matrix(t, dtype)
+
+    by_panels = full is None and kernels.wants_weight_panels(rows, groups, k, group_size)
     weight, light_down = _without_gaps(weight), _without_gaps(light_down)
     light_up = light_up.contiguous()
     gate_weight = None if gate_weight is None else gate_weight.contiguous()
     light, wide = packed_panels(
-        kernels, weight, light_down, light_up, gate_weight, group_size, light=True, wide=by_panels, matrix=_matrix
+        kernels, weight, light_down, light_up, gate_weight, group_size, light=True, wide=by_panels, matrix=matrix
     )
-    plain = None if by_panels else _matrix(weight)
+    plain = None if by_panels or full is not None else matrix(weight)
     if light is None:
-        matrices = [_matrix(t) for t in (weight, light_down, light_up, gate_weight) if t is not None]
+        matrices = [matrix(t) for t in (weight, light_down, light_up, gate_weight) if t is not None]
         light, wide = pack(kernels, *matrices, group_size=group_size, light=True, wide=by_panels)
-    bias, gate_bias, noise = _floats(bias), _floats(gate_bias), _floats(noise)
+    light_up, bias, gate_bias = matrix(light_up), _cast(bias, dtype), _cast(gate_bias, dtype)
+    noise = _cast(noise, torch.float32)
     kernels.convolution_forward(
         x.dtype == torch.bfloat16, x.data_ptr(), geometry, rows, n, light_down.shape[0], groups, k, threshold,
-        positions, span or positions, _address(plain), _address(bias), gate_weight is not None, _address(gate_bias),
-        _address(noise), _address(light), _address(wide), interpolation == "hard", y.data_ptr(), selected.data_ptr(),
-        torch.get_num_threads(),
+        positions, span or positions, _address(plain), _address(bias), light_up.data_ptr(), gate_weight is not None,
+        _address(gate_bias), _address(noise), _address(light), _address(wide), _address(full), interpolation == "hard",
+        y.data_ptr(), selected.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return y.permute(0, 3, 1, 2), selected
 
@@ -132,9 +142,9 @@ def _without_gaps(filters: Tensor) -> Tensor:
     return filters.contiguous()
 
 
-def _matrix(t: Tensor) -> Tensor:
-    """Return filters (n, C, kh, kw) as float32 rows in the order kernel row, kernel column, channel; matrices as is."""
-    return (t.permute(0, 2, 3, 1).flatten(1) if t.dim() == 4 else t).float().contiguous()
+def _matrix(t: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return filters (n, C, kh, kw) as rows in the order kernel row, kernel column, channel; matrices as is."""
+    return (t.permute(0, 2, 3, 1).flatten(1) if t.dim() == 4 else t).to(dtype).contiguous()
 
 
 def _filters(rows: Tensor | None, like: Tensor) -> Tensor | None:
@@ -143,8 +153,8 @@ def _filters(rows: Tensor | None, like: Tensor) -> Tensor | None:
     return None if rows is None else rows.view(n, *kernel, channels).permute(0, 3, 1, 2)
 
 
-def _floats(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.float().contiguous()
+def _cast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if t is None else t.to(dtype).contiguous()
 
 
 def _address(t: Tensor | None) -> int:
