@@ -223,6 +223,7 @@ class Pixels {
   void multiply_pass(const Element* const* rows, std::int64_t m, const Neurons<Element>& neurons, const Segment* segments,
                      std::int64_t count, std::int64_t at, float* out, std::int64_t ldo) const {
     const std::int64_t depth = round_up(padded_.depth, kWord<Element>);
+    [[maybe_unused]] const std::int64_t words = at / kWord<Element>;
     const int whole = neurons.count / (2 * L) * (2 * L), wide = neurons.count - whole > L ? whole + 2 * L : whole;
     for (std::int64_t t = 0, r = 0, tiles = divide_up(m, panel_rows(2)); wide && t < tiles; ++t) {
       const std::int64_t end = m * (t + 1) / tiles;
@@ -236,9 +237,9 @@ class Pixels {
     for (std::int64_t t = 0, r = 0, tiles = divide_up(m, panel_rows(1)); t < tiles; ++t) {
       const std::int64_t end = m * (t + 1) / tiles;
       float* to = out + r * ldo + wide;
-      if constexpr (sizeof(Element) == 4) {
+      if constexpr (kFolds<Element>) {
         if (folds<Element>(neurons.count - wide)) {
-          folded_rows(end - r, rows + r, segments, count, panel + at / 2 * L, at % 2 != 0,
+          folded_rows(end - r, rows + r, segments, count, panel + words / 2 * (L * kWord<Element>), words % 2 != 0,
                       static_cast<const float*>(nullptr), to, ldo, at > 0, Ahead{});
           r = end;
           continue;

@@ -84,27 +84,32 @@ struct NeuronBlocks {
   std::int64_t part_size() const { return divide_up(group_size, parts); }
 };
 
-// Narrow groups (fewer neurons than fill a panel) have two forms. Sparse: dot products of the selected neurons, row by
+// Narrow groups (fewer neurons than fill a panel, even a folded one) have two forms. Sparse: dot products of the selected neurons, row by
 // row. Dense: all neurons by panels, those not selected ignored; per multiply-add that costs kDotCost times less, but
 // reads every weight, which only many rows repay. Dot products of rows with slices of neurons that stay in the nearest
 // cache, rows sorted by how many neurons they chose, need twice the loads of a panel and were no faster at 45 %.
 constexpr double kDotCost = 3.3;
 constexpr std::int64_t kDenseRows = 8;
 
-MIDL_INLINE bool narrow(std::int64_t group_size) { return group_size < kPanelWorthNeurons; }
+template <class T>
+MIDL_INLINE bool narrow(std::int64_t group_size) {
+  return group_size < kPanelWorthNeurons<T>;
+}
+template <class T>
 MIDL_INLINE bool narrow_and_dense(std::int64_t rows, std::int64_t groups, std::int64_t selected, std::int64_t size) {
-  return narrow(size) && rows >= kDenseRows && double(selected) * kDotCost > double(groups);
+  return narrow<T>(size) && rows >= kDenseRows && double(selected) * kDotCost > double(groups);
 }
 
 // Where the panels of a layer lie, in elements; those of the light path and gate in one buffer, those of the weight in
 // another: one per part of a group, or per block of neurons where groups are narrow.
+template <class T>
 struct PackedLayout {
   std::int64_t depth, rank, lanes;
   std::int64_t down, up, gate, light_size, weight_size;
   PackedLayout(std::int64_t depth_, std::int64_t rank_, const NeuronBlocks& blocks)
-      : depth(round_up(depth_, kWord<bf16>)), rank(round_up(rank_, kWord<bf16>)) {
-    const bool by_block = narrow(blocks.group_size);
-    lanes = by_block ? kPanelWidth : round_up(blocks.part_size(), L);
+      : depth(round_up(depth_, 2 * kWord<bf16>)), rank(round_up(rank_, 2 * kWord<bf16>)) {
+    const bool by_block = narrow<T>(blocks.group_size);
+    lanes = by_block ? kPanelWidth : folds<T>(blocks.part_size()) ? L / 2 : round_up(blocks.part_size(), L);
     down = 0;
     up = down + round_up(rank, kPanelWidth) * depth;
     gate = up + blocks.count * kPanelWidth * rank;
@@ -194,7 +199,7 @@ struct ForwardPlan {
   Source source;
   Blocks blocks;
   NeuronBlocks neuron_blocks;
-  PackedLayout layout;
+  PackedLayout<T> layout;
   const T *packed_light, *packed_weight;
   int threads;
   bool repeat_gate;
@@ -281,9 +286,10 @@ struct ThreadMemory {
     members = memory.take<std::int32_t>(plan.chunk_rows);
     weights = memory.take<float>(plan.chunk_rows);
     slice = memory.take<float>(slice_floats());
-    light = memory.take<float>(plan.chunk_rows * kPanelWidth);
-    full = memory.take<float>(plan.chunk_rows * kPanelWidth);
-    bias = memory.take<float>(kPanelWidth);
+    // interpolate() goes by whole vectors, which may reach beyond the last group.
+    light = memory.take<float>(plan.chunk_rows * kPanelWidth + L);
+    full = memory.take<float>(plan.chunk_rows * kPanelWidth + L);
+    bias = memory.take<float>(kPanelWidth + L);
     keys = memory.take<std::int32_t>(round_up(c.groups, L));
     picks = memory.take<std::int32_t>(c.groups + 1);
     gate = memory.take<float>(plan.repeat_gate ? plan.chunk_blocks * plan.gate_stride : 0);
@@ -426,16 +432,23 @@ std::int64_t gather_members(const ForwardPlan<S>& plan, std::int64_t group, Rang
 // y = l + a (f - l) + b where selected, l + b elsewhere; `light` holds l + b.
 void interpolate(const ThreadMemory& memory, std::int64_t count, std::int64_t offset, std::int64_t size) {
   const float* bias = memory.bias + offset;
+  std::int32_t lanes[L];
+  for (int lane = 0; lane < L; ++lane) lanes[lane] = lane;
+  const IVec in_tail = load(lanes) < splat(std::int32_t(size % L));
   for (std::int64_t i = 0; i < count; ++i) {
     float* light = memory.light + memory.members[i] * kPanelWidth + offset;
     const float* full = memory.full + i * kPanelWidth;
-    const float weight = memory.weights[i];
+    const Vec weight = splat(memory.weights[i]);
     std::int64_t j = 0;
     for (; j + L <= size; j += L) {
       const Vec l = load(light + j);
-      store(light + j, l + splat(weight) * (load(full + j) + load(bias + j) - l));
+      store(light + j, l + weight * (load(full + j) + load(bias + j) - l));
     }
-    for (; j < size; ++j) light[j] += weight * (full[j] + bias[j] - light[j]);
+    if (j < size) {
+      // What lies behind the group is stored as it was.
+      const Vec l = load(light + j), mixed = l + weight * (load(full + j) + load(bias + j) - l);
+      store(light + j, in_tail ? mixed : l);
+    }
   }
 }
 
@@ -478,7 +491,7 @@ void mix_narrow_groups(const ForwardPlan<S>& plan, ThreadMemory& memory, std::in
   const NeuronBlocks::Block block = plan.neuron_blocks[index];
   const T* weight = static_cast<const T*>(c.weight) + block.first * c.depth;
   const std::int64_t m = rows.end - rows.begin;
-  const bool dense = narrow_and_dense(c.rows, c.groups, c.selected_groups, plan.group_size);
+  const bool dense = narrow_and_dense<T>(c.rows, c.groups, c.selected_groups, plan.group_size);
   if (dense) {
     const auto pointers = row_pointers(plan, memory);
     for (std::int64_t r = 0; r < m; ++r) pointers[r] = plan.source.row(rows.begin + r, chunk_start);
@@ -560,7 +573,7 @@ void compute_neurons(const ForwardPlan<S>& plan, ThreadMemory& memory, std::int6
 
   if (c.full)
     mix_computed(plan, memory, index, rows, chunk_block);
-  else if (narrow(plan.group_size))
+  else if (narrow<T>(plan.group_size))
     mix_narrow_groups(plan, memory, index, next, rows, chunk_block, chunk_start);
   else
     mix_groups(plan, memory, index, next, rows, chunk_block, chunk_start);
@@ -682,7 +695,7 @@ void linear_forward(const midl::LinearForward& call) {
 }
 
 template <class T>
-void pack_light(const midl::LinearPack& call, const NeuronBlocks& blocks, const PackedLayout& layout) {
+void pack_light(const midl::LinearPack& call, const NeuronBlocks& blocks, const PackedLayout<T>& layout) {
   const std::int64_t rank = call.rank, depth = call.depth;
   T* packed = static_cast<T*>(call.packed_light);
   const auto* down = static_cast<const T*>(call.light_down);
@@ -712,11 +725,11 @@ void pack_light(const midl::LinearPack& call, const NeuronBlocks& blocks, const 
 }
 
 template <class T>
-void pack_weight(const midl::LinearPack& call, const NeuronBlocks& blocks, const PackedLayout& layout) {
+void pack_weight(const midl::LinearPack& call, const NeuronBlocks& blocks, const PackedLayout<T>& layout) {
   const std::int64_t depth = call.depth;
   T* packed = static_cast<T*>(call.packed_weight);
   const auto* weight = static_cast<const T*>(call.weight);
-  const bool by_block = narrow(blocks.group_size);
+  const bool by_block = narrow<T>(blocks.group_size);
   const std::int64_t panels = by_block ? blocks.count : call.groups * blocks.parts;
 #pragma omp parallel for schedule(static) num_threads(call.threads) if (call.threads > 1)
   for (std::int64_t i = 0; i < panels; ++i) {
@@ -730,18 +743,23 @@ void pack_weight(const midl::LinearPack& call, const NeuronBlocks& blocks, const
 template <class T>
 void run_pack(const midl::LinearPack& call) {
   const NeuronBlocks blocks(call.groups, call.neurons / call.groups);
-  const PackedLayout layout(call.depth, call.rank, blocks);
+  const PackedLayout<T> layout(call.depth, call.rank, blocks);
   if (call.packed_light) pack_light<T>(call, blocks, layout);
   if (call.packed_weight) pack_weight<T>(call, blocks, layout);
 }
 
 midl::PackedSizes packed_sizes(const midl::LinearPack& call) {
-  const PackedLayout layout(call.depth, call.rank, NeuronBlocks(call.groups, call.neurons / call.groups));
-  return {layout.light_size, layout.weight_size};
+  const auto sizes = [&](auto layout) { return midl::PackedSizes{layout.light_size, layout.weight_size}; };
+  const NeuronBlocks blocks(call.groups, call.neurons / call.groups);
+  return call.storage == midl::Storage::bfloat16 ? sizes(PackedLayout<bf16>(call.depth, call.rank, blocks))
+                                                 : sizes(PackedLayout<float>(call.depth, call.rank, blocks));
 }
 
-bool wants_weight_panels(std::int64_t rows, std::int64_t groups, std::int64_t selected, std::int64_t group_size) {
-  return !narrow(group_size) || narrow_and_dense(rows, groups, selected, group_size);
+bool wants_weight_panels(midl::Storage storage, std::int64_t rows, std::int64_t groups, std::int64_t selected,
+                         std::int64_t group_size) {
+  if (storage == midl::Storage::bfloat16)
+    return !narrow<bf16>(group_size) || narrow_and_dense<bf16>(rows, groups, selected, group_size);
+  return !narrow<float>(group_size) || narrow_and_dense<float>(rows, groups, selected, group_size);
 }
 
 void pack(const midl::LinearPack& call) {

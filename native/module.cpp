@@ -22,6 +22,8 @@ T* pointer(std::uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+midl::Storage storage_of(bool bfloat16) { return bfloat16 ? midl::Storage::bfloat16 : midl::Storage::float32; }
+
 void linear_forward(bool bfloat16, std::uintptr_t x, int64_t x_stride, int64_t rows, int64_t depth, int64_t neurons,
                     int64_t rank, int64_t groups, int64_t selected_groups, float threshold, int64_t positions, int64_t span,
                     std::uintptr_t weight, std::uintptr_t bias, std::uintptr_t light_down, std::uintptr_t light_up,
@@ -29,7 +31,7 @@ void linear_forward(bool bfloat16, std::uintptr_t x, int64_t x_stride, int64_t r
                     std::uintptr_t packed_weight, std::uintptr_t full, bool hard, std::uintptr_t y,
                     std::uintptr_t selected, int threads) {
   midl::current().linear_forward({
-      .storage = bfloat16 ? midl::Storage::bfloat16 : midl::Storage::float32,
+      .storage = storage_of(bfloat16),
       .x = pointer<const void>(x), .x_stride = x_stride, .rows = rows, .depth = depth, .neurons = neurons,
       .rank = rank, .groups = groups, .selected_groups = selected_groups, .threshold = threshold,
       .positions = positions, .span = span, .weight = pointer<const void>(weight), .bias = pointer<const void>(bias),
@@ -71,7 +73,7 @@ void convolution_forward(bool bfloat16, std::uintptr_t x, const Geometry& images
                          bool projection, std::uintptr_t gate_bias, std::uintptr_t noise, std::uintptr_t packed_light,
                          std::uintptr_t packed_weight, std::uintptr_t full, bool hard, std::uintptr_t y, std::uintptr_t selected, int threads) {
   midl::current().convolution_forward({
-      .storage = bfloat16 ? midl::Storage::bfloat16 : midl::Storage::float32,
+      .storage = storage_of(bfloat16),
       .images = images_of(images),
       .rows = {
           .storage = midl::Storage::float32, .x = pointer<const void>(x), .x_stride = 0, .rows = rows,
@@ -111,21 +113,21 @@ void convolution_backward(std::uintptr_t x, const Geometry& images, std::uintptr
   });
 }
 
-std::pair<int64_t, int64_t> packed_sizes(int64_t depth, int64_t neurons, int64_t rank, int64_t groups) {
-  const midl::PackedSizes sizes =
-      midl::current().packed_sizes({.depth = depth, .neurons = neurons, .rank = rank, .groups = groups});
+std::pair<int64_t, int64_t> packed_sizes(bool bfloat16, int64_t depth, int64_t neurons, int64_t rank, int64_t groups) {
+  const midl::PackedSizes sizes = midl::current().packed_sizes(
+      {.storage = storage_of(bfloat16), .depth = depth, .neurons = neurons, .rank = rank, .groups = groups});
   return {sizes.light, sizes.weight};
 }
 
-bool wants_weight_panels(int64_t rows, int64_t groups, int64_t selected_groups, int64_t group_size) {
-  return midl::current().wants_weight_panels(rows, groups, selected_groups, group_size);
+bool wants_weight_panels(bool bfloat16, int64_t rows, int64_t groups, int64_t selected_groups, int64_t group_size) {
+  return midl::current().wants_weight_panels(storage_of(bfloat16), rows, groups, selected_groups, group_size);
 }
 
 void pack(bool bfloat16, int64_t depth, int64_t neurons, int64_t rank, int64_t groups, std::uintptr_t weight,
           std::uintptr_t light_down, std::uintptr_t light_up, std::uintptr_t gate_weight, std::uintptr_t packed_light,
           std::uintptr_t packed_weight, int threads) {
   midl::current().pack({
-      .storage = bfloat16 ? midl::Storage::bfloat16 : midl::Storage::float32,
+      .storage = storage_of(bfloat16),
       .depth = depth, .neurons = neurons, .rank = rank, .groups = groups, .weight = pointer<const void>(weight),
       .light_down = pointer<const void>(light_down), .light_up = pointer<const void>(light_up),
       .gate_weight = pointer<const void>(gate_weight), .packed_light = pointer<void>(packed_light),
@@ -201,8 +203,9 @@ NB_MODULE(_native, m) {
         "rank"_a, "groups"_a, "selected_groups"_a, "positions"_a, "span"_a, "weight"_a, "selected"_a, "gate"_a,
         "code"_a, "light_up"_a, "hard"_a, "grad_light"_a, "grad_x"_a, "accumulate"_a, "grad_logits"_a, "grad_weight"_a,
         "threads"_a);
-  m.def("packed_sizes", &packed_sizes, "depth"_a, "neurons"_a, "rank"_a, "groups"_a);
-  m.def("wants_weight_panels", &wants_weight_panels, "rows"_a, "groups"_a, "selected_groups"_a, "group_size"_a);
+  m.def("packed_sizes", &packed_sizes, "bfloat16"_a, "depth"_a, "neurons"_a, "rank"_a, "groups"_a);
+  m.def("wants_weight_panels", &wants_weight_panels, "bfloat16"_a, "rows"_a, "groups"_a, "selected_groups"_a,
+        "group_size"_a);
   m.def("pack", &pack, released, "bfloat16"_a, "depth"_a, "neurons"_a, "rank"_a, "groups"_a, "weight"_a,
         "light_down"_a, "light_up"_a, "gate_weight"_a, "packed_light"_a, "packed_weight"_a, "threads"_a);
   m.def("topk", &topk, released, "scores"_a, "rows"_a, "groups"_a, "k"_a, "threshold"_a, "selected"_a, "threads"_a);

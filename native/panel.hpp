@@ -1,9 +1,10 @@
 // Products of input rows with panels of neurons: neurons on the lanes, rows addressed by pointer and never copied.
 //
 // A panel holds up to kPanelWidth neurons transposed: sub-panels of 2 L lanes (the last may have L), each stored
-// (depth, lanes), bfloat16 as (depth / 2, lanes, 2) with a zero behind an odd depth. A float sub-panel whose neurons would
-// leave half of the lanes empty is folded: (depth / 2, lanes / 2, 2), two sums per neuron. Panels come packed from the caller
-// or are packed here, slice by slice, into memory that stays in cache.
+// (words, lanes): a word is one float of the depth, or two bfloat16 with zeros behind the depth. A sub-panel whose neurons
+// would leave half of the lanes empty is folded: (words / 2, lanes / 2, 2), two sums per neuron; bfloat16 only where there
+// are dot products for it. Panels come packed from the caller or are packed here, slice by slice, into memory that stays in
+// cache.
 #pragma once
 
 #include "dot.hpp"
@@ -14,9 +15,6 @@ namespace {
 constexpr int kPanelWidth = 32;
 // Rows of a register tile against a sub-panel of V vectors.
 constexpr int panel_rows(int vectors) { return L >= 16 ? (vectors == 2 ? 10 : 12) : (vectors == 2 ? 6 : 8); }
-// Groups narrower than this would waste most lanes of a panel of their own.
-constexpr std::int64_t kPanelWorthNeurons = L / 2 + 1;
-
 MIDL_INLINE std::int64_t lesser(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 MIDL_INLINE std::int64_t round_up(std::int64_t n, std::int64_t step) { return (n + step - 1) / step * step; }
 MIDL_INLINE std::int64_t divide_up(std::int64_t n, std::int64_t step) { return (n + step - 1) / step; }
@@ -43,9 +41,14 @@ constexpr int kWord = 4 / sizeof(P);
 
 // Whether a sub-panel of L lanes with so many neurons is folded.
 template <class P>
+constexpr bool kFolds = (sizeof(P) == 4 || kDotPairs) && L > 2;
+template <class P>
 constexpr bool folds(std::int64_t neurons) {
-  return sizeof(P) == 4 && L > 2 && neurons <= L / 2;
+  return kFolds<P> && neurons <= L / 2;
 }
+// Groups narrower than this would waste most lanes of a panel of their own, or more than a quarter of a folded one's.
+template <class P>
+constexpr std::int64_t kPanelWorthNeurons = kFolds<P> ? (3 * L + 7) / 8 : L / 2 + 1;
 
 // `length` elements, `start` elements behind a row's pointer.
 struct Segment {
@@ -75,11 +78,25 @@ template <class W, class P>
 void pack_sub_panel(const W* w, std::int64_t stride, int count, int lanes, std::int64_t depth, P* panel) {
   constexpr int K = kWord<P>;
   const std::int64_t words = divide_up(depth, K);
-  if constexpr (K == 1) {
+  if constexpr (kFolds<P>) {
     if (lanes == L && folds<P>(count)) {
-      for (int j = 0; j < L / 2; ++j)
-        for (std::int64_t i = 0; i < depth + depth % 2; ++i)
-          panel[i / 2 * L + 2 * j + i % 2] = j < count && i < depth ? to_float(w[j * stride + i]) : 0.0f;
+      std::int64_t i = 0;
+      for (; (i + L) * K <= depth; i += L) {
+        Vec block[L / 2];
+#pragma GCC unroll 16
+        for (int j = 0; j < L / 2; ++j) block[j] = j < count ? load_words<P>(w + j * stride, i) : Vec{};
+        transpose_pairs(block);
+#pragma GCC unroll 16
+        for (int j = 0; j < L / 2; ++j) store(reinterpret_cast<float*>(panel + (i / 2 + j) * L * K), block[j]);
+      }
+      for (; i < round_up(words, 2); ++i)
+        for (int j = 0; j < L / 2; ++j) {
+          P* to = panel + (i / 2 * L + 2 * j + i % 2) * K;
+          if (j < count && i < words)
+            store_word(w + j * stride, i, depth, to);
+          else
+            __builtin_memset(to, 0, 4);
+        }
       return;
     }
   }
@@ -244,64 +261,89 @@ MIDL_INLINE void panel_rows_tile(std::int64_t m, const A* const* rows, std::int6
   panel_remainder<R - 1, V>(m, rows, start, panel, depth, bias, out, ldo, accumulate, ahead);
 }
 
-// acc[r] += element i of row r times that half of a folded word which holds it.
-template <bool Second, int R>
-MIDL_INLINE void add_half(Vec (&acc)[R], const float* const (&a)[R], std::int64_t i, const float* word) {
-  const UVec column = (UVec)load(word);
+// sum + row . column, word by word.
+template <class E>
+MIDL_INLINE Vec add_product(Vec sum, Vec row, Vec column) {
+  if constexpr (sizeof(E) == 2)
+    return add_dot_pairs(sum, (UVec)row, (UVec)column);
+  else
+    return sum + row * column;
+}
+
+// acc[r] += the word at depth i of row r, which the depth may end within, times that half of a folded word which holds it.
+template <bool Second, int R, class E>
+MIDL_INLINE void add_half(Vec (&acc)[R], const E* const (&a)[R], std::int64_t i, std::int64_t depth, const E* word) {
   constexpr std::uint64_t kHalf = Second ? 0xffffffff00000000u : 0x00000000ffffffffu;
   typedef std::uint64_t Pairs __attribute__((vector_size(4 * L)));
-  const Vec half = (Vec)((Pairs)column & kHalf);
+  const Vec half = (Vec)((Pairs)load_words<E>(word, 0) & kHalf);
 #pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) acc[r] += splat(a[r][i]) * half;
+  for (int r = 0; r < R; ++r) {
+    Vec row;
+    if constexpr (sizeof(E) == 2)
+      row = (Vec)splat(i + 2 <= depth ? pair_at(a[r] + i) : std::uint32_t(a[r][i].bits));
+    else
+      row = splat(a[r][i]);
+    acc[r] = add_product<E>(acc[r], row, half);
+  }
 }
 
 // out[r] (+)= the segments of rows[r] . a folded sub-panel, from its word at `panel` on; `second`: from that word's second
 // half. Without `accumulate` it starts from `bias` (or 0).
-template <int R>
-[[gnu::noinline]] void folded_tile(const float* const* rows, const Segment* segments, std::int64_t count,
-                                   const float* panel, bool second, const float* bias, float* out, std::int64_t ldo,
-                                   bool accumulate, Ahead ahead) {
-  Vec acc[R] = {};
+template <int R, class E>
+[[gnu::noinline]] void folded_tile(const E* const* rows, const Segment* segments, std::int64_t count, const E* panel,
+                                   bool second, const float* bias, float* out, std::int64_t ldo, bool accumulate,
+                                   Ahead ahead) {
+  constexpr int K = kWord<E>;
+  // Two sums in flight, or few rows would wait for the last product.
+  Vec acc[R] = {}, other[R] = {};
   for (std::int64_t s = 0; s < count; ++s) {
-    const float* a[R];
+    const E* a[R];
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) a[r] = rows[r] + segments[s].start;
     std::int64_t i = 0;
     const std::int64_t depth = segments[s].length;
     if (second && depth > 0) {
-      add_half<true>(acc, a, i++, panel);
-      panel += L, second = false;
+      add_half<true>(acc, a, i, depth, panel);
+      i += K, panel += L * K, second = false;
     }
     // As in add_words: an address is read once for several words.
     constexpr int U = 4;
-    for (; i + 2 * U <= depth; i += 2 * U, panel += U * L) {
+    for (; i + 2 * U * K <= depth; i += 2 * U * K, panel += U * L * K) {
       Vec column[U];
 #pragma GCC unroll 16
-      for (int u = 0; u < U; ++u) column[u] = load(panel + u * L);
+      for (int u = 0; u < U; ++u) column[u] = load_words<E>(panel + u * L * K, 0);
       if (ahead.from) {
 #pragma GCC unroll 16
         for (int u = 0; u < U; ++u, ahead.from += 2 * ahead.step) __builtin_prefetch(ahead.from, 0, 2);
       }
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
-        const float* row = a[r] + i;
+        const E* row = a[r] + i;
 #pragma GCC unroll 16
-        for (int u = 0; u < U; ++u) acc[r] += splat_pair(row + 2 * u) * column[u];
+        for (int u = 0; u < U; u += 2) {
+          acc[r] = add_product<E>(acc[r], splat_pair(row + 2 * K * u), column[u]);
+          other[r] = add_product<E>(other[r], splat_pair(row + 2 * K * (u + 1)), column[u + 1]);
+        }
       }
     }
-    for (; i + 2 <= depth; i += 2, panel += L) {
-      const Vec column = load(panel);
+    for (; i + 2 * K <= depth; i += 2 * K, panel += L * K) {
+      const Vec column = load_words<E>(panel, 0);
 #pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) acc[r] += splat_pair(a[r] + i) * column;
+      for (int r = 0; r < R; ++r) acc[r] = add_product<E>(acc[r], splat_pair(a[r] + i), column);
     }
     if (i < depth) {
-      add_half<false>(acc, a, i, panel);
-      second = true;
+      add_half<false>(acc, a, i, depth, panel);
+      i += K, second = true;
+    }
+    if (i < depth) {
+      add_half<true>(acc, a, i, depth, panel);
+      panel += L * K, second = false;
     }
   }
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
-    const Vec sum = take_alternate<false>(acc[r], acc[r]) + take_alternate<true>(acc[r], acc[r]);
+    const Vec both = acc[r] + other[r];
+    const Vec sum = take_alternate<false>(both, both) + take_alternate<true>(both, both);
     float* to = out + r * ldo;
     store(to, accumulate ? load(to) + sum : bias ? load(bias) + sum : sum);
   }
@@ -361,7 +403,7 @@ void panel_slice(const A* const* rows, std::int64_t m, const P* panel, std::int6
   }
   if (wide >= count) return;
   const std::int64_t narrow_tiles = divide_up(m, R1), narrow_even = divide_up(m, narrow_tiles ? narrow_tiles : 1);
-  if constexpr (sizeof(A) == 4 && sizeof(P) == 4) {
+  if constexpr (sizeof(A) == sizeof(P) && kFolds<P>) {
     if (folds<P>(count - wide)) {
       const Segment segment{start, depth};
       for (std::int64_t r = 0; r < m; r += narrow_even)
@@ -386,8 +428,18 @@ inline void widen_slice(const bf16* panel, std::int64_t panel_depth, std::int64_
     const bf16* from = panel + first * panel_depth + offset * lanes;
     float* to = slice + first * depth;
     if (lanes == L && folds<float>(count - first)) {
-      // Pairs lie side by side there too.
-      for (std::int64_t i = 0; i < depth; i += 2) store(to + i / 2 * L, load(from + i * lanes));
+      // Pairs lie side by side in a word and in a folded one; where the panel is folded as well, words of even number lie in
+      // its even lanes.
+      for (std::int64_t i = 0; i < depth; i += 2) {
+        const bf16* pairs = from + i * lanes;
+        bf16 even[L];
+        if constexpr (kFolds<bf16>) {
+          pairs = even;
+          for (int j = 0; j < L / 2; ++j)
+            __builtin_memcpy(even + 2 * j, from + i / 4 * (2 * L) + (2 * j + i / 2 % 2) * 2, 4);
+        }
+        store(to + i / 2 * L, load(pairs));
+      }
       return;
     }
     for (std::int64_t i = 0; i < depth; i += 2)

@@ -258,12 +258,12 @@ void test_forward(const Kernels& kernels, const Case& c) {
     if (packed) {
       midl::LinearPack call = parameters;
       call.packed_light = packed_light.data();
-      if (kernels.wants_weight_panels(s.rows, s.groups, s.k, s.group_size)) call.packed_weight = packed_weight.data();
+      if (kernels.wants_weight_panels(c.storage, s.rows, s.groups, s.k, s.group_size)) call.packed_weight = packed_weight.data();
       kernels.pack(call);
     }
     Tensor y(c.storage, s.rows * s.neurons());
     vector<std::int32_t> selected(std::size_t(s.blocks() * s.k), -2);
-    const bool weight_panels = packed && kernels.wants_weight_panels(s.rows, s.groups, s.k, s.group_size);
+    const bool weight_panels = packed && kernels.wants_weight_panels(c.storage, s.rows, s.groups, s.k, s.group_size);
     kernels.linear_forward({
         .storage = c.storage, .x = layer.x.data(), .x_stride = s.depth, .rows = s.rows, .depth = s.depth,
         .neurons = s.neurons(), .rank = s.rank, .groups = s.groups, .selected_groups = s.k, .threshold = c.threshold,
@@ -360,7 +360,7 @@ void test_convolution(const Kernels& kernels, Storage storage, bool channels_las
       .gate_weight = c.light_gate ? nullptr : layer.gate_weight.data(), .packed_light = nullptr,
       .packed_weight = nullptr, .threads = 1};
   const midl::PackedSizes sizes = kernels.packed_sizes(parameters);
-  const bool panels = kernels.wants_weight_panels(s.rows, s.groups, s.k, s.group_size);
+  const bool panels = kernels.wants_weight_panels(c.storage, s.rows, s.groups, s.k, s.group_size);
   Tensor packed_light(c.storage, sizes.light), packed_weight(c.storage, sizes.weight);
   parameters.packed_light = packed_light.data();
   if (panels) parameters.packed_weight = packed_weight.data();
@@ -441,6 +441,7 @@ void test(const Kernels& kernels) {
       // rows depth groups x size rank k span
       {1, 1, 1, 1, 1, 1, 1},       {1, 1, 3, 32, 1, 2, 1},     {3, 17, 17, 1, 5, 8, 1},     {1, 100, 40, 1, 7, 18, 1},
       {13, 40, 6, 2, 7, 3, 1},     {13, 41, 60, 5, 7, 27, 1},  {9, 63, 7, 9, 6, 3, 1},      {17, 100, 6, 16, 31, 3, 1},
+      {13, 43, 9, 4, 7, 4, 1},     {29, 1037, 9, 8, 7, 4, 1},  {8, 50, 11, 6, 3, 5, 2},
       {1, 1030, 5, 16, 9, 2, 1},   {2, 1027, 3, 32, 8, 2, 1},  {37, 130, 5, 32, 33, 2, 1},  {8, 65, 3, 48, 4, 2, 1},
       {5, 33, 2, 100, 6, 1, 1},    {11, 20, 6, 8, 4, 2, 3},    {40, 24, 3, 40, 4, 3, 7},    {61, 19, 33, 3, 3, 1, 1},
       {7, 2050, 2, 64, 3, 1, 1},
@@ -465,6 +466,12 @@ void test(const Kernels& kernels) {
           const Case c{{0, 0, 5, channels == 16 ? 3 : 32, 6, 2, stride == 1 ? 1 : 0}, Storage::float32, channels_last, false,
                        channels == 37 ? 0.4f : kNone};
           test_convolution(kernels, storage, channels_last, channels, 3, stride, 3 - stride, c);
+          for (const int64_t size : {2, 4, 8})
+            test_convolution(kernels, storage, channels_last, channels, 3, stride, 3 - stride,
+                             {{0, 0, 7, size, 3, 3, 1}, Storage::float32, false, true, kNone});
+          // Passes that end within a folded word.
+          test_convolution(kernels, storage, channels_last, 34, 5, stride, 3 - stride,
+                           {{0, 0, 2, 16, 4, 1, 1}, Storage::float32, false, true, kNone});
           if (channels == 16)
             test_convolution(kernels, storage, channels_last, 50, 3, stride, 3 - stride,
                              {{0, 0, 3, 16, 5, 1, 1}, Storage::float32, true, true, kNone});

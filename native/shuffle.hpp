@@ -54,4 +54,19 @@ MIDL_INLINE void transpose(Vec (&v)[L]) {
   if constexpr (H > 1) transpose<H / 2>(v);
 }
 
+// Lanes 2 j and 2 j + 1 of v[i] and lanes 2 i and 2 i + 1 of v[j] change places.
+template <int H = L / 2>
+MIDL_INLINE void transpose_pairs(Vec (&v)[L / 2]) {
+  if constexpr (H >= 2) {
+#pragma GCC unroll 16
+    for (int i = 0; i < L / 2; ++i) {
+      if (i & (H / 2)) continue;
+      const Vec a = v[i], b = v[i + H / 2];
+      v[i] = lower_halves<H>(a, b);
+      v[i + H / 2] = upper_halves<H>(a, b);
+    }
+    transpose_pairs<H / 2>(v);
+  }
+}
+
 }  // namespace

@@ -39,8 +39,9 @@ MIDL_INLINE IVec splat(std::int32_t value) { return value - IVec{}; }
 
 MIDL_INLINE UVec splat(std::uint32_t value) { return value - UVec{}; }
 
-// Two values that lie side by side, again and again: bits as they are.
-MIDL_INLINE Vec splat_pair(const float* p) {
+// Two words that lie side by side, again and again: bits as they are.
+template <class T>
+MIDL_INLINE Vec splat_pair(const T* p) {
   typedef std::int64_t Pairs __attribute__((vector_size(4 * L)));
   std::int64_t pair;
   __builtin_memcpy(&pair, p, 8);

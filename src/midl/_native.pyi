@@ -33,8 +33,10 @@ def convolution_backward(
     positions: int, span: int, weight: int, selected: int, gate: int, code: int, light_up: int, hard: bool,
     grad_light: int, grad_x: int, accumulate: bool, grad_logits: int, grad_weight: int, threads: int,
 ) -> None: ...  # fmt: skip
-def packed_sizes(depth: int, neurons: int, rank: int, groups: int) -> tuple[int, int]: ...
-def wants_weight_panels(rows: int, groups: int, selected_groups: int, group_size: int) -> bool: ...
+def packed_sizes(bfloat16: bool, depth: int, neurons: int, rank: int, groups: int) -> tuple[int, int]: ...
+def wants_weight_panels(
+    bfloat16: bool, rows: int, groups: int, selected_groups: int, group_size: int
+) -> bool: ...  # fmt: skip
 def pack(
     bfloat16: bool, depth: int, neurons: int, rank: int, groups: int, weight: int, light_down: int, light_up: int,
     gate_weight: int, packed_light: int, packed_weight: int, threads: int,

@@ -65,7 +65,7 @@ def check(tensors: dict[str, Any], k: int, group_size: int, **options: Any) -> N
 @pytest.mark.parametrize("dtype", LIMITS)
 @pytest.mark.parametrize("gate", ["projection", "light"])
 @pytest.mark.parametrize("rule", ["sigmoid", "hard"])
-@pytest.mark.parametrize("group_size", [1, 2, 5, 16, 32, 48])
+@pytest.mark.parametrize("group_size", [1, 2, 3, 5, 8, 16, 32, 48])
 def test_output_and_selection_equal_the_reference(instruction_set, dtype, gate, rule, group_size):
     tensors = random_tensors((13, 40), (group_size * 6, 40), 7, group_size, gate=gate, dtype=dtype)
     check(tensors, 3, group_size, rule=rule)

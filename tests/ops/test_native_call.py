@@ -60,7 +60,7 @@ def make(group_size=16, **choices):
 @pytest.mark.parametrize("kernels", ["native", "dense"])
 @pytest.mark.parametrize("dtype", LIMITS)
 @pytest.mark.parametrize(("gate", "interpolation"), [("projection", "sigmoid"), ("light", "hard")])
-@pytest.mark.parametrize("group_size", [1, 2, 16, 64])
+@pytest.mark.parametrize("group_size", [1, 2, 4, 8, 16, 64])
 def test_a_prepared_call_has_the_general_paths_bits(kernels, dtype, gate, interpolation, group_size):
     layer = make(group_size, gate=gate, interpolation=interpolation, dtype=dtype, bias=group_size != 2)
     with midl.kernels(kernels):

@@ -57,7 +57,7 @@ def check(tensors, k, group_size, **choices):
 @pytest.mark.parametrize("dtype", LIMITS)
 @pytest.mark.parametrize("gate", ["projection", "light"])
 @pytest.mark.parametrize("rule", ["sigmoid", "hard"])
-@pytest.mark.parametrize("group_size", [1, 5, 16, 32, 48])
+@pytest.mark.parametrize("group_size", [1, 3, 5, 8, 16, 32, 48])
 def test_output_and_selection_equal_the_reference(instruction_set, dtype, gate, rule, group_size):
     shape = (group_size * 6, 12, 3, 3)
     check(random_tensors((2, 12, 5, 7), shape, 7, group_size, gate=gate, dtype=dtype), 3, group_size, rule=rule)

@@ -175,7 +175,7 @@ def linear(
     keeps = rows < _ROWS_THAT_PACK_THEMSELVES
     light, wide = packed_panels(
         _native, weight, light_down, light_up, gate_weight, group_size, light=keeps,
-        wide=keeps and full is None and _native.wants_weight_panels(rows, n // group_size, k, group_size),
+        wide=keeps and full is None and wants_weight_panels(x.dtype, rows, n // group_size, k, group_size),
     )  # fmt: skip
     _native.linear_forward(
         x.dtype == torch.bfloat16, x.data_ptr(), stride, rows, depth, n, light_down.shape[0],
@@ -214,9 +214,9 @@ def multiplies_as_is(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and _native.dot_pairs())
 
 
-def wants_weight_panels(rows: int, groups: int, k: int, group_size: int) -> bool:
-    """Return whether a forward call of these sizes reads the weight's panels."""
-    return _native.wants_weight_panels(rows, groups, k, group_size)
+def wants_weight_panels(dtype: torch.dtype, rows: int, groups: int, k: int, group_size: int) -> bool:
+    """Return whether a forward call of these sizes with weights of ``dtype`` reads the weight's panels."""
+    return _native.wants_weight_panels(dtype == torch.bfloat16, rows, groups, k, group_size)
 
 
 def prepare_linear(

@@ -91,7 +91,7 @@ def _prepare_linear(packed: Packed, x: Tensor, parameters: dict[str, Any], confi
     )
     if run not in (native.linear, dense.linear):
         return None
-    wide = run is native.linear and native.wants_weight_panels(rows, groups, k, config.group_size)
+    wide = run is native.linear and native.wants_weight_panels(x.dtype, rows, groups, k, config.group_size)
     if wide and packed.weight is None:
         return None
     prepared = native.prepare_linear(packed, parameters, k, config, wide=wide, dense=run is dense.linear)
@@ -124,7 +124,7 @@ def _prepare_conv2d(packed: Packed, x: Tensor, parameters: dict[str, Any], confi
         product = functools.partial(_dense_product, window)
     elif (
         run is not native.convolution
-        or not native.wants_weight_panels(1, groups, k, config.group_size)
+        or not native.wants_weight_panels(x.dtype, 1, groups, k, config.group_size)
         or packed.weight is None
     ):
         return None

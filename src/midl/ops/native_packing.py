@@ -178,12 +178,13 @@ def pack(
     """
     n, depth = weight.shape
     sizes = (depth, n, light_down.shape[0], n // group_size)
-    light_size, weight_size = kernels.packed_sizes(*sizes)
+    bfloat16 = weight.dtype == torch.bfloat16
+    light_size, weight_size = kernels.packed_sizes(bfloat16, *sizes)
     allocate = weight.new_zeros if clean else weight.new_empty
     light_panels = allocate(light_size) if light else None
     weight_panels = allocate(weight_size) if wide else None
     kernels.pack(
-        weight.dtype == torch.bfloat16, *sizes, weight.data_ptr(), light_down.data_ptr(), light_up.data_ptr(),
+        bfloat16, *sizes, weight.data_ptr(), light_down.data_ptr(), light_up.data_ptr(),
         0 if gate_weight is None else gate_weight.data_ptr(), 0 if light_panels is None else light_panels.data_ptr(),
         0 if weight_panels is None else weight_panels.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip

@@ -30,7 +30,7 @@ def runs_on_panels(parameters: dict[str, Any], group_size: int) -> bool:
         native.takes(weight, weight)
         and all(t.is_contiguous() and t.dtype == weight.dtype and t.device == weight.device for t in tensors)
         and (parameters["gate_weight"] is not None or weight.dtype == torch.float32)
-        and native.wants_weight_panels(1, weight.shape[0] // group_size, 1, group_size)
+        and native.wants_weight_panels(weight.dtype, 1, weight.shape[0] // group_size, 1, group_size)
     )
 
 
