@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import midl
 from midl.lab.bench.parity import LIMITS, Parity, compare_selection, error_ratio
 from midl.layers.base import MIDLayer, observers
+from midl.ops.conv2d import output_positions
 from midl.ops.dispatch import resolve
 
 __all__ = ["check_forward", "contender_name", "count_flops", "implementation", "make_conv2d", "make_linear", "traffic"]
@@ -66,7 +67,11 @@ def implementation(layer: MIDLayer, x: Tensor, kernel: str, *, backward: bool = 
     """
     op = "linear" if isinstance(layer, midl.MIDLinear) else "conv2d"
     c = layer.config
-    call = {"weight": layer.weight, "k": layer.num_selected, "group_size": c.group_size, "span": c.span}
+    call: dict[str, Any] = {
+        "weight": layer.weight, "k": layer.num_selected, "group_size": c.group_size, "span": c.span
+    }  # fmt: skip
+    if isinstance(layer, midl.MIDConv2d):
+        call["positions"] = output_positions(x, layer.weight, layer.stride, layer.padding, layer.dilation)
     with midl.kernels(kernel):
         names = [_implementation_name(resolve(op, x, **call))]
         if backward:

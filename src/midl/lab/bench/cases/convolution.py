@@ -1,4 +1,4 @@
-"""Forward pass of the convolution against nn.Conv2d, plain and compiled, in both memory formats (float32)."""
+"""Forward pass of the convolution against nn.Conv2d, plain and compiled, in both memory formats and precisions."""
 
 from __future__ import annotations
 
@@ -36,15 +36,16 @@ SHAPES = ((64, 32), (128, 16), (256, 8), (256, 16))  # channels and side of the 
 @register
 def cases() -> Iterator[Case]:
     """Yield 3 x 3 convolutions, 64 to 256 channels on maps of 32^2 to 8^2, batch 1, 16 and 128."""
-    for channels, size in SHAPES:
-        for batch in (1, 16, 128):
-            if channels * size * batch <= 256 * 8 * 128:  # the largest would take a minute of its own
-                yield _case(channels, size, batch, quick=(channels, batch) == (128, 16))
+    for dtype in (torch.float32, torch.bfloat16):
+        for channels, size in SHAPES:
+            for batch in (1, 16, 128):
+                if channels * size * batch <= 256 * 8 * 128:  # the largest would take a minute of its own
+                    quick = (channels, batch, dtype) == (128, 16, torch.float32)
+                    yield _case(channels, size, batch, dtype, quick=quick)
 
 
-def _case(channels: int, size: int, batch: int, *, quick: bool) -> Case:
+def _case(channels: int, size: int, batch: int, dtype: torch.dtype, *, quick: bool) -> Case:
     def measure(session: Session, case: Case) -> list[Row]:
-        dtype = torch.float32
         shape = (batch, channels, size, size)
         with torch.no_grad():
             inputs = fresh_inputs(*shape, dtype=dtype)
@@ -57,7 +58,7 @@ def _case(channels: int, size: int, batch: int, *, quick: bool) -> Case:
             if session.compile:
                 name = "compiled, channels last, frozen"
                 contest.add(name, lambda: _dense(contest, name, last, functools.partial(_compiled, example=last[0])))
-            for kernel, group_size in itertools.product(session.kernels, (16, 32)):
+            for kernel, group_size in itertools.product(session.kernels, (8, 16, 32)):
                 name_ours = contender_name(kernel, G=group_size, active=ACTIVE)
                 contest.add(name_ours, functools.partial(_midl, contest, kernel, group_size, last))
             rows = hold(contest, session, case)
@@ -65,8 +66,9 @@ def _case(channels: int, size: int, batch: int, *, quick: bool) -> Case:
             free_compiled()
         return rows
 
-    params = {"dtype": "float32", "channels": channels, "map": size, "kernel_size": KERNEL, "batch": batch}
-    return Case("convolution/float32", f"{channels}x{size}x{size}/batch{batch}", measure, quick, params)
+    name_of_dtype = str(dtype).removeprefix("torch.")
+    params = {"dtype": name_of_dtype, "channels": channels, "map": size, "kernel_size": KERNEL, "batch": batch}
+    return Case(f"convolution/{name_of_dtype}", f"{channels}x{size}x{size}/batch{batch}", measure, quick, params)
 
 
 def channels_last(conv: nn.Conv2d) -> nn.Conv2d:
@@ -81,7 +83,8 @@ def _compiled(conv: nn.Conv2d, example: Tensor) -> Callable[..., Any]:
 def _dense(contest: Contest, name: str, inputs: list[Tensor], of_layer: Callable[[nn.Conv2d], Any]) -> Contender:
     channels, copies = inputs[0].shape[1], contest.cold.copies
     convs = [
-        nn.Conv2d(channels, channels, KERNEL, padding=KERNEL // 2).eval().requires_grad_(False) for _ in range(copies)
+        nn.Conv2d(channels, channels, KERNEL, padding=KERNEL // 2, dtype=inputs[0].dtype).eval().requires_grad_(False)
+        for _ in range(copies)
     ]
     calls = [of_layer(conv) for conv in convs]
 
