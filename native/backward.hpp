@@ -3,6 +3,9 @@
 //
 // The gate's gradient needs the sum over a group of grad_y * f. With u = grad_y . W of the group, which grad_x needs
 // anyway, that sum is u . x: the full path is not computed a second time.
+//
+// E is the type of grad_y, x and weight: float32, or bfloat16 where there are dot products for it, whose words are two
+// neighbouring neurons of a group (gradient of x) or two members of it (gradient of weight).
 #pragma once
 
 #include "forward.hpp"
@@ -62,24 +65,29 @@ struct Members {
   }
 };
 
+template <class E>
 struct BackwardPlan {
   const midl::LinearBackward& call;
+  const E *grad_y, *x, *weight;
+  E* grad_light;
   Blocks blocks;
-  std::int64_t group_size, entries;
+  std::int64_t group_size, scaled_size, entries;
   Members members;
-  float* scaled;       // (entries, group_size): grad_y of the full path, member by member
+  E* scaled;           // (entries, scaled_size): grad_y of the full path, member by member, zeros behind the group
   float* light_sum;    // (entries): sum over the group of grad_y * l
   float* full_sum;     // (kDepthShares, entries): sum over the group of grad_full * f, over a share of the depth
 
   explicit BackwardPlan(const midl::LinearBackward& c)
-      : call(c), blocks(c.rows, c.positions, c.span), group_size(c.neurons / c.groups),
-        entries(c.rows * c.selected_groups) {}
+      : call(c), grad_y(static_cast<const E*>(c.grad_y)), x(static_cast<const E*>(c.x)),
+        weight(static_cast<const E*>(c.weight)), grad_light(static_cast<E*>(c.grad_light)),
+        blocks(c.rows, c.positions, c.span), group_size(c.neurons / c.groups),
+        scaled_size(round_up(group_size, kWord<E>)), entries(c.rows * c.selected_groups) {}
 
   void carve(Carver& memory) {
     members.first = memory.take<std::int64_t>(call.groups + 2);
     members.row = memory.take<std::int32_t>(entries);
     members.slot = memory.take<std::int32_t>(entries);
-    scaled = memory.take<float>(entries * group_size);
+    scaled = memory.take<E>(entries * scaled_size);
     light_sum = memory.take<float>(entries);
     full_sum = memory.take<float>(kDepthShares * entries);
   }
@@ -91,24 +99,29 @@ struct BackwardPlan {
 // share a few cache sets.
 MIDL_INLINE std::int64_t block_stride(std::int64_t width) { return round_up(width, kOuterColumns) + 16; }
 
+template <class E>
 struct BackwardMemory {
   const float** rows;
-  float *slice, *light, *inputs, *gradients, *weights;
+  float *slice, *light, *gradients, *weights;
+  E* inputs;
+  std::uint32_t* pairs;
 
-  BackwardMemory(Carver& memory, const BackwardPlan& plan) {
+  BackwardMemory(Carver& memory, const BackwardPlan<E>& plan) {
     rows = memory.take<const float*>(kBackwardRows);
     slice = memory.take<float>(slice_floats());
     light = memory.take<float>(kBackwardRows * kPanelWidth);
     const std::int64_t rows = lesser(plan.call.rows, kBackwardRows);
-    inputs = memory.take<float>(rows * block_stride(kColumnBlock));
+    inputs = memory.take<E>(rows * block_stride(kColumnBlock));
     gradients = memory.take<float>(rows * block_stride(kColumnBlock));
     weights = memory.take<float>(plan.group_size * block_stride(kColumnBlock));
+    pairs = memory.take<std::uint32_t>(sizeof(E) == 2 ? divide_up(rows, 2) * plan.group_size : 0);
   }
 };
 
 // Split grad_y of one group's members into the shares of full and light path, and sum grad_y * l over the group. The
 // others' share is the light path's alone: grad_light begins as a copy.
-void split_gradient(const BackwardPlan& plan, BackwardMemory& memory, std::int64_t group) {
+template <class E>
+void split_gradient(const BackwardPlan<E>& plan, BackwardMemory<E>& memory, std::int64_t group) {
   const auto& c = plan.call;
   const std::int64_t size = plan.group_size, first = group * size;
   const std::int64_t end = plan.members.first[group + 1];
@@ -126,24 +139,25 @@ void split_gradient(const BackwardPlan& plan, BackwardMemory& memory, std::int64
       for (std::int64_t i = 0; i < m; ++i) {
         const std::int64_t at = plan.members.row[e + i] * c.neurons + first + part;
         const float weight = plan.weight_of(e + i);
-        float* scaled = plan.scaled + (e + i) * size + part;
+        E* scaled = plan.scaled + (e + i) * plan.scaled_size + part;
         const float* light = memory.light + i * kPanelWidth;
         Vec lanes = {};
         std::int64_t j = 0;
         for (; j + L <= width; j += L) {
-          const Vec grad = load(c.grad_y + at + j);
+          const Vec grad = load(plan.grad_y + at + j);
           lanes += grad * load(light + j);
-          store(scaled + j, grad * weight);
-          store(c.grad_light + at + j, grad * (1 - weight));
+          store_as(scaled + j, grad * weight);
+          store_as(plan.grad_light + at + j, grad * (1 - weight));
         }
         float total = 0;
         for (int lane = 0; lane < L; ++lane) total += lanes[lane];
         for (; j < width; ++j) {
-          const float grad = c.grad_y[at + j];
+          const float grad = to_float(plan.grad_y[at + j]);
           total += grad * light[j];
-          scaled[j] = grad * weight;
-          c.grad_light[at + j] = grad * (1 - weight);
+          store_as(scaled + j, grad * weight);
+          store_as(plan.grad_light + at + j, grad * (1 - weight));
         }
+        if (part + width == size && plan.scaled_size > size) store_as(scaled + width, 0.0f);
         plan.light_sum[e + i] += total;
       }
     }
@@ -151,36 +165,67 @@ void split_gradient(const BackwardPlan& plan, BackwardMemory& memory, std::int64
 }
 
 // Copy `width` columns, padded with zeros to a multiple of `step`.
-MIDL_INLINE void copy_columns(const float* from, std::int64_t width, std::int64_t step, float* to) {
-  copy_floats(from, width, to);
-  for (std::int64_t j = width; j < round_up(width, step); ++j) to[j] = 0;
+template <class E>
+MIDL_INLINE void copy_columns(const E* from, std::int64_t width, std::int64_t step, E* to) {
+  copy_elements(from, width, to);
+  for (std::int64_t j = width; j < round_up(width, step); ++j) to[j] = E{};
+}
+
+// A group's words over some columns: neurons as they are, or two and two, zeros behind the last.
+template <class E>
+void gather_weights(const E* from, std::int64_t size, std::int64_t depth, std::int64_t width, float* to, std::int64_t stride) {
+  if constexpr (sizeof(E) == 4) {
+    for (std::int64_t j = 0; j < size; ++j) copy_columns(from + j * depth, width, kOuterColumns, to + j * stride);
+  } else {
+    for (std::int64_t j = 0; j < size; j += 2, to += stride) {
+      const E *first = from + j * depth, *second = first + depth;
+      const bool pair = j + 1 < size;
+      std::int64_t i = 0;
+      for (; i + 2 * L <= width; i += 2 * L) {
+        const Halves a = (Halves)load_pairs(first + i), b = pair ? (Halves)load_pairs(second + i) : Halves{};
+        store(to + i, (Vec)join_halves<false>(a, b));
+        store(to + i + L, (Vec)join_halves<true>(a, b));
+      }
+      for (; i < width; ++i)
+        to[i] = __builtin_bit_cast(float, std::uint32_t(first[i].bits) | (pair ? std::uint32_t(second[i].bits) << 16 : 0));
+      for (; i < round_up(width, kOuterColumns); ++i) to[i] = 0;
+    }
+  }
+}
+
+template <class E>
+MIDL_INLINE Vec splat_word(const E* p) {
+  if constexpr (sizeof(E) == 2)
+    return (Vec)splat(pair_at(p));
+  else
+    return splat(*p);
 }
 
 // u = grad_full of R members . kOuterVectors vectors of columns of their group's weights, for all columns of a block; then
-// grad_x += u, sums += u . x. Weights and rows have the same stride.
-template <int R>
-[[gnu::noinline]] void input_tile(const float* scaled, std::int64_t size, const float* weights, const std::int32_t* rows,
-                                  const float* x, float* grad_x, std::int64_t stride, std::int64_t width, float* sums) {
+// grad_x += u, sums += u . x. `size` elements are whole words. Weights and rows have the same stride.
+template <int R, class E>
+[[gnu::noinline]] void input_tile(const E* scaled, std::int64_t size, const float* weights, const std::int32_t* rows,
+                                  const E* x, float* grad_x, std::int64_t stride, std::int64_t width, float* sums) {
   constexpr int V = kOuterVectors;
   Vec sum[L] = {};
   for (std::int64_t i = 0; i < width; i += V * L) {
     Vec acc[R][V] = {};
     const float* b = weights + i;
 #pragma GCC unroll 4
-    for (std::int64_t k = 0; k < size; ++k, b += stride) {
+    for (std::int64_t k = 0; k < size; k += kWord<E>, b += stride) {
       Vec column[V];
 #pragma GCC unroll 16
       for (int v = 0; v < V; ++v) column[v] = load(b + v * L);
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
-        const Vec value = splat(scaled[r * size + k]);
+        const Vec value = splat_word(scaled + r * size + k);
 #pragma GCC unroll 16
-        for (int v = 0; v < V; ++v) acc[r][v] += value * column[v];
+        for (int v = 0; v < V; ++v) acc[r][v] = add_product<E>(acc[r][v], value, column[v]);
       }
     }
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      const float* from = x + rows[r] * stride + i;
+      const E* from = x + rows[r] * stride + i;
       float* to = grad_x + rows[r] * stride + i;
 #pragma GCC unroll 16
       for (int v = 0; v < V; ++v) {
@@ -201,11 +246,11 @@ void input_rows(std::int64_t m, Args... args) {
   if constexpr (R > 1) input_rows<R - 1>(m, args...);
 }
 
-void gather_columns(const BackwardPlan& plan, Range rows, std::int64_t col, std::int64_t width, float* block) {
-  const auto& c = plan.call;
+template <class E>
+void gather_columns(const BackwardPlan<E>& plan, Range rows, std::int64_t col, std::int64_t width, E* block) {
   const std::int64_t stride = block_stride(width);
   for (std::int64_t r = rows.begin; r < rows.end; ++r)
-    copy_columns(c.x + r * c.x_stride + col, width, kOuterColumns, block + (r - rows.begin) * stride);
+    copy_columns(plan.x + r * plan.call.x_stride + col, width, kOuterColumns, block + (r - rows.begin) * stride);
 }
 
 // A block of columns of a group's matrix, fetched into the cache share by share while something else is computed.
@@ -228,7 +273,8 @@ struct Fetch {
 };
 
 // grad_x over one share of the depth, and that share of the sums of grad_full * f.
-void grad_input(const BackwardPlan& plan, BackwardMemory& memory, std::int64_t share) {
+template <class E>
+void grad_input(const BackwardPlan<E>& plan, BackwardMemory<E>& memory, std::int64_t share) {
   const auto& c = plan.call;
   const std::int64_t size = plan.group_size;
   const Range columns = plan.share(share);
@@ -245,16 +291,18 @@ void grad_input(const BackwardPlan& plan, BackwardMemory& memory, std::int64_t s
         const std::int64_t begin = plan.members.find_row(plan.members.first[g], last, start);
         const std::int64_t end = plan.members.find_row(begin, last, stop);
         if (begin == end) continue;
-        for (std::int64_t j = 0; j < size; ++j)
-          copy_columns(c.weight + (g * size + j) * c.depth + col, width, kOuterColumns, memory.weights + j * stride);
-        const float* next = g + 1 < c.groups ? c.weight + (g + 1) * size * c.depth + col : nullptr;
-        const Fetch fetch{reinterpret_cast<const char*>(next), c.depth * 4, size, width * 4, false};
+        gather_weights(plan.weight + g * size * c.depth + col, size, c.depth, width, memory.weights, stride);
+        const E* next = g + 1 < c.groups ? plan.weight + (g + 1) * size * c.depth + col : nullptr;
+        constexpr std::int64_t kBytes = sizeof(E);
+        const Fetch fetch{reinterpret_cast<const char*>(next), c.depth * kBytes, size, width * kBytes, false};
         const std::int64_t tiles = divide_up(end - begin, kOuterRows);
         for (std::int64_t e = begin; e < end; e += kOuterRows) {
           fetch.share((e - begin) / kOuterRows, tiles);
-          input_rows(lesser(kOuterRows, end - e), plan.scaled + e * size, size, memory.weights,
-                                    plan.members.row + e, memory.inputs - start * stride,
-                                    memory.gradients - start * stride, stride, width, sums + e);
+          input_rows(lesser(kOuterRows, end - e), static_cast<const E*>(plan.scaled + e * plan.scaled_size),
+                     plan.scaled_size, static_cast<const float*>(memory.weights),
+                     static_cast<const std::int32_t*>(plan.members.row + e),
+                     static_cast<const E*>(memory.inputs - start * stride), memory.gradients - start * stride, stride,
+                     width, sums + e);
         }
       }
       for (std::int64_t r = start; r < stop; ++r)
@@ -264,7 +312,8 @@ void grad_input(const BackwardPlan& plan, BackwardMemory& memory, std::int64_t s
 }
 
 // Gradient of the logits of one group's members, summed over the rows of a block.
-void grad_gate(const BackwardPlan& plan, std::int64_t group) {
+template <class E>
+void grad_gate(const BackwardPlan<E>& plan, std::int64_t group) {
   const auto& c = plan.call;
   const std::int64_t begin = plan.members.first[group], end = plan.members.first[group + 1];
   for (std::int64_t e = begin; e < end; ++e) c.grad_logits[plan.members.slot[e]] = 0;
@@ -309,16 +358,67 @@ template <int R>
   }
 }
 
+// The same for bfloat16, two members at once; pairs[k / 2][j] holds scaled[k][j] and scaled[k + 1][j], zero behind the last.
+template <int R>
+[[gnu::noinline]] void weight_tile(const std::uint32_t* pairs, std::int64_t size, const bf16* x, std::int64_t stride,
+                                   const std::int32_t* rows, std::int64_t members, float* sums, bool accumulate) {
+  constexpr int V = kOuterVectors / 2 * 2;
+  Vec acc[R][V];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) acc[r][v] = accumulate ? load(sums + r * stride + v * L) : Vec{};
+  }
+  for (std::int64_t k = 0; k < members; k += 2, pairs += size) {
+    const bf16* a = x + rows[k] * stride;
+    UVec column[V];
+    if (k + 1 < members) {
+      const bf16* b = x + rows[k + 1] * stride;
+#pragma GCC unroll 16
+      for (int v = 0; v < V; v += 2) {
+        const Halves first = (Halves)load_pairs(a + v * L), second = (Halves)load_pairs(b + v * L);
+        column[v] = join_halves<false>(first, second);
+        column[v + 1] = join_halves<true>(first, second);
+      }
+    } else {
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) column[v] = (UVec)load(a + v * L) >> 16;
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const UVec value = splat(pairs[r]);
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) acc[r][v] = add_dot_pairs(acc[r][v], value, column[v]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) store(sums + r * stride + v * L, acc[r][v]);
+  }
+}
+
 template <int R = kOuterRows, class... Args>
 void weight_rows(std::int64_t neurons, Args... args) {
   if (neurons == R) return weight_tile<R>(args...);
   if constexpr (R > 1) weight_rows<R - 1>(neurons, args...);
 }
 
+// Rows of `size` elements, `stride` apart, as words of two rows; zeros behind the last.
+inline void join_rows(const bf16* rows, std::int64_t count, std::int64_t stride, std::int64_t size, std::uint32_t* to) {
+  for (std::int64_t k = 0; k < count; k += 2, rows += 2 * stride, to += size) {
+    const bool pair = k + 1 < count;
+    for (std::int64_t j = 0; j < size; ++j)
+      to[j] = std::uint32_t(rows[j].bits) | (pair ? std::uint32_t(rows[stride + j].bits) << 16 : 0);
+  }
+}
+
 // grad[j][0 .. width) (+)= sum over a group's members k of scaled[k][j] * x[rows[k]] for its `size` neurons; x is a block
-// of columns, `sums` has room for (size, block_stride(width)).
-void grad_group(const float* scaled, std::int64_t size, const float* x, const std::int32_t* rows, std::int64_t members,
+// of columns, `sums` has room for (size, block_stride(width)). S is float, or words of two members' bfloat16.
+template <class S, class E>
+void grad_group(const S* scaled, std::int64_t size, const E* x, const std::int32_t* rows, std::int64_t members,
                 std::int64_t width, float* sums, float* grad, std::int64_t grad_stride, bool accumulate) {
+  constexpr std::int64_t kMembers = kWord<E>;  // in a row of `scaled`
   const std::int64_t stride = block_stride(width), tiles = divide_up(size, kOuterRows);
   const Fetch fetch{reinterpret_cast<const char*>(grad), grad_stride * 4, size, width * 4, true};
   const std::int64_t shares = tiles * divide_up(width, kOuterColumns);
@@ -329,8 +429,8 @@ void grad_group(const float* scaled, std::int64_t size, const float* x, const st
       for (std::int64_t t = 0; t < tiles; ++t) {
         const std::int64_t j = size * t / tiles;
         if (item < shares) fetch.share(item++, shares);
-        weight_rows(size * (t + 1) / tiles - j, scaled + done * size + j, size, x + i, stride, rows + done, some,
-                    sums + j * stride + i, done > 0);
+        weight_rows(size * (t + 1) / tiles - j, scaled + done / kMembers * size + j, size, x + i, stride,
+                    rows + done, some, sums + j * stride + i, done > 0);
       }
     done += some;
   } while (done < members);
@@ -346,7 +446,8 @@ void grad_group(const float* scaled, std::int64_t size, const float* x, const st
 }
 
 // grad_weight over one share of the depth. A block of columns of the inputs is gathered once for all groups.
-void grad_neurons(const BackwardPlan& plan, BackwardMemory& memory, std::int64_t share) {
+template <class E>
+void grad_neurons(const BackwardPlan<E>& plan, BackwardMemory<E>& memory, std::int64_t share) {
   const auto& c = plan.call;
   const std::int64_t size = plan.group_size;
   const Range columns = plan.share(share);
@@ -360,22 +461,29 @@ void grad_neurons(const BackwardPlan& plan, BackwardMemory& memory, std::int64_t
         const std::int64_t begin = plan.members.find_row(plan.members.first[g], last, start);
         const std::int64_t end = plan.members.find_row(begin, last, stop);
         if (begin == end && start > 0) continue;
-        grad_group(plan.scaled + begin * size, size, memory.inputs - start * block_stride(width),
-                   plan.members.row + begin, end - begin, width, memory.weights, c.grad_weight + g * size * c.depth + col,
-                   c.depth, start > 0);
+        const E* inputs = memory.inputs - start * block_stride(width);
+        const std::int32_t* rows = plan.members.row + begin;
+        float* grad = c.grad_weight + g * size * c.depth + col;
+        if constexpr (sizeof(E) == 2) {
+          join_rows(plan.scaled + begin * plan.scaled_size, end - begin, plan.scaled_size, size, memory.pairs);
+          grad_group(memory.pairs, size, inputs, rows, end - begin, width, memory.weights, grad, c.depth, start > 0);
+        } else {
+          grad_group(plan.scaled + begin * size, size, inputs, rows, end - begin, width, memory.weights, grad, c.depth,
+                     start > 0);
+        }
       }
     }
   }
 }
 
-void linear_backward(const midl::LinearBackward& call) {
-  if (call.rows == 0) return;
-  BackwardPlan plan(call);
+template <class E>
+void run_backward(const midl::LinearBackward& call) {
+  BackwardPlan<E> plan(call);
   const double work = double(plan.entries) * double(plan.group_size) * double(call.depth);
   const int threads = work < kThreadWorth ? 1 : call.threads;
   Carver shared(nullptr), own(nullptr);
   plan.carve(shared);
-  BackwardMemory measure(own, plan);
+  BackwardMemory<E> measure(own, plan);
   char* base = midl::scratch(shared.used() + own.used() * std::size_t(threads));
   Carver carver(base);
   plan.carve(carver);
@@ -383,11 +491,11 @@ void linear_backward(const midl::LinearBackward& call) {
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     Carver mine(base + shared.used() + own.used() * std::size_t(omp_get_thread_num()));
-    BackwardMemory memory(mine, plan);
+    BackwardMemory<E> memory(mine, plan);
 #pragma omp for schedule(static)
     for (std::int64_t r = 0; r < call.rows; ++r)
-      __builtin_memcpy(call.grad_light + r * call.neurons, call.grad_y + r * call.neurons,
-                       std::size_t(call.neurons) * sizeof(float));
+      __builtin_memcpy(plan.grad_light + r * call.neurons, plan.grad_y + r * call.neurons,
+                       std::size_t(call.neurons) * sizeof(E));
 #pragma omp for schedule(dynamic, 1)
     for (std::int64_t g = 0; g < call.groups; ++g) split_gradient(plan, memory, g);
     if (call.grad_x) {
@@ -401,6 +509,14 @@ void linear_backward(const midl::LinearBackward& call) {
       for (std::int64_t s = 0; s < kDepthShares; ++s) grad_neurons(plan, memory, s);
     }
   }
+}
+
+void linear_backward(const midl::LinearBackward& call) {
+  if (call.rows == 0) return;
+  if constexpr (kDotPairs) {
+    if (call.storage == midl::Storage::bfloat16) return run_backward<bf16>(call);
+  }
+  run_backward<float>(call);
 }
 
 }  // namespace

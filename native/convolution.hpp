@@ -57,19 +57,6 @@ void segment_rows(std::int64_t m, Args... args) {
   if constexpr (R > 1) segment_rows<V, R - 1>(m, args...);
 }
 
-// Copy elements, widened where they are for float32.
-template <class X, class E>
-MIDL_INLINE void copy_elements(const X* from, std::int64_t count, E* to) {
-  std::int64_t i = 0;
-  if constexpr (sizeof(X) == 2 && sizeof(E) == 2) {
-    for (; i + 2 * L <= count; i += 2 * L) *reinterpret_cast<UnalignedIVec*>(to + i) = (IVec)load_pairs(from + i);
-    for (; i < count; ++i) to[i] = from[i];
-  } else {
-    for (; i + L <= count; i += L) store_as(to + i, load(from + i));
-    for (; i < count; ++i) store_as(to + i, to_float(from[i]));
-  }
-}
-
 // Copy `width` pixels of `channels` from any strides to channels last.
 template <class X, class E>
 void copy_line(const X* from, std::int64_t channel_stride, std::int64_t column_stride, std::int64_t width,

@@ -276,7 +276,7 @@ void grad_filters(const ConvolutionBackwardPlan& plan, ConvolutionBackwardMemory
     for (std::int64_t g = 0; g < c.groups; ++g) {
       const std::int64_t begin = u.first[g], end = u.first[g + 1];
       if (begin == end && index > 0) continue;
-      grad_group(u.scaled + begin * size, size, memory.inputs, u.pixel + begin, end - begin, columns.width,
+      grad_group<float, float>(u.scaled + begin * size, size, memory.inputs, u.pixel + begin, end - begin, columns.width,
                  memory.weights, c.grad_weight + g * size * plan.padded.depth + columns.at, plan.padded.depth, index > 0);
     }
   }

@@ -128,6 +128,19 @@ constexpr bool kGroupMeansPacked = sizeof(T) == 4;
 template <class T>
 using Code = std::conditional_t<sizeof(T) != 4 && kDotPairs, T, float>;
 
+// Copy elements, widened where they are for float32.
+template <class X, class E>
+MIDL_INLINE void copy_elements(const X* from, std::int64_t count, E* to) {
+  std::int64_t i = 0;
+  if constexpr (sizeof(X) == 2 && sizeof(E) == 2) {
+    for (; i + 2 * L <= count; i += 2 * L) *reinterpret_cast<UnalignedIVec*>(to + i) = (IVec)load_pairs(from + i);
+    for (; i < count; ++i) to[i] = from[i];
+  } else {
+    for (; i + L <= count; i += L) store_as(to + i, load(from + i));
+    for (; i < count; ++i) store_as(to + i, to_float(from[i]));
+  }
+}
+
 // The rows of a matrix, float32 as they are, half precision widened once per chunk, not once per neuron, unless there are
 // dot products for it. A source also says how its rows are multiplied, since their elements need not lie side by side.
 template <class T>

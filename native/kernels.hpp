@@ -75,19 +75,20 @@ struct PackedSizes {
   std::int64_t light, weight;
 };
 
-// The sparse part of a backward call, float32 throughout. The products with the rank are the caller's.
+// The sparse part of a backward call. The products with the rank are the caller's.
 struct LinearBackward {
-  const float* grad_y;         // (rows, neurons)
-  const float* x;              // (rows, depth)
+  Storage storage;             // of grad_y, x, weight and grad_light; bfloat16 only where the kernels say dot_pairs
+  const void* grad_y;          // (rows, neurons)
+  const void* x;               // (rows, depth)
   std::int64_t x_stride;
   std::int64_t rows, depth, neurons, rank, groups, selected_groups, positions, span;
-  const float* weight;         // (neurons, depth)
+  const void* weight;          // (neurons, depth)
   const float* code;           // (rows, rank)
   const float* light_up;       // (neurons, rank)
   const std::int32_t* selected;  // (blocks, selected_groups), -1 in slots without a group
   const float* gate;           // (blocks, selected_groups): sigmoid of the selected logits
   bool hard;
-  float* grad_light;           // (rows, neurons), gradient of the light path without the gate's share
+  void* grad_light;            // (rows, neurons), gradient of the light path without the gate's share
   float* grad_x;               // (rows, depth), the full path's share; null with grad_logits where not needed
   float* grad_logits;          // (blocks, selected_groups), of slots with a group
   float* grad_weight;          // (neurons, depth) or null

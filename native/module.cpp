@@ -44,18 +44,18 @@ void linear_forward(bool bfloat16, std::uintptr_t x, int64_t x_stride, int64_t r
   });
 }
 
-void linear_backward(std::uintptr_t grad_y, std::uintptr_t x, int64_t x_stride, int64_t rows, int64_t depth,
+void linear_backward(bool bfloat16, std::uintptr_t grad_y, std::uintptr_t x, int64_t x_stride, int64_t rows, int64_t depth,
                      int64_t neurons, int64_t rank, int64_t groups, int64_t selected_groups, int64_t positions,
                      int64_t span, std::uintptr_t weight, std::uintptr_t code, std::uintptr_t light_up,
                      std::uintptr_t selected, std::uintptr_t gate, bool hard, std::uintptr_t grad_light,
                      std::uintptr_t grad_x, std::uintptr_t grad_logits, std::uintptr_t grad_weight, int threads) {
   midl::current().linear_backward({
-      .grad_y = pointer<const float>(grad_y), .x = pointer<const float>(x), .x_stride = x_stride, .rows = rows,
-      .depth = depth, .neurons = neurons, .rank = rank, .groups = groups, .selected_groups = selected_groups,
-      .positions = positions, .span = span, .weight = pointer<const float>(weight),
+      .storage = storage_of(bfloat16), .grad_y = pointer<const void>(grad_y), .x = pointer<const void>(x),
+      .x_stride = x_stride, .rows = rows, .depth = depth, .neurons = neurons, .rank = rank, .groups = groups, .selected_groups = selected_groups,
+      .positions = positions, .span = span, .weight = pointer<const void>(weight),
       .code = pointer<const float>(code), .light_up = pointer<const float>(light_up),
       .selected = pointer<const std::int32_t>(selected), .gate = pointer<const float>(gate), .hard = hard,
-      .grad_light = pointer<float>(grad_light), .grad_x = pointer<float>(grad_x),
+      .grad_light = pointer<void>(grad_light), .grad_x = pointer<float>(grad_x),
       .grad_logits = pointer<float>(grad_logits), .grad_weight = pointer<float>(grad_weight), .threads = threads,
   });
 }
@@ -189,7 +189,7 @@ NB_MODULE(_native, m) {
         "neurons"_a, "rank"_a, "groups"_a, "selected_groups"_a, "threshold"_a, "positions"_a, "span"_a, "weight"_a,
         "bias"_a, "light_down"_a, "light_up"_a, "gate_weight"_a, "gate_bias"_a, "noise"_a, "packed_light"_a,
         "packed_weight"_a, "full"_a, "hard"_a, "y"_a, "selected"_a, "threads"_a);
-  m.def("linear_backward", &linear_backward, released, "grad_y"_a, "x"_a, "x_stride"_a, "rows"_a, "depth"_a,
+  m.def("linear_backward", &linear_backward, released, "bfloat16"_a, "grad_y"_a, "x"_a, "x_stride"_a, "rows"_a, "depth"_a,
         "neurons"_a, "rank"_a, "groups"_a, "selected_groups"_a, "positions"_a, "span"_a, "weight"_a, "code"_a,
         "light_up"_a, "selected"_a, "gate"_a, "hard"_a, "grad_light"_a, "grad_x"_a, "grad_logits"_a, "grad_weight"_a,
         "threads"_a);

@@ -54,6 +54,17 @@ MIDL_INLINE void transpose(Vec (&v)[L]) {
   if constexpr (H > 1) transpose<H / 2>(v);
 }
 
+// Words of an element of a and one of b each: of the lower half of their 2 L elements, or of the upper.
+typedef std::uint16_t Halves __attribute__((vector_size(4 * L)));
+template <bool Upper, std::size_t... I>
+MIDL_INLINE UVec join_halves(Halves a, Halves b, std::index_sequence<I...>) {
+  return (UVec)__builtin_shufflevector(a, b, (int(I) / 2 + (Upper ? L : 0) + (I % 2 ? 2 * L : 0))...);
+}
+template <bool Upper>
+MIDL_INLINE UVec join_halves(Halves a, Halves b) {
+  return join_halves<Upper>(a, b, std::make_index_sequence<2 * L>{});
+}
+
 // Lanes 2 j and 2 j + 1 of v[i] and lanes 2 i and 2 i + 1 of v[j] change places.
 template <int H = L / 2>
 MIDL_INLINE void transpose_pairs(Vec (&v)[L / 2]) {

@@ -15,7 +15,7 @@ def linear_forward(
     hard: bool, y: int, selected: int, threads: int,
 ) -> None: ...  # fmt: skip
 def linear_backward(
-    grad_y: int, x: int, x_stride: int, rows: int, depth: int, neurons: int, rank: int, groups: int,
+    bfloat16: bool, grad_y: int, x: int, x_stride: int, rows: int, depth: int, neurons: int, rank: int, groups: int,
     selected_groups: int, positions: int, span: int, weight: int, code: int, light_up: int, selected: int, gate: int,
     hard: bool, grad_light: int, grad_x: int, grad_logits: int, grad_weight: int, threads: int,
 ) -> None: ...  # fmt: skip

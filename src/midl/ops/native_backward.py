@@ -27,17 +27,21 @@ def linear_backward(
     light_up: Tensor, gate_weight: Tensor | None, gate_bias: Tensor | None, group_size: int, span: int,
     interpolation: str, needs: list[bool], padded: bool = False,
 ) -> Grads:  # fmt: skip
-    """Return the gradients for ``ste="selected"``, empty where not needed; half precision is computed in float32.
+    """Return the gradients for ``ste="selected"``, empty where not needed.
+
+    Half precision is multiplied as it is where the kernels have instructions for it, else in float32; sums are float32.
 
     ``padded``: slots of ``selected`` may be -1.
     """
     n, depth = weight.shape
     rank, groups, positions, k = light_down.shape[0], n // group_size, x.shape[-2], selected.shape[-1]
     need_x, need_weight, need_bias, need_down, need_up, need_gate, need_gate_bias = needs
-    flat = _float_rows(x, depth)
-    grad = _float_rows(grad_y, n)
-    down, up = light_down.float().contiguous(), light_up.float().contiguous()
-    code = flat @ down.T
+    in_kernel = group_size >= _KERNEL_GROUP
+    dtype = x.dtype if in_kernel and kernels.dot_pairs() else torch.float32
+    flat = _rows(x, depth, dtype)
+    grad = _rows(grad_y, n, dtype)
+    down, up = light_down.to(dtype).contiguous(), light_up.float().contiguous()
+    code = (flat @ down.T).float()
 
     blocks = Blocks(flat.shape[0], positions, span)
     block_code = blocks.mean(code)
@@ -46,36 +50,40 @@ def linear_backward(
     index = repeat_first(chosen, chosen).long() if padded else chosen.long()
     gate = torch.addmm(gate_offset, block_code, gate_rows.T).gather(1, index).sigmoid_()
 
-    full_weight = weight.float().contiguous()
+    full_weight = weight.to(dtype).contiguous()
     need_code = need_x or need_down or need_gate or need_gate_bias or need_up or (need_bias and gate_weight is None)
     grad_x: Tensor | None
     grad_weight: Tensor | None
-    if group_size < _KERNEL_GROUP:
+    if not in_kernel:
         grad_light, grad_x, grad_chosen, grad_weight = _through_dense_products(
             grad, flat, full_weight, code, up, index, gate, blocks, groups, interpolation, need_code, need_weight
         )
     else:
         grad_light = torch.empty_like(grad)
-        grad_x = torch.empty_like(flat, memory_format=torch.contiguous_format) if need_code else None
+        grad_x = gate.new_empty(flat.shape) if need_code else None
         grad_chosen = torch.empty_like(gate)
-        grad_weight = torch.empty_like(full_weight) if need_weight else None
+        grad_weight = gate.new_empty(full_weight.shape) if need_weight else None
         kernels.linear_backward(
-            grad.data_ptr(), flat.data_ptr(), flat.stride(0), flat.shape[0], depth, n, rank, groups, k, positions, span,
-            full_weight.data_ptr(), code.data_ptr(), up.data_ptr(), chosen.data_ptr(), gate.data_ptr(),
+            dtype == torch.bfloat16, grad.data_ptr(), flat.data_ptr(), flat.stride(0), flat.shape[0], depth, n, rank,
+            groups, k, positions, span, full_weight.data_ptr(), code.data_ptr(), up.data_ptr(), chosen.data_ptr(), gate.data_ptr(),
             interpolation == "hard", grad_light.data_ptr(), 0 if grad_x is None else grad_x.data_ptr(),
             grad_chosen.data_ptr(), 0 if grad_weight is None else grad_weight.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
 
     out: list[Tensor | None] = [None, grad_weight, None, None, None, None, None]
-    grad_bias = grad.sum(0) if need_bias else None
+    grad_bias = grad.sum(0, dtype=torch.float32) if need_bias else None
     if grad_x is not None:
         grad_chosen = repeat_first(grad_chosen, chosen) if padded else grad_chosen
         grad_code, out[4], out[5], out[6] = through_gate(
             grad_light, grad_chosen, index, code, block_code, blocks, up, gate_rows, grad_bias,
             projection=gate_weight is not None, need_up=need_up,
         )  # fmt: skip
+        grad_code = grad_code.to(dtype)
         out[3] = grad_code.T @ flat if need_down else None
-        out[0] = grad_x.addmm_(grad_code, down).view(x.shape) if need_x else None
+        if need_x and dtype == torch.float32:
+            out[0] = grad_x.addmm_(grad_code, down).view(x.shape)
+        elif need_x:
+            out[0] = grad_x.add_(grad_code @ down).view(x.shape)
     out[2] = grad_bias
     return tuple(  # type: ignore[return-value]
         x.new_empty(0) if g is None or not need else g.to(x.dtype) for g, need in zip(out, needs, strict=True)
@@ -108,8 +116,8 @@ def repeat_first(values: Tensor, chosen: Tensor) -> Tensor:
     return torch.where(chosen < 0, values[:, :1], values)
 
 
-def _float_rows(t: Tensor, width: int) -> Tensor:
-    return t.float().contiguous().view(-1, width)
+def _rows(t: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    return t.to(dtype).contiguous().view(-1, width)
 
 
 def gate_projection(
@@ -128,20 +136,24 @@ def through_gate(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Return the gradients of code, light_up, gate_weight and gate_bias; the light gate's share goes into grad_bias.
 
-    ``grad_light`` (rows, n) lacks the gate's share; ``grad_chosen`` (blocks, k) is that of the logits at ``index``.
+    ``grad_light`` (rows, n) lacks the gate's share, and its products are computed in its dtype; ``grad_chosen``
+    (blocks, k) is that of the logits at ``index``.
     """
     groups = len(gate_rows)
     grad_logits = grad_chosen.new_zeros(len(index), groups).scatter_(1, index, grad_chosen)
     grad_gate_rows = grad_logits.T @ block_code
     narrow = code.shape[1] < _NARROW
     grad_code = blocks.spread(grad_logits @ gate_rows)
-    if narrow:
+    if grad_light.dtype != torch.float32:
+        grad_code.add_(grad_light @ up.to(grad_light.dtype))
+    elif narrow:
         grad_code.add_((up.T @ grad_light.T).T)
     else:
         grad_code.addmm_(grad_light, up)
     grad_up = None
     if need_up:
-        grad_up = (code.T @ grad_light).T.contiguous() if narrow else grad_light.T @ code
+        factor = code.to(grad_light.dtype)
+        grad_up = ((factor.T @ grad_light).T.contiguous() if narrow else grad_light.T @ factor).float()
     if projection:
         return grad_code, grad_up, grad_gate_rows, grad_logits.sum(0)
     if grad_up is not None:
