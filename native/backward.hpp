@@ -172,10 +172,10 @@ MIDL_INLINE void copy_columns(const E* from, std::int64_t width, std::int64_t st
 }
 
 // A group's words over some columns: neurons as they are, or two and two, zeros behind the last.
-template <class E>
+template <class E, int Step = kOuterColumns>
 void gather_weights(const E* from, std::int64_t size, std::int64_t depth, std::int64_t width, float* to, std::int64_t stride) {
   if constexpr (sizeof(E) == 4) {
-    for (std::int64_t j = 0; j < size; ++j) copy_columns(from + j * depth, width, kOuterColumns, to + j * stride);
+    for (std::int64_t j = 0; j < size; ++j) copy_columns(from + j * depth, width, Step, to + j * stride);
   } else {
     for (std::int64_t j = 0; j < size; j += 2, to += stride) {
       const E *first = from + j * depth, *second = first + depth;
@@ -188,7 +188,7 @@ void gather_weights(const E* from, std::int64_t size, std::int64_t depth, std::i
       }
       for (; i < width; ++i)
         to[i] = __builtin_bit_cast(float, std::uint32_t(first[i].bits) | (pair ? std::uint32_t(second[i].bits) << 16 : 0));
-      for (; i < round_up(width, kOuterColumns); ++i) to[i] = 0;
+      for (; i < round_up(width, Step); ++i) to[i] = 0;
     }
   }
 }

@@ -271,32 +271,33 @@ void convolution_forward(const midl::ConvolutionForward& call) {
     run_forward(call.rows, Pixels<float>(call.images, static_cast<const float*>(call.rows.x)));
 }
 
-void convolution_code(const midl::ConvolutionCode& call) {
-  if (call.rows == 0) return;
-  const Pixels<float> source(call.images, call.x);
-  const std::int64_t depth = PaddedImages(call.images).depth, panel = kPanelWidth * round_up(depth, kWord<float>);
+template <class E>
+void run_code(const midl::ConvolutionCode& call) {
+  const Pixels<E> source(call.images, static_cast<const E*>(call.x));
+  const E* light_down = static_cast<const E*>(call.light_down);
+  const std::int64_t depth = PaddedImages(call.images).depth, panel = kPanelWidth * round_up(depth, 2 * kWord<E>);
   const int threads = double(call.rows) * double(call.rank) * double(depth) < kThreadWorth ? 1 : call.threads;
   const std::int64_t step = divide_up(call.rows, round_up(divide_up(call.rows, source.chunk_rows()), threads));
   const std::int64_t chunks = divide_up(call.rows, step);
 
   struct Memory {
-    Pixels<float> source;
-    const float** rows;
+    Pixels<E> source;
+    const E** rows;
     float* sums;
   };
   const auto carve = [&](Carver& carver) {
-    Memory memory{source, carver.take<const float*>(step), carver.take<float>(step * kPanelWidth)};
+    Memory memory{source, carver.take<const E*>(step), carver.take<float>(step * kPanelWidth)};
     for (std::int64_t i = 0; i < chunks; ++i) memory.source.make_room({i * step, lesser(call.rows, (i + 1) * step)});
     memory.source.carve(carver);
     return memory;
   };
   Carver shared(nullptr), own(nullptr);
-  shared.take<float>(divide_up(call.rank, kPanelWidth) * panel);
+  shared.take<E>(divide_up(call.rank, kPanelWidth) * panel);
   carve(own);
   char* base = midl::scratch(shared.used() + own.used() * std::size_t(threads));
-  float* panels = reinterpret_cast<float*>(base);
+  E* panels = reinterpret_cast<E*>(base);
   for (std::int64_t first = 0; first < call.rank; first += kPanelWidth)
-    pack_panel(call.light_down + first * depth, depth, int(lesser(kPanelWidth, call.rank - first)), depth,
+    pack_panel(light_down + first * depth, depth, int(lesser(kPanelWidth, call.rank - first)), depth,
                panels + first / kPanelWidth * panel);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
@@ -317,6 +318,14 @@ void convolution_code(const midl::ConvolutionCode& call) {
       }
     }
   }
+}
+
+void convolution_code(const midl::ConvolutionCode& call) {
+  if (call.rows == 0) return;
+  if constexpr (kDotPairs) {
+    if (call.storage == midl::Storage::bfloat16) return run_code<bf16>(call);
+  }
+  run_code<float>(call);
 }
 
 }  // namespace

@@ -20,12 +20,13 @@ constexpr int kUnitTile = panel_rows(2);
 constexpr std::int64_t kLightRows = 64;
 
 // A unit's images and, for each group, the pixels that selected it, ascending: its members.
+template <class E>
 struct Unit {
-  float* x;             // padded images
+  E* x;                 // padded images
   std::int64_t* first;  // (groups + 2): the first member of each group, then the end
   std::int32_t* pixel;  // of a member, counted within the unit
   std::int32_t* slot;   // of a member, in `selected`
-  float* scaled;        // (members, group_size): gradient of the full path
+  E* scaled;            // (members, scaled_size): gradient of the full path, zeros behind the group
   float* light_sum;     // (members): sum over the group of grad_y * l
   float* full_sum;      // (members): sum over the group of the full path's gradient * f
 };
@@ -35,17 +36,23 @@ struct Columns {
   std::int64_t at, start, width;
 };
 
+template <class E>
 struct ConvolutionBackwardPlan {
   const midl::ConvolutionBackward& call;
+  const E *x, *grad_y, *weight;
+  E* grad_light;
   PaddedImages padded;
   Blocks blocks;
-  std::int64_t group_size, image_rows, images, unit_images, units, unit_rows, unit_floats, round_units, pieces;
+  std::int64_t group_size, scaled_size, image_rows, images, unit_images, units, unit_rows, unit_floats, round_units, pieces;
   int threads;
   std::int64_t* window;  // of a unit's pixels: where they begin
-  Unit* unit;            // of the units at work
+  Unit<E>* unit;         // of the units at work
 
   explicit ConvolutionBackwardPlan(const midl::ConvolutionBackward& c)
-      : call(c), padded(c.images), blocks(c.rows, c.positions, c.span), group_size(c.neurons / c.groups) {
+      : call(c), x(static_cast<const E*>(c.x)), grad_y(static_cast<const E*>(c.grad_y)),
+        weight(static_cast<const E*>(c.weight)), grad_light(static_cast<E*>(c.grad_light)), padded(c.images),
+        blocks(c.rows, c.positions, c.span), group_size(c.neurons / c.groups),
+        scaled_size(round_up(group_size, kWord<E>)) {
     image_rows = c.images.out_height * c.images.out_width;
     images = c.rows / image_rows;
     unit_images = lesser(images, divide_up(kUnitRows, image_rows));
@@ -61,18 +68,18 @@ struct ConvolutionBackwardPlan {
   void carve(Carver& memory) {
     const std::int64_t members = unit_rows * call.selected_groups;
     window = memory.take<std::int64_t>(unit_rows);
-    unit = memory.take<Unit>(round_units);
+    unit = memory.take<Unit<E>>(round_units);
     for (std::int64_t i = 0; i < round_units; ++i) {
-      const Unit u{memory.take<float>(unit_floats), memory.take<std::int64_t>(call.groups + 2),
+      const Unit<E> u{memory.take<E>(unit_floats), memory.take<std::int64_t>(call.groups + 2),
                    memory.take<std::int32_t>(members), memory.take<std::int32_t>(members),
-                   memory.take<float>(members * group_size), memory.take<float>(members), memory.take<float>(members)};
+                   memory.take<E>(members * scaled_size), memory.take<float>(members), memory.take<float>(members)};
       if (unit) unit[i] = u;
     }
   }
   std::int64_t first_image(std::int64_t u) const { return u * unit_images; }
   std::int64_t images_of(std::int64_t u) const { return lesser(unit_images, images - u * unit_images); }
   std::int64_t rows_of(std::int64_t u) const { return images_of(u) * image_rows; }
-  float weight_of(const Unit& u, std::int64_t member) const {
+  float weight_of(const Unit<E>& u, std::int64_t member) const {
     return call.gate && !call.hard ? call.gate[u.slot[member]] : 1.0f;
   }
   std::int64_t stretches() const { return padded.runs() * pieces; }
@@ -82,22 +89,27 @@ struct ConvolutionBackwardPlan {
   }
 };
 
+template <class E>
 struct ConvolutionBackwardMemory {
   const float** rows;
-  float *slice, *light, *gradients, *weights, *inputs, *sums;
+  float *slice, *light, *gradients, *weights, *sums;
+  E* inputs;
+  std::uint32_t* pairs;
 
-  ConvolutionBackwardMemory(Carver& memory, const ConvolutionBackwardPlan& plan) {
+  ConvolutionBackwardMemory(Carver& memory, const ConvolutionBackwardPlan<E>& plan) {
     rows = memory.take<const float*>(kLightRows);
     slice = memory.take<float>(slice_floats());
     light = memory.take<float>(kLightRows * kPanelWidth);
     gradients = memory.take<float>(plan.call.grad_x ? plan.unit_floats : 0);
     weights = memory.take<float>(plan.group_size * block_stride(kWindowColumns));
-    inputs = memory.take<float>(plan.unit_rows * block_stride(kWindowColumns));
+    inputs = memory.take<E>(plan.unit_rows * block_stride(kWindowColumns));
+    pairs = memory.take<std::uint32_t>(sizeof(E) == 2 ? divide_up(plan.unit_rows, 2) * plan.group_size : 0);
     sums = memory.take<float>(kUnitTile * L);
   }
 };
 
-void find_members(const ConvolutionBackwardPlan& plan, const Unit& u, std::int64_t index) {
+template <class E>
+void find_members(const ConvolutionBackwardPlan<E>& plan, const Unit<E>& u, std::int64_t index) {
   const auto& c = plan.call;
   const std::int64_t start = plan.first_image(index) * plan.image_rows, rows = plan.rows_of(index);
   const auto for_each = [&](auto visit) {
@@ -120,13 +132,14 @@ void find_members(const ConvolutionBackwardPlan& plan, const Unit& u, std::int64
 }
 
 // Split grad_y into the shares of full and light path, and sum grad_y * l over each group.
-void split_unit(const ConvolutionBackwardPlan& plan, ConvolutionBackwardMemory& memory, const Unit& u,
+template <class E>
+void split_unit(const ConvolutionBackwardPlan<E>& plan, ConvolutionBackwardMemory<E>& memory, const Unit<E>& u,
                 std::int64_t index) {
   const auto& c = plan.call;
   const std::int64_t size = plan.group_size, start = plan.first_image(index) * plan.image_rows;
-  if (c.grad_light)
-    __builtin_memcpy(c.grad_light + start * c.neurons, c.grad_y + start * c.neurons,
-                     std::size_t(plan.rows_of(index) * c.neurons) * sizeof(float));
+  if (plan.grad_light)
+    __builtin_memcpy(plan.grad_light + start * c.neurons, plan.grad_y + start * c.neurons,
+                     std::size_t(plan.rows_of(index) * c.neurons) * sizeof(E));
   for (std::int64_t g = 0; g < c.groups; ++g) {
     for (std::int64_t e = u.first[g], end = u.first[g + 1]; e < end; e += kLightRows) {
       const std::int64_t m = lesser(kLightRows, end - e);
@@ -142,13 +155,15 @@ void split_unit(const ConvolutionBackwardPlan& plan, ConvolutionBackwardMemory& 
         for (std::int64_t i = 0; i < m; ++i) {
           const std::int64_t at = (start + u.pixel[e + i]) * c.neurons + first;
           const float weight = plan.weight_of(u, e + i);
-          float* scaled = u.scaled + (e + i) * size + part;
-          for (std::int64_t j = 0; j < width; ++j) scaled[j] = c.grad_y[at + j] * weight;
+          E* scaled = u.scaled + (e + i) * plan.scaled_size + part;
+          for (std::int64_t j = 0; j < width; ++j) store_as(scaled + j, to_float(plan.grad_y[at + j]) * weight);
+          if (part + width == size && plan.scaled_size > size) store_as(scaled + width, 0.0f);
           if (!c.code) continue;
           float total = 0;
           for (std::int64_t j = 0; j < width; ++j) {
-            total += c.grad_y[at + j] * memory.light[i * kPanelWidth + j];
-            c.grad_light[at + j] = c.grad_y[at + j] * (1 - weight);
+            const float grad = to_float(plan.grad_y[at + j]);
+            total += grad * memory.light[i * kPanelWidth + j];
+            store_as(plan.grad_light + at + j, grad * (1 - weight));
           }
           u.light_sum[e + i] += total;
         }
@@ -159,26 +174,26 @@ void split_unit(const ConvolutionBackwardPlan& plan, ConvolutionBackwardMemory& 
 
 // u = full path's gradient of R members . two vectors of columns of their group's weights; gradients += u,
 // sums += u * inputs where somebody wants them. Of the last stretch of a run only `count` columns are there.
-template <int R>
-[[gnu::noinline]] void window_tile(const float* scaled, std::int64_t size, const float* weights,
+template <int R, class E>
+[[gnu::noinline]] void window_tile(const E* scaled, std::int64_t size, const float* weights,
                                    std::int64_t weights_stride, const std::int64_t* window, const std::int32_t* pixel,
-                                   const float* inputs, float* gradients, std::int64_t count, float* sums) {
+                                   const E* inputs, float* gradients, std::int64_t count, float* sums) {
   Vec acc[R][2] = {};
-  const float* a[R];
+  const E* a[R];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) a[r] = scaled + r * size;
-  for (std::int64_t k = 0; k < size; ++k, weights += weights_stride) {
+  for (std::int64_t k = 0; k < size; k += kWord<E>, weights += weights_stride) {
     const Vec b0 = load(weights), b1 = load(weights + L);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      const Vec value = splat(a[r][k]);
-      acc[r][0] += value * b0;
-      acc[r][1] += value * b1;
+      const Vec value = splat_word(a[r] + k);
+      acc[r][0] = add_product<E>(acc[r][0], value, b0);
+      acc[r][1] = add_product<E>(acc[r][1], value, b1);
     }
   }
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
-    const float* from = inputs + window[pixel[r]];
+    const E* from = inputs + window[pixel[r]];
     float* to = gradients + window[pixel[r]];
     if (count >= 2 * L) {
       store(to, load(to) + acc[r][0]);
@@ -189,7 +204,7 @@ template <int R>
       store(u, acc[r][0]), store(u + L, acc[r][1]);
       for (std::int64_t j = 0; j < count; ++j) {
         to[j] += u[j];
-        if (sums) sums[r * L] += u[j] * from[j];
+        if (sums) sums[r * L] += u[j] * to_float(from[j]);
       }
     }
   }
@@ -202,7 +217,8 @@ void window_rows(std::int64_t m, Args... args) {
 }
 
 // Gradients of a unit's images, and of the gate.
-void grad_images(const ConvolutionBackwardPlan& plan, ConvolutionBackwardMemory& memory, const Unit& u,
+template <class E>
+void grad_images(const ConvolutionBackwardPlan<E>& plan, ConvolutionBackwardMemory<E>& memory, const Unit<E>& u,
                  std::int64_t index) {
   const auto& c = plan.call;
   const std::int64_t size = plan.group_size, members = u.first[c.groups];
@@ -215,16 +231,18 @@ void grad_images(const ConvolutionBackwardPlan& plan, ConvolutionBackwardMemory&
       const Columns columns = plan.stretch(s);
       if (columns.width == 0) continue;
       const std::int64_t stride = round_up(columns.width, 2 * L);
-      for (std::int64_t j = 0; j < size; ++j)
-        copy_columns(c.weight + (g * size + j) * plan.padded.depth + columns.at, columns.width,
-                     2 * L, memory.weights + j * stride);
+      gather_weights<E, 2 * L>(plan.weight + g * size * plan.padded.depth + columns.at, size, plan.padded.depth,
+                               columns.width, memory.weights, stride);
       for (std::int64_t e = begin; e < end; e += kUnitTile) {
         const std::int64_t m = lesser(kUnitTile, end - e);
         float* sums = c.grad_logits ? memory.sums : nullptr;
         for (std::int64_t r = 0; r < m; ++r) store(memory.sums + r * L, Vec{});
         for (std::int64_t i = 0; i < columns.width; i += 2 * L)
-          window_rows(m, u.scaled + e * size, size, memory.weights + i, stride, plan.window, u.pixel + e,
-                      u.x + columns.start + i, memory.gradients + columns.start + i, columns.width - i, sums);
+          window_rows(m, static_cast<const E*>(u.scaled + e * plan.scaled_size), plan.scaled_size,
+                      static_cast<const float*>(memory.weights + i), stride,
+                      static_cast<const std::int64_t*>(plan.window), static_cast<const std::int32_t*>(u.pixel + e),
+                      static_cast<const E*>(u.x + columns.start + i), memory.gradients + columns.start + i,
+                      columns.width - i, sums);
         for (std::int64_t r = 0; sums && r < m; ++r)
           for (int lane = 0; lane < L; ++lane) u.full_sum[e + r] += memory.sums[r * L + lane];
       }
@@ -251,43 +269,54 @@ void grad_images(const ConvolutionBackwardPlan& plan, ConvolutionBackwardMemory&
   }
 }
 
-void compute_unit(const ConvolutionBackwardPlan& plan, ConvolutionBackwardMemory& memory, const Unit& u,
+template <class E>
+void compute_unit(const ConvolutionBackwardPlan<E>& plan, ConvolutionBackwardMemory<E>& memory, const Unit<E>& u,
                   std::int64_t index) {
   const std::int64_t first = plan.first_image(index) * plan.padded.lines;
   for (std::int64_t i = 0; i < plan.images_of(index) * plan.padded.lines; ++i)
-    plan.padded.fill_line(plan.call.x, first + i, u.x + i * plan.padded.line_stride);
-  __builtin_memset(u.x + plan.images_of(index) * plan.padded.lines * plan.padded.line_stride, 0, 2 * L * sizeof(float));
+    plan.padded.fill_line(plan.x, first + i, u.x + i * plan.padded.line_stride);
+  __builtin_memset(u.x + plan.images_of(index) * plan.padded.lines * plan.padded.line_stride, 0, 2 * L * sizeof(E));
   find_members(plan, u, index);
   split_unit(plan, memory, u, index);
   if (plan.call.grad_x) grad_images(plan, memory, u, index);
 }
 
 // Gradient of the weights over one stretch of columns, for the units at work.
-void grad_filters(const ConvolutionBackwardPlan& plan, ConvolutionBackwardMemory& memory, std::int64_t stretch,
+template <class E>
+void grad_filters(const ConvolutionBackwardPlan<E>& plan, ConvolutionBackwardMemory<E>& memory, std::int64_t stretch,
                   Range units) {
   const auto& c = plan.call;
   const Columns columns = plan.stretch(stretch);
   if (columns.width == 0) return;
   const std::int64_t size = plan.group_size, stride = block_stride(columns.width);
   for (std::int64_t index = units.begin; index < units.end; ++index) {
-    const Unit& u = plan.unit[index - units.begin];
+    const Unit<E>& u = plan.unit[index - units.begin];
     for (std::int64_t r = 0; r < plan.rows_of(index); ++r)
       copy_columns(u.x + plan.window[r] + columns.start, columns.width, kOuterColumns, memory.inputs + r * stride);
     for (std::int64_t g = 0; g < c.groups; ++g) {
       const std::int64_t begin = u.first[g], end = u.first[g + 1];
       if (begin == end && index > 0) continue;
-      grad_group<float, float>(u.scaled + begin * size, size, memory.inputs, u.pixel + begin, end - begin, columns.width,
-                 memory.weights, c.grad_weight + g * size * plan.padded.depth + columns.at, plan.padded.depth, index > 0);
+      float* grad = c.grad_weight + g * size * plan.padded.depth + columns.at;
+      const E* inputs = memory.inputs;
+      const std::int32_t* pixel = u.pixel + begin;
+      if constexpr (sizeof(E) == 2) {
+        join_rows(u.scaled + begin * plan.scaled_size, end - begin, plan.scaled_size, size, memory.pairs);
+        grad_group(memory.pairs, size, inputs, pixel, end - begin, columns.width, memory.weights, grad,
+                   plan.padded.depth, index > 0);
+      } else {
+        grad_group(u.scaled + begin * size, size, inputs, pixel, end - begin, columns.width, memory.weights, grad,
+                   plan.padded.depth, index > 0);
+      }
     }
   }
 }
 
-void convolution_backward(const midl::ConvolutionBackward& call) {
-  if (call.rows == 0) return;
-  ConvolutionBackwardPlan plan(call);
+template <class E>
+void run_convolution_backward(const midl::ConvolutionBackward& call) {
+  ConvolutionBackwardPlan<E> plan(call);
   Carver shared(nullptr), own(nullptr);
   plan.carve(shared);
-  ConvolutionBackwardMemory measure(own, plan);
+  ConvolutionBackwardMemory<E> measure(own, plan);
   char* base = midl::scratch(shared.used() + own.used() * std::size_t(plan.threads));
   Carver carver(base);
   plan.carve(carver);
@@ -295,7 +324,7 @@ void convolution_backward(const midl::ConvolutionBackward& call) {
 #pragma omp parallel num_threads(plan.threads) if (plan.threads > 1)
   {
     Carver mine(base + shared.used() + own.used() * std::size_t(omp_get_thread_num()));
-    ConvolutionBackwardMemory memory(mine, plan);
+    ConvolutionBackwardMemory<E> memory(mine, plan);
     for (std::int64_t first = 0; first < plan.units; first += plan.round_units) {
       const Range units{first, lesser(plan.units, first + plan.round_units)};
 #pragma omp for schedule(dynamic, 1)
@@ -305,6 +334,14 @@ void convolution_backward(const midl::ConvolutionBackward& call) {
       for (std::int64_t s = 0; s < plan.stretches(); ++s) grad_filters(plan, memory, s, units);
     }
   }
+}
+
+void convolution_backward(const midl::ConvolutionBackward& call) {
+  if (call.rows == 0) return;
+  if constexpr (kDotPairs) {
+    if (call.storage == midl::Storage::bfloat16) return run_convolution_backward<bf16>(call);
+  }
+  run_convolution_backward<float>(call);
 }
 
 }  // namespace

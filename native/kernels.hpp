@@ -53,10 +53,11 @@ struct ConvolutionForward {
 
 // The code of every output pixel alone, float32 (rows, rank).
 struct ConvolutionCode {
+  Storage storage;             // of x and light_down, as in LinearBackward
   Images images;
-  const float* x;
+  const void* x;
   std::int64_t rows, rank;
-  const float* light_down;     // (rank, depth)
+  const void* light_down;      // (rank, depth)
   float* code;
   int threads;
 };
@@ -98,17 +99,18 @@ struct LinearBackward {
 // The same for a convolution: rows are output pixels, the depth is that of ConvolutionForward. Without a selection every
 // row wants every neuron: gradients through one plain convolution.
 struct ConvolutionBackward {
+  Storage storage;             // of x, grad_y, weight and grad_light, as in LinearBackward
   Images images;
-  const float* x;
-  const float* grad_y;         // (rows, neurons)
+  const void* x;
+  const void* grad_y;          // (rows, neurons)
   std::int64_t rows, neurons, rank, groups, selected_groups, positions, span;
-  const float* weight;         // (neurons, depth)
+  const void* weight;          // (neurons, depth)
   const std::int32_t* selected;  // (blocks, selected_groups), -1 in slots without a group; null with one group
   const float* gate;           // (blocks, selected_groups), null with `selected`
   const float* code;           // (rows, rank), null with `selected`
   const float* light_up;       // (neurons, rank), null with `selected`
   bool hard;
-  float* grad_light;           // (rows, neurons), null with `selected`
+  void* grad_light;            // (rows, neurons), null with `selected`
   float* grad_x;               // (batch, height, width, channels); null with grad_logits where not needed
   bool accumulate;             // add to grad_x
   float* grad_logits;          // (blocks, selected_groups), of slots with a group

@@ -90,24 +90,24 @@ void convolution_forward(bool bfloat16, std::uintptr_t x, const Geometry& images
   });
 }
 
-void convolution_code(std::uintptr_t x, const Geometry& images, int64_t rows, int64_t rank, std::uintptr_t light_down,
+void convolution_code(bool bfloat16, std::uintptr_t x, const Geometry& images, int64_t rows, int64_t rank, std::uintptr_t light_down,
                       std::uintptr_t code, int threads) {
-  midl::current().convolution_code({images_of(images), pointer<const float>(x), rows, rank,
-                                    pointer<const float>(light_down), pointer<float>(code), threads});
+  midl::current().convolution_code({storage_of(bfloat16), images_of(images), pointer<const void>(x), rows, rank,
+                                    pointer<const void>(light_down), pointer<float>(code), threads});
 }
 
-void convolution_backward(std::uintptr_t x, const Geometry& images, std::uintptr_t grad_y, int64_t rows,
+void convolution_backward(bool bfloat16, std::uintptr_t x, const Geometry& images, std::uintptr_t grad_y, int64_t rows,
                           int64_t neurons, int64_t rank, int64_t groups, int64_t selected_groups, int64_t positions,
                           int64_t span, std::uintptr_t weight, std::uintptr_t selected, std::uintptr_t gate,
                           std::uintptr_t code, std::uintptr_t light_up, bool hard, std::uintptr_t grad_light,
                           std::uintptr_t grad_x, bool accumulate, std::uintptr_t grad_logits,
                           std::uintptr_t grad_weight, int threads) {
   midl::current().convolution_backward({
-      .images = images_of(images), .x = pointer<const float>(x), .grad_y = pointer<const float>(grad_y), .rows = rows,
-      .neurons = neurons, .rank = rank, .groups = groups, .selected_groups = selected_groups, .positions = positions,
-      .span = span, .weight = pointer<const float>(weight), .selected = pointer<const std::int32_t>(selected),
+      .storage = storage_of(bfloat16), .images = images_of(images), .x = pointer<const void>(x),
+      .grad_y = pointer<const void>(grad_y), .rows = rows, .neurons = neurons, .rank = rank, .groups = groups, .selected_groups = selected_groups, .positions = positions,
+      .span = span, .weight = pointer<const void>(weight), .selected = pointer<const std::int32_t>(selected),
       .gate = pointer<const float>(gate), .code = pointer<const float>(code),
-      .light_up = pointer<const float>(light_up), .hard = hard, .grad_light = pointer<float>(grad_light),
+      .light_up = pointer<const float>(light_up), .hard = hard, .grad_light = pointer<void>(grad_light),
       .grad_x = pointer<float>(grad_x), .accumulate = accumulate, .grad_logits = pointer<float>(grad_logits),
       .grad_weight = pointer<float>(grad_weight), .threads = threads,
   });
@@ -197,9 +197,9 @@ NB_MODULE(_native, m) {
         "rank"_a, "groups"_a, "selected_groups"_a, "threshold"_a, "positions"_a, "span"_a, "weight"_a, "bias"_a,
         "light_up"_a, "projection"_a, "gate_bias"_a, "noise"_a, "packed_light"_a, "packed_weight"_a, "full"_a,
         "hard"_a, "y"_a, "selected"_a, "threads"_a);
-  m.def("convolution_code", &convolution_code, released, "x"_a, "images"_a, "rows"_a, "rank"_a, "light_down"_a, "code"_a,
+  m.def("convolution_code", &convolution_code, released, "bfloat16"_a, "x"_a, "images"_a, "rows"_a, "rank"_a, "light_down"_a, "code"_a,
         "threads"_a);
-  m.def("convolution_backward", &convolution_backward, released, "x"_a, "images"_a, "grad_y"_a, "rows"_a, "neurons"_a,
+  m.def("convolution_backward", &convolution_backward, released, "bfloat16"_a, "x"_a, "images"_a, "grad_y"_a, "rows"_a, "neurons"_a,
         "rank"_a, "groups"_a, "selected_groups"_a, "positions"_a, "span"_a, "weight"_a, "selected"_a, "gate"_a,
         "code"_a, "light_up"_a, "hard"_a, "grad_light"_a, "grad_x"_a, "accumulate"_a, "grad_logits"_a, "grad_weight"_a,
         "threads"_a);

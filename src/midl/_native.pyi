@@ -26,12 +26,12 @@ def convolution_forward(
     selected: int, threads: int,
 ) -> None: ...  # fmt: skip
 def convolution_code(
-    x: int, images: list[int], rows: int, rank: int, light_down: int, code: int, threads: int
+    bfloat16: bool, x: int, images: list[int], rows: int, rank: int, light_down: int, code: int, threads: int
 ) -> None: ...  # fmt: skip
 def convolution_backward(
-    x: int, images: list[int], grad_y: int, rows: int, neurons: int, rank: int, groups: int, selected_groups: int,
-    positions: int, span: int, weight: int, selected: int, gate: int, code: int, light_up: int, hard: bool,
-    grad_light: int, grad_x: int, accumulate: bool, grad_logits: int, grad_weight: int, threads: int,
+    bfloat16: bool, x: int, images: list[int], grad_y: int, rows: int, neurons: int, rank: int, groups: int,
+    selected_groups: int, positions: int, span: int, weight: int, selected: int, gate: int, code: int, light_up: int,
+    hard: bool, grad_light: int, grad_x: int, accumulate: bool, grad_logits: int, grad_weight: int, threads: int,
 ) -> None: ...  # fmt: skip
 def packed_sizes(bfloat16: bool, depth: int, neurons: int, rank: int, groups: int) -> tuple[int, int]: ...
 def wants_weight_panels(

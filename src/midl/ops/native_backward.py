@@ -65,8 +65,8 @@ def linear_backward(
         grad_weight = gate.new_empty(full_weight.shape) if need_weight else None
         kernels.linear_backward(
             dtype == torch.bfloat16, grad.data_ptr(), flat.data_ptr(), flat.stride(0), flat.shape[0], depth, n, rank,
-            groups, k, positions, span, full_weight.data_ptr(), code.data_ptr(), up.data_ptr(), chosen.data_ptr(), gate.data_ptr(),
-            interpolation == "hard", grad_light.data_ptr(), 0 if grad_x is None else grad_x.data_ptr(),
+            groups, k, positions, span, full_weight.data_ptr(), code.data_ptr(), up.data_ptr(), chosen.data_ptr(),
+            gate.data_ptr(), interpolation == "hard", grad_light.data_ptr(), 0 if grad_x is None else grad_x.data_ptr(),
             grad_chosen.data_ptr(), 0 if grad_weight is None else grad_weight.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
 

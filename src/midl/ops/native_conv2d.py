@@ -67,22 +67,24 @@ def conv2d_backward(
     dilation: list[int], group_size: int, span: int, interpolation: str, needs: list[bool],
     padded: bool = False,
 ) -> Grads:  # fmt: skip
-    """Return the gradients for ``ste="selected"``, empty where not needed; half precision is computed in float32.
+    """Return the gradients for ``ste="selected"``, empty where not needed.
 
     As in :mod:`midl.ops.native_backward` code and logits are recomputed, the full path is not.
     """
-    image = x.float()
+    dtype = x.dtype if kernels.dot_pairs() else torch.float32
+    half = dtype == torch.bfloat16
+    image = x.to(dtype)
     geometry, height, width = image_geometry(image, weight, stride, padding, dilation)
     batch, channels, *size = x.shape
     (n, rank), k = light_up.shape, selected.shape[-1]
     groups, rows, positions = n // group_size, batch * height * width, width if span else height * width
     need_x, need_weight, need_bias, need_down, need_up, need_gate, need_gate_bias = needs
-    grad = grad_y.permute(0, 2, 3, 1).reshape(rows, n).float().contiguous()
-    filters, down, up = _matrix(weight), _matrix(light_down), light_up.float().contiguous()
+    grad = grad_y.permute(0, 2, 3, 1).reshape(rows, n).to(dtype).contiguous()
+    filters, down, up = _matrix(weight, dtype), _matrix(light_down, dtype), light_up.float().contiguous()
     threads = torch.get_num_threads()
-    code = down.new_empty(rows, rank)
+    code = up.new_empty(rows, rank)
     kernels.convolution_code(
-        image.data_ptr(), geometry, rows, rank, down.data_ptr(), code.data_ptr(), threads
+        half, image.data_ptr(), geometry, rows, rank, down.data_ptr(), code.data_ptr(), threads
     )  # fmt: skip
 
     blocks = Blocks(rows, positions, span or positions)
@@ -94,29 +96,29 @@ def conv2d_backward(
 
     need_code = need_x or need_down or need_gate or need_gate_bias or need_up or (need_bias and gate_weight is None)
     grad_light = torch.empty_like(grad)
-    grad_x = image.new_empty((batch, *size, channels)) if need_code else None
+    grad_x = gate.new_empty((batch, *size, channels)) if need_code else None
     grad_chosen = torch.empty_like(gate)
-    grad_weight = torch.empty_like(filters) if need_weight else None
+    grad_weight = gate.new_empty(filters.shape) if need_weight else None
     kernels.convolution_backward(
-        image.data_ptr(), geometry, grad.data_ptr(), rows, n, rank, groups, k, positions, span or positions,
+        half, image.data_ptr(), geometry, grad.data_ptr(), rows, n, rank, groups, k, positions, span or positions,
         filters.data_ptr(), chosen.data_ptr(), gate.data_ptr(), code.data_ptr(), up.data_ptr(), interpolation == "hard",
         grad_light.data_ptr(), _address(grad_x), False, 0 if grad_x is None else grad_chosen.data_ptr(),
         _address(grad_weight), threads,
     )  # fmt: skip
 
     out: list[Tensor | None] = [None, _filters(grad_weight, weight), None, None, None, None, None]
-    out[2] = grad.sum(0) if need_bias else None
+    out[2] = grad.sum(0, dtype=torch.float32) if need_bias else None
     if grad_x is not None:
         grad_chosen = repeat_first(grad_chosen, chosen) if padded else grad_chosen
         grad_code, out[4], out[5], out[6] = through_gate(
             grad_light, grad_chosen, index, code, block_code, blocks, up, gate_rows, out[2],
             projection=gate_weight is not None, need_up=need_up,
         )  # fmt: skip
-        grad_down = torch.empty_like(down) if need_down else None
+        grad_code, grad_down = grad_code.to(dtype), gate.new_empty(down.shape) if need_down else None
         if need_x or need_down:
             kernels.convolution_backward(
-                image.data_ptr(), geometry, grad_code.data_ptr(), rows, rank, rank, 1, 1, 1, 1, down.data_ptr(), 0, 0,
-                0, 0, True, 0, grad_x.data_ptr() if need_x else 0, True, 0, _address(grad_down), threads,
+                half, image.data_ptr(), geometry, grad_code.data_ptr(), rows, rank, rank, 1, 1, 1, 1, down.data_ptr(),
+                0, 0, 0, 0, True, 0, grad_x.data_ptr() if need_x else 0, True, 0, _address(grad_down), threads,
             )  # fmt: skip
         out[0] = grad_x.permute(0, 3, 1, 2) if need_x else None
         out[3] = _filters(grad_down, light_down)
