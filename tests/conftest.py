@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 import midl
 from midl.adaptation import latency
+from midl.ops import huge_pages
 
 # The same examples on every run, and no time limit for one of them on a busy machine.
 settings.register_profile("midl", derandomize=True, database=None, deadline=None)
@@ -76,5 +77,6 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         (torch, "empty_strided"),
         (torch.Tensor, "new_empty"),
         (torch.Tensor, "new_empty_strided"),
+        (huge_pages, "empty"),
     ):
         monkeypatch.setattr(owner, name, poison(getattr(owner, name)))

@@ -22,7 +22,7 @@ from midl.lab.data.cache import cache_path
 from midl.lab.data.mirror import ENVIRONMENT_VARIABLE, SPLITS, mirror_path
 from midl.lab.data.registry import find
 from midl.machine import processor_name
-from midl.ops import native
+from midl.ops import huge_pages, native
 from midl.ops.dispatch import NAMES, selected_kernels, unavailable_reason
 
 __all__ = [
@@ -97,7 +97,10 @@ def describe_versions() -> dict[str, str | None]:
 
 
 def describe_machine() -> dict[str, Any]:
-    """Return processor, cores, threads, instruction sets of torch and of the native kernels, memory, accelerator."""
+    """Return processor, cores, threads, instruction sets of torch and of the native kernels, memory, accelerator.
+
+    Huge pages are those that kept panels get; 0 where the system has none for the asking.
+    """
     return {
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": processor_name(),
@@ -106,6 +109,7 @@ def describe_machine() -> dict[str, Any]:
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
         "native_kernels": _native_instruction_sets(),
         "memory_gib": _memory_gib(),
+        "huge_page_mib": huge_pages.page_size() / 2**20,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
 

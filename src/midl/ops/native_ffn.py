@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from midl.ops import huge_pages
 from midl.ops.native_packing import packed_once
 from midl.ops.reference_ffn import ACTIVATIONS
 
@@ -75,7 +76,7 @@ def _panels(
     sizes = (depth, hidden, down_weight.shape[0], groups)
 
     def make() -> Tensor:
-        panels = weight.new_empty(kernels.packed_ffn_size(*sizes, value_weight is not None))
+        panels = huge_pages.empty(kernels.packed_ffn_size(*sizes, value_weight is not None), weight.dtype)
         kernels.pack_ffn(
             *sizes, weight.data_ptr(), 0 if value_weight is None else value_weight.data_ptr(), down_weight.data_ptr(),
             panels.data_ptr(), torch.get_num_threads(),

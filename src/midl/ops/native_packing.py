@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from midl.ops import huge_pages
+
 __all__ = [
     "Packed", "cast_kept", "clear_packed", "pack", "packed_bytes", "packed_for", "packed_once", "packed_panels",
     "tensor_states",
@@ -128,7 +130,9 @@ def packed_panels(
         return None, None
     light, wide = light and entry.light is None, wide and entry.weight is None
     if light or wide:
-        new_light, new_weight = pack(kernels, *map(matrix, tensors), group_size=group_size, light=light, wide=wide)
+        new_light, new_weight = pack(
+            kernels, *map(matrix, tensors), group_size=group_size, light=light, wide=wide, kept=True
+        )
         # Only now: another thread may be using the entry.
         entry.light = entry.light if new_light is None else new_light
         entry.weight = entry.weight if new_weight is None else new_weight
@@ -170,17 +174,22 @@ def _unchanged(kernels: Any, tensors: tuple[Tensor, ...], group_size: int) -> Pa
 
 def pack(
     kernels: Any, weight: Tensor, light_down: Tensor, light_up: Tensor, gate_weight: Tensor | None = None, *,
-    group_size: int, light: bool, wide: bool, clean: bool = False,
+    group_size: int, light: bool, wide: bool, kept: bool = False, clean: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """Return new panels of light path and gate, and of the weight, as asked for; all matrices are contiguous.
 
-    Their padding is zero with ``clean``, else whatever was there.
+    With ``kept`` they are for many calls and lie in huge pages. Their padding is zero with ``clean``, else whatever was
+    there.
     """
     n, depth = weight.shape
     sizes = (depth, n, light_down.shape[0], n // group_size)
     bfloat16 = weight.dtype == torch.bfloat16
     light_size, weight_size = kernels.packed_sizes(bfloat16, *sizes)
-    allocate = weight.new_zeros if clean else weight.new_empty
+
+    def allocate(count: int) -> Tensor:
+        panels = huge_pages.empty(count, weight.dtype) if kept else weight.new_empty(count)
+        return panels.zero_() if clean else panels
+
     light_panels = allocate(light_size) if light else None
     weight_panels = allocate(weight_size) if wide else None
     kernels.pack(

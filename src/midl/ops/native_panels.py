@@ -50,7 +50,7 @@ class Panels:
 
     def _pack(self, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         light, weight = pack(
-            native.extension(), *tensors, group_size=self.group_size, light=True, wide=True, clean=True
+            native.extension(), *tensors, group_size=self.group_size, light=True, wide=True, kept=True, clean=True
         )
         assert light is not None
         assert weight is not None

@@ -13,6 +13,7 @@ import torch
 
 import midl
 from midl.machine import processor_name
+from midl.ops import huge_pages
 
 __all__ = ["busy_machine", "cache_sizes", "describe_machine", "last_level_cache"]
 
@@ -34,6 +35,7 @@ def describe_machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "caches": cache_sizes(),
         "memory_bytes": _memory_bytes(),
+        "huge_page_bytes": huge_pages.page_size(),
         "system": platform.system(),
         "python": platform.python_version(),
         "torch": torch.__version__,

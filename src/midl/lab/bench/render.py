@@ -76,12 +76,14 @@ def _header(path: Path, results: Results) -> str:
     command += [] if settings["compile"] else ["--no-compile"]
     command += [f"--out {path.parent.name}/{path.name}"]
     fma = ceilings["fma_gflops"]
+    page = machine.get("huge_page_bytes", 0)  # absent from older files
     lines = [
         f"## {path.stem}\n",
         f"    {' '.join(command)}\n",
         "| | |",
         "|---|---|",
-        f"| processor | {machine['cpu']}, {machine['capability']}, {machine['cores']} cores; {caches} |",
+        f"| processor | {machine['cpu']}, {machine['capability']}, {machine['cores']} cores; {caches}"
+        f"{f'; kept panels in pages of {page // 2**20} MiB' if page else ''} |",
         f"| threads | {machine['threads']} |",
         f"| software | torch {machine['torch']}, Python {machine['python']}, midl {machine['midl']} at "
         f"{machine['commit']} |",
