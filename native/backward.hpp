@@ -118,6 +118,29 @@ struct BackwardMemory {
   }
 };
 
+// Split grad_y of some neurons into the shares of full and light path; the result is the sum of grad_y * l.
+template <class E>
+MIDL_INLINE float split_neurons(const E* grad_y, const float* light, std::int64_t width, float weight, E* scaled,
+                                E* grad_light) {
+  Vec lanes = {};
+  std::int64_t j = 0;
+  for (; j + L <= width; j += L) {
+    const Vec grad = load(grad_y + j);
+    lanes += grad * load(light + j);
+    store_as(scaled + j, grad * weight);
+    store_as(grad_light + j, grad * (1 - weight));
+  }
+  float total = 0;
+  for (int lane = 0; lane < L; ++lane) total += lanes[lane];
+  for (; j < width; ++j) {
+    const float grad = to_float(grad_y[j]);
+    total += grad * light[j];
+    store_as(scaled + j, grad * weight);
+    store_as(grad_light + j, grad * (1 - weight));
+  }
+  return total;
+}
+
 // Split grad_y of one group's members into the shares of full and light path, and sum grad_y * l over the group. The
 // others' share is the light path's alone: grad_light begins as a copy.
 template <class E>
@@ -140,25 +163,9 @@ void split_gradient(const BackwardPlan<E>& plan, BackwardMemory<E>& memory, std:
         const std::int64_t at = plan.members.row[e + i] * c.neurons + first + part;
         const float weight = plan.weight_of(e + i);
         E* scaled = plan.scaled + (e + i) * plan.scaled_size + part;
-        const float* light = memory.light + i * kPanelWidth;
-        Vec lanes = {};
-        std::int64_t j = 0;
-        for (; j + L <= width; j += L) {
-          const Vec grad = load(plan.grad_y + at + j);
-          lanes += grad * load(light + j);
-          store_as(scaled + j, grad * weight);
-          store_as(plan.grad_light + at + j, grad * (1 - weight));
-        }
-        float total = 0;
-        for (int lane = 0; lane < L; ++lane) total += lanes[lane];
-        for (; j < width; ++j) {
-          const float grad = to_float(plan.grad_y[at + j]);
-          total += grad * light[j];
-          store_as(scaled + j, grad * weight);
-          store_as(plan.grad_light + at + j, grad * (1 - weight));
-        }
+        plan.light_sum[e + i] +=
+            split_neurons(plan.grad_y + at, memory.light + i * kPanelWidth, width, weight, scaled, plan.grad_light + at);
         if (part + width == size && plan.scaled_size > size) store_as(scaled + width, 0.0f);
-        plan.light_sum[e + i] += total;
       }
     }
   }

@@ -154,18 +154,13 @@ void split_unit(const ConvolutionBackwardPlan<E>& plan, ConvolutionBackwardMemor
                            c.rank, nullptr, memory.slice, memory.light, kPanelWidth);
         for (std::int64_t i = 0; i < m; ++i) {
           const std::int64_t at = (start + u.pixel[e + i]) * c.neurons + first;
-          const float weight = plan.weight_of(u, e + i);
           E* scaled = u.scaled + (e + i) * plan.scaled_size + part;
-          for (std::int64_t j = 0; j < width; ++j) store_as(scaled + j, to_float(plan.grad_y[at + j]) * weight);
+          if (c.code)
+            u.light_sum[e + i] += split_neurons(plan.grad_y + at, memory.light + i * kPanelWidth, width,
+                                                plan.weight_of(u, e + i), scaled, plan.grad_light + at);
+          else
+            copy_elements(plan.grad_y + at, width, scaled);
           if (part + width == size && plan.scaled_size > size) store_as(scaled + width, 0.0f);
-          if (!c.code) continue;
-          float total = 0;
-          for (std::int64_t j = 0; j < width; ++j) {
-            const float grad = to_float(plan.grad_y[at + j]);
-            total += grad * memory.light[i * kPanelWidth + j];
-            store_as(plan.grad_light + at + j, grad * (1 - weight));
-          }
-          u.light_sum[e + i] += total;
         }
       }
     }

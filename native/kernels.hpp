@@ -76,7 +76,7 @@ struct PackedSizes {
   std::int64_t light, weight;
 };
 
-// The sparse part of a backward call. The products with the rank are the caller's.
+// The sparse part of a backward call. The light path's products are Projections.
 struct LinearBackward {
   Storage storage;             // of grad_y, x, weight and grad_light; bfloat16 only where the kernels say dot_pairs
   const void* grad_y;          // (rows, neurons)
@@ -96,7 +96,31 @@ struct LinearBackward {
   int threads;
 };
 
-// The same for a convolution: rows are output pixels, the depth is that of ConvolutionForward. Without a selection every
+// y = x . weight^T.
+struct Projection {
+  Storage storage;             // of x and weight; bfloat16 only where the kernels say dot_pairs
+  const void* x;               // (rows, depth)
+  std::int64_t x_stride;
+  std::int64_t rows, depth, neurons;
+  const void* weight;          // (neurons, depth)
+  float* y;                    // (rows, neurons)
+  int threads;
+};
+
+struct ProjectionBackward {
+  Storage storage;             // of grad_y, x and weight, as in Projection
+  const void* grad_y;          // (rows, neurons)
+  const void* x;
+  std::int64_t x_stride;
+  std::int64_t rows, depth, neurons;
+  const void* weight;
+  float* grad_x;               // (rows, depth) or null
+  bool accumulate;             // add to grad_x
+  float* grad_weight;          // (neurons, depth) or null
+  int threads;
+};
+
+// LinearBackward for a convolution: rows are output pixels, the depth is that of ConvolutionForward. Without a selection every
 // row wants every neuron: gradients through one plain convolution.
 struct ConvolutionBackward {
   Storage storage;             // of x, grad_y, weight and grad_light, as in LinearBackward
@@ -161,6 +185,8 @@ struct Kernels {
   bool dot_pairs;              // whether bfloat16 is multiplied by instructions of its own
   void (*linear_forward)(const LinearForward&);
   void (*linear_backward)(const LinearBackward&);
+  void (*projection)(const Projection&);
+  void (*projection_backward)(const ProjectionBackward&);
   void (*convolution_forward)(const ConvolutionForward&);
   void (*convolution_code)(const ConvolutionCode&);
   void (*convolution_backward)(const ConvolutionBackward&);

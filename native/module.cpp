@@ -60,6 +60,20 @@ void linear_backward(bool bfloat16, std::uintptr_t grad_y, std::uintptr_t x, int
   });
 }
 
+void projection(bool bfloat16, std::uintptr_t x, int64_t x_stride, int64_t rows, int64_t depth, int64_t neurons,
+                std::uintptr_t weight, std::uintptr_t y, int threads) {
+  midl::current().projection({storage_of(bfloat16), pointer<const void>(x), x_stride, rows, depth, neurons,
+                              pointer<const void>(weight), pointer<float>(y), threads});
+}
+
+void projection_backward(bool bfloat16, std::uintptr_t grad_y, std::uintptr_t x, int64_t x_stride, int64_t rows,
+                         int64_t depth, int64_t neurons, std::uintptr_t weight, std::uintptr_t grad_x, bool accumulate,
+                         std::uintptr_t grad_weight, int threads) {
+  midl::current().projection_backward({storage_of(bfloat16), pointer<const void>(grad_y), pointer<const void>(x), x_stride,
+                                       rows, depth, neurons, pointer<const void>(weight), pointer<float>(grad_x), accumulate,
+                                       pointer<float>(grad_weight), threads});
+}
+
 // The fields of Images, in their order.
 using Geometry = std::array<int64_t, 17>;
 
@@ -193,6 +207,10 @@ NB_MODULE(_native, m) {
         "neurons"_a, "rank"_a, "groups"_a, "selected_groups"_a, "positions"_a, "span"_a, "weight"_a, "code"_a,
         "light_up"_a, "selected"_a, "gate"_a, "hard"_a, "grad_light"_a, "grad_x"_a, "grad_logits"_a, "grad_weight"_a,
         "threads"_a);
+  m.def("projection", &projection, released, "bfloat16"_a, "x"_a, "x_stride"_a, "rows"_a, "depth"_a, "neurons"_a, "weight"_a,
+        "y"_a, "threads"_a);
+  m.def("projection_backward", &projection_backward, released, "bfloat16"_a, "grad_y"_a, "x"_a, "x_stride"_a, "rows"_a,
+        "depth"_a, "neurons"_a, "weight"_a, "grad_x"_a, "accumulate"_a, "grad_weight"_a, "threads"_a);
   m.def("convolution_forward", &convolution_forward, released, "bfloat16"_a, "x"_a, "images"_a, "rows"_a, "neurons"_a,
         "rank"_a, "groups"_a, "selected_groups"_a, "threshold"_a, "positions"_a, "span"_a, "weight"_a, "bias"_a,
         "light_up"_a, "projection"_a, "gate_bias"_a, "noise"_a, "packed_light"_a, "packed_weight"_a, "full"_a,

@@ -330,6 +330,37 @@ void test_backward(const Kernels& kernels, const Case& c) {
   compare(kernels, grad_weight, weight, limit, "gradient of weight", c.describe());
 }
 
+// A product and its gradients; rows of x lie `gap` elements apart.
+void test_projection(const Kernels& kernels, Storage storage, int64_t rows, int64_t depth, int64_t neurons, int64_t gap) {
+  const int64_t stride = depth + gap;
+  Tensor x = Tensor::random(storage, rows * stride), weight = Tensor::random(storage, neurons * depth);
+  Tensor grad_y = Tensor::random(storage, rows * neurons), before = Tensor::random(rows * depth);
+  vector<double> y(std::size_t(rows * neurons)), grad_x(std::size_t(rows * depth)), grad_weight(std::size_t(neurons * depth));
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t j = 0; j < neurons; ++j)
+      for (int64_t i = 0; i < depth; ++i) {
+        const double a = x[r * stride + i], w = weight[j * depth + i], g = grad_y[r * neurons + j];
+        y[std::size_t(r * neurons + j)] += a * w;
+        grad_x[std::size_t(r * depth + i)] += g * w;
+        grad_weight[std::size_t(j * depth + i)] += g * a;
+      }
+  const std::string where = std::to_string(rows) + " rows, " + std::to_string(depth) + " deep, " + std::to_string(neurons) + " neurons";
+  Tensor out(Storage::float32, rows * neurons);
+  kernels.projection({.storage = storage, .x = x.data(), .x_stride = stride, .rows = rows, .depth = depth, .neurons = neurons,
+                      .weight = weight.data(), .y = out.as<float>(), .threads = 1});
+  compare(kernels, out, y, kForwardLimit[0], "projection", where);
+  for (const bool accumulate : {false, true}) {
+    Tensor input(Storage::float32, rows * depth), filters(Storage::float32, neurons * depth);
+    if (accumulate) input = before;
+    kernels.projection_backward({.storage = storage, .grad_y = grad_y.data(), .x = x.data(), .x_stride = stride, .rows = rows,
+                                 .depth = depth, .neurons = neurons, .weight = weight.data(), .grad_x = input.as<float>(),
+                                 .accumulate = accumulate, .grad_weight = filters.as<float>(), .threads = 1});
+    for (int64_t i = 0; accumulate && i < rows * depth; ++i) grad_x[std::size_t(i)] += before[i];
+    compare(kernels, input, grad_x, kBackwardLimit[0], "gradient of a projection's x", where);
+    compare(kernels, filters, grad_weight, kBackwardLimit[0], "gradient of a projection's weight", where);
+  }
+}
+
 // One image, its patches as the rows of a layer.
 void test_convolution(const Kernels& kernels, Storage storage, bool channels_last, int64_t channels, int64_t kernel,
                       int64_t stride, int64_t dilation, Case c) {
@@ -484,6 +515,15 @@ void test(const Kernels& kernels) {
       for (const bool light_gate : {false, true})
         for (const float threshold : {kNone, 0.4f})
           test_backward(kernels, {shape, Storage::bfloat16, light_gate, ++turn % 3 == 0, threshold});
+  for (const Storage storage : {Storage::float32, Storage::bfloat16}) {
+    if (storage == Storage::bfloat16 && !kernels.dot_pairs) continue;
+    test_projection(kernels, storage, 1, 1, 1, 0);
+    test_projection(kernels, storage, 13, 40, 5, 0);
+    test_projection(kernels, storage, 37, 17, 63, 3);
+    test_projection(kernels, storage, 70, 130, 33, 1);
+    test_projection(kernels, storage, 9, 75, 1050, 2);
+    test_projection(kernels, storage, 1100, 21, 7, 0);
+  }
   for (const bool gated : {false, true}) {
     test_ffn(kernels, 1, 5, 4, 3, 7, 2, gated);
     test_ffn(kernels, 13, 40, 6, 16, 33, 3, gated);

@@ -19,6 +19,13 @@ def linear_backward(
     selected_groups: int, positions: int, span: int, weight: int, code: int, light_up: int, selected: int, gate: int,
     hard: bool, grad_light: int, grad_x: int, grad_logits: int, grad_weight: int, threads: int,
 ) -> None: ...  # fmt: skip
+def projection(
+    bfloat16: bool, x: int, x_stride: int, rows: int, depth: int, neurons: int, weight: int, y: int, threads: int
+) -> None: ...  # fmt: skip
+def projection_backward(
+    bfloat16: bool, grad_y: int, x: int, x_stride: int, rows: int, depth: int, neurons: int, weight: int, grad_x: int,
+    accumulate: bool, grad_weight: int, threads: int,
+) -> None: ...  # fmt: skip
 def convolution_forward(
     bfloat16: bool, x: int, images: list[int], rows: int, neurons: int, rank: int, groups: int, selected_groups: int,
     threshold: float, positions: int, span: int, weight: int, bias: int, light_up: int, projection: bool,

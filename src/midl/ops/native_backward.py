@@ -1,4 +1,4 @@
-"""Backward of the native ops: the sparse part in the kernel, products with the rank by torch.
+"""Backward of the native ops: kernels for the sparse part and the light path's products, torch for the gate.
 
 Nothing of the forward pass is kept but its inputs and the selection: code and logits are recomputed, the full path is
 not needed (native/backward.hpp says why), and nothing of the size (rows, n) is made but the gradient of the light path.
@@ -18,8 +18,6 @@ __all__ = ["Blocks", "gate_projection", "linear_backward", "repeat_first", "thro
 
 # Narrower groups leave the kernel's tiles so empty that dense products of zeros are faster.
 _KERNEL_GROUP = 3
-# Products with fewer columns than a vector has lanes are up to 8 times slower than those with as few rows.
-_NARROW = 16
 
 
 def linear_backward(
@@ -41,7 +39,7 @@ def linear_backward(
     flat = _rows(x, depth, dtype)
     grad = _rows(grad_y, n, dtype)
     down, up = light_down.to(dtype).contiguous(), light_up.float().contiguous()
-    code = (flat @ down.T).float()
+    code = _project(kernels, flat, down)
 
     blocks = Blocks(flat.shape[0], positions, span)
     block_code = blocks.mean(code)
@@ -75,15 +73,13 @@ def linear_backward(
     if grad_x is not None:
         grad_chosen = repeat_first(grad_chosen, chosen) if padded else grad_chosen
         grad_code, out[4], out[5], out[6] = through_gate(
-            grad_light, grad_chosen, index, code, block_code, blocks, up, gate_rows, grad_bias,
+            kernels, grad_light, grad_chosen, index, code, block_code, blocks, up, gate_rows, grad_bias,
             projection=gate_weight is not None, need_up=need_up,
         )  # fmt: skip
-        grad_code = grad_code.to(dtype)
-        out[3] = grad_code.T @ flat if need_down else None
-        if need_x and dtype == torch.float32:
-            out[0] = grad_x.addmm_(grad_code, down).view(x.shape)
-        elif need_x:
-            out[0] = grad_x.add_(grad_code @ down).view(x.shape)
+        out[0] = grad_x.view(x.shape)
+        out[3] = torch.empty_like(down, dtype=torch.float32) if need_down else None
+        if need_x or need_down:
+            _add_gradients(kernels, grad_code.to(dtype), flat, down, grad_x if need_x else None, out[3])
     out[2] = grad_bias
     return tuple(  # type: ignore[return-value]
         x.new_empty(0) if g is None or not need else g.to(x.dtype) for g, need in zip(out, needs, strict=True)
@@ -116,6 +112,27 @@ def repeat_first(values: Tensor, chosen: Tensor) -> Tensor:
     return torch.where(chosen < 0, values[:, :1], values)
 
 
+def _project(kernels: Any, x: Tensor, weight: Tensor) -> Tensor:
+    """Return x (rows, d) . weight (n, d) transposed, in float32."""
+    y = x.new_empty(len(x), len(weight), dtype=torch.float32)
+    kernels.projection(
+        x.dtype == torch.bfloat16, x.data_ptr(), x.stride(0), *x.shape, len(weight), weight.data_ptr(), y.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+def _add_gradients(
+    kernels: Any, grad_y: Tensor, x: Tensor, weight: Tensor, grad_x: Tensor | None, grad_weight: Tensor | None
+) -> None:
+    """Add to ``grad_x`` and set ``grad_weight``, where wanted, the gradients of :func:`_project`."""
+    kernels.projection_backward(
+        x.dtype == torch.bfloat16, grad_y.data_ptr(), x.data_ptr(), x.stride(0), *x.shape, len(weight),
+        weight.data_ptr(), 0 if grad_x is None else grad_x.data_ptr(), True,
+        0 if grad_weight is None else grad_weight.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+
+
 def _rows(t: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     return t.to(dtype).contiguous().view(-1, width)
 
@@ -131,8 +148,8 @@ def gate_projection(
 
 
 def through_gate(
-    grad_light: Tensor, grad_chosen: Tensor, index: Tensor, code: Tensor, block_code: Tensor, blocks: Blocks,
-    up: Tensor, gate_rows: Tensor, grad_bias: Tensor | None, *, projection: bool, need_up: bool,
+    kernels: Any, grad_light: Tensor, grad_chosen: Tensor, index: Tensor, code: Tensor, block_code: Tensor,
+    blocks: Blocks, up: Tensor, gate_rows: Tensor, grad_bias: Tensor | None, *, projection: bool, need_up: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Return the gradients of code, light_up, gate_weight and gate_bias; the light gate's share goes into grad_bias.
 
@@ -142,18 +159,10 @@ def through_gate(
     groups = len(gate_rows)
     grad_logits = grad_chosen.new_zeros(len(index), groups).scatter_(1, index, grad_chosen)
     grad_gate_rows = grad_logits.T @ block_code
-    narrow = code.shape[1] < _NARROW
     grad_code = blocks.spread(grad_logits @ gate_rows)
-    if grad_light.dtype != torch.float32:
-        grad_code.add_(grad_light @ up.to(grad_light.dtype))
-    elif narrow:
-        grad_code.add_((up.T @ grad_light.T).T)
-    else:
-        grad_code.addmm_(grad_light, up)
-    grad_up = None
-    if need_up:
-        factor = code.to(grad_light.dtype)
-        grad_up = ((factor.T @ grad_light).T.contiguous() if narrow else grad_light.T @ factor).float()
+    grad_up = torch.empty_like(up) if need_up else None
+    dtype = grad_light.dtype
+    _add_gradients(kernels, grad_light, code.to(dtype), up.to(dtype), grad_code, grad_up)
     if projection:
         return grad_code, grad_up, grad_gate_rows, grad_logits.sum(0)
     if grad_up is not None:

@@ -111,7 +111,7 @@ def conv2d_backward(
     if grad_x is not None:
         grad_chosen = repeat_first(grad_chosen, chosen) if padded else grad_chosen
         grad_code, out[4], out[5], out[6] = through_gate(
-            grad_light, grad_chosen, index, code, block_code, blocks, up, gate_rows, out[2],
+            kernels, grad_light, grad_chosen, index, code, block_code, blocks, up, gate_rows, out[2],
             projection=gate_weight is not None, need_up=need_up,
         )  # fmt: skip
         grad_code, grad_down = grad_code.to(dtype), gate.new_empty(down.shape) if need_down else None
