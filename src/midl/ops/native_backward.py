@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from midl.ops import huge_pages
 from midl.ops.reference import Grads
 
 __all__ = ["Blocks", "gate_projection", "linear_backward", "repeat_first", "through_gate"]
@@ -60,7 +61,7 @@ def linear_backward(
         grad_light = torch.empty_like(grad)
         grad_x = gate.new_empty(flat.shape) if need_code else None
         grad_chosen = torch.empty_like(gate)
-        grad_weight = gate.new_empty(full_weight.shape) if need_weight else None
+        grad_weight = huge_pages.empty_where_mapped(full_weight.shape, torch.float32) if need_weight else None
         kernels.linear_backward(
             dtype == torch.bfloat16, grad.data_ptr(), flat.data_ptr(), flat.stride(0), flat.shape[0], depth, n, rank,
             groups, k, positions, span, full_weight.data_ptr(), code.data_ptr(), up.data_ptr(), chosen.data_ptr(),
