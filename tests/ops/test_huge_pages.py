@@ -109,6 +109,36 @@ def test_a_system_that_refuses_leaves_ordinary_memory(monkeypatch: pytest.Monkey
     assert huge_pages.empty(MIB, torch.float32).fill_(1).sum() == MIB
 
 
+@pytest.mark.usefixtures("pages_of_2_mib")
+def test_only_what_malloc_would_map_every_time_lies_in_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huge_pages, "_ALWAYS_MAPPED", 4 * MIB)
+    for rows in (1023, 1024):
+        tensor = huge_pages.empty_where_mapped((rows, 1024), torch.float32)
+        assert tensor.shape == (rows, 1024)
+        assert tensor.is_contiguous()
+        assert tensor.fill_(1).sum() == rows * 1024
+    assert tensor.data_ptr() % (2 * MIB) == 0
+
+
+@pytest.mark.skipif(bool(unavailable_reason("native")), reason="no native kernels")
+@pytest.mark.usefixtures("pages_of_2_mib", "native_kernels")
+def test_a_gradient_on_them_is_the_parameters_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huge_pages, "_ALWAYS_MAPPED", 2 * MIB)
+    layer, x = MIDLinear(1024, 1024, group_size=32), torch.randn(3, 1024)
+    layer(x).sum().backward()
+    assert layer.weight.grad is not None
+    assert layer.weight.grad.data_ptr() % (2 * MIB) == 0  # not copied
+    once = layer.weight.grad.clone()
+    layer(x).sum().backward()
+    torch.testing.assert_close(layer.weight.grad, 2 * once)
+    monkeypatch.setattr(huge_pages, "page_size", lambda: 0)
+    layer.weight.grad = None
+    layer(x).sum().backward()
+    in_ordinary_memory = layer.weight.grad
+    assert in_ordinary_memory is not None
+    torch.testing.assert_close(in_ordinary_memory, once)
+
+
 @pytest.mark.skipif(bool(unavailable_reason("native")), reason="no native kernels")
 @pytest.mark.usefixtures("pages_of_2_mib", "native_kernels")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
