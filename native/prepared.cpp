@@ -132,6 +132,15 @@ const void* panels_at(const nb::object& t) {
   return t.is_none() ? nullptr : reinterpret_cast<const void*>(address_of(t.ptr()));
 }
 
+// An output for x. Of what malloc would map every time (see midl.ops.huge_pages) Python takes care.
+nb::object new_output(PyObject* x, PyObject* shape, int64_t elements, Storage storage) {
+  constexpr int64_t kAlwaysMapped = 32 << 20;
+  if (elements * (storage == Storage::bfloat16 ? 2 : 4) >= kAlwaysMapped)
+    return nb::module_::import_("midl.ops.huge_pages").attr("empty_where_mapped")(nb::handle(shape), attribute(x, names().dtype));
+  PyObject* arguments[] = {x, shape};
+  return checked(PyObject_VectorcallMethod(names().new_empty, arguments, 2, nullptr));
+}
+
 class PreparedLinear {
  public:
   PreparedLinear(nb::dict parameters, nb::dict states, nb::object dtype, bool bfloat16, int64_t depth, int64_t neurons,
@@ -176,8 +185,7 @@ class PreparedLinear {
       }
       PyTuple_SET_ITEM(y_shape.ptr(), i, size.release().ptr());
     }
-    PyObject* arguments[] = {x.ptr(), y_shape.ptr()};
-    nb::object y = checked(PyObject_VectorcallMethod(names().new_empty, arguments, 2, nullptr));
+    nb::object y = new_output(x.ptr(), y_shape.ptr(), call.rows * call.neurons, call.storage);
     nb::object full;
     if (!dense_product_.is_none()) {
       full = dense_product_(x, held[0]);
@@ -237,8 +245,7 @@ class PreparedConvolution {
         attribute(x.ptr(), names().is_cpu).ptr() != Py_True ||
         !equal(attribute(x.ptr(), names().shape), x_shape_) || !equal(method(x.ptr(), names().stride), x_strides_))
       return nb::none();
-    PyObject* arguments[] = {x.ptr(), y_shape_.ptr()};
-    nb::object y = checked(PyObject_VectorcallMethod(names().new_empty, arguments, 2, nullptr));
+    nb::object y = new_output(x.ptr(), y_shape_.ptr(), call_.rows.rows * call_.rows.neurons, call_.storage);
     ConvolutionForward call = call_;
     nb::object full;  // (B, n, H, W), channels last
     if (!dense_product_.is_none()) {

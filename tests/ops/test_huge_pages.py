@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from midl import MIDLinear
+from midl import MIDConv2d, MIDLinear
 from midl.ops import huge_pages
 from midl.ops.dispatch import unavailable_reason
 from midl.ops.native_packing import clear_packed
@@ -165,3 +165,25 @@ def test_layers_compute_the_same_on_them(monkeypatch: pytest.MonkeyPatch, dtype:
         assert y.equal(packed[0])
     torch.testing.assert_close(first, packed[0])
     torch.testing.assert_close(copied, packed[0])
+
+
+@pytest.mark.skipif(bool(unavailable_reason("native")), reason="no native kernels")
+@pytest.mark.usefixtures("pages_of_2_mib", "native_kernels")
+@pytest.mark.parametrize("bytes_of_y", [32 * MIB - 4096, 32 * MIB])
+@pytest.mark.parametrize(
+    "layer", [MIDLinear(8, 1024, group_size=32), MIDConv2d(8, 1024, 1, group_size=32)], ids=["linear", "conv"]
+)
+def test_large_outputs_of_every_call_lie_on_them(
+    layer: MIDLinear | MIDConv2d, bytes_of_y: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = bytes_of_y // 4096
+    x = torch.randn(rows, 8)
+    if isinstance(layer, MIDConv2d):
+        x = x.T.reshape(1, 8, rows, 1)
+    with torch.no_grad():
+        outputs = [layer(x) for _ in range(3)]  # the later ones by a prepared call
+        monkeypatch.setattr(huge_pages, "page_size", lambda: 0)
+        in_ordinary_memory = layer(x)
+    for y in outputs:
+        assert y.equal(in_ordinary_memory)
+        assert bytes_of_y < 32 * MIB or y.data_ptr() % (2 * MIB) == 0

@@ -1,5 +1,5 @@
 """Memory in huge pages: for panels, since every call streams them, and with pages of 4 KiB much of that is page walks;
-and for gradients so large that they lie in fresh memory every time, one page fault per page.
+and for outputs and gradients so large that they lie in fresh memory every time, one page fault per page.
 
 Linux gives an allocation huge pages where its owner asks for them (``madvise``), which neither malloc nor torch does by
 itself. Elsewhere, and for less memory than one such page, this is :func:`torch.empty`.

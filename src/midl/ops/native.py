@@ -20,7 +20,7 @@ from torch import Tensor
 
 from midl.config import MIDConfig
 from midl.errors import KernelError
-from midl.ops import reference, reference_ffn
+from midl.ops import huge_pages, reference, reference_ffn
 from midl.ops.dispatch import Implementation, register
 from midl.ops.native_backward import linear_backward
 from midl.ops.native_conv2d import conv2d, conv2d_backward, image_geometry
@@ -163,7 +163,7 @@ def linear(
     x, stride = _rows(x)
     n, depth = weight.shape
     *batch, positions, _ = x.shape
-    y = x.new_empty((*batch, positions, n))
+    y = huge_pages.empty_where_mapped((*batch, positions, n), x.dtype)
     blocks = positions if span == 1 else -(-positions // span)
     selected = x.new_empty((*batch, blocks, k), dtype=torch.int32)
     # Kept alive by name until the call returns: where a copy had to be made, only its address goes to the kernel.
@@ -195,7 +195,7 @@ def linear_on_panels(
     x, stride = _rows(x)
     n, depth = shapes["weight"]
     *batch, positions, _ = x.shape
-    y = x.new_empty((*batch, positions, n))
+    y = huge_pages.empty_where_mapped((*batch, positions, n), x.dtype)
     selected = x.new_empty((*batch, -(-positions // span), k), dtype=torch.int32)
     bias, gate_bias = _dense(bias), _dense(gate_bias)
     _native.linear_forward(

@@ -59,7 +59,7 @@ def linear_backward(
         )
     else:
         grad_light = torch.empty_like(grad)
-        grad_x = gate.new_empty(flat.shape) if need_code else None
+        grad_x = huge_pages.empty_where_mapped(flat.shape, gate.dtype) if need_code else None
         grad_chosen = torch.empty_like(gate)
         grad_weight = huge_pages.empty_where_mapped(full_weight.shape, torch.float32) if need_weight else None
         kernels.linear_backward(

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from midl.ops import huge_pages
 from midl.ops.native_backward import Blocks, gate_projection, repeat_first, through_gate
 from midl.ops.native_packing import pack, packed_panels
 from midl.ops.reference import Grads
@@ -26,7 +27,7 @@ def conv2d(
     """
     geometry, height, width = image_geometry(x, weight, stride, padding, dilation)
     batch, n, groups = x.shape[0], weight.shape[0], weight.shape[0] // group_size
-    y = x.new_empty((batch, height, width, n))
+    y = huge_pages.empty_where_mapped((batch, height, width, n), x.dtype)
     positions = width if span else height * width
     choices = (batch, height, -(-width // span), k) if span else (batch, 1, k)
     selected = x.new_empty(choices, dtype=torch.int32)
@@ -96,7 +97,7 @@ def conv2d_backward(
 
     need_code = need_x or need_down or need_gate or need_gate_bias or need_up or (need_bias and gate_weight is None)
     grad_light = torch.empty_like(grad)
-    grad_x = gate.new_empty((batch, *size, channels)) if need_code else None
+    grad_x = huge_pages.empty_where_mapped((batch, *size, channels), gate.dtype) if need_code else None
     grad_chosen = torch.empty_like(gate)
     grad_weight = gate.new_empty(filters.shape) if need_weight else None
     kernels.convolution_backward(
