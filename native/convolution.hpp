@@ -211,7 +211,7 @@ class Pixels {
                      std::int64_t count, std::int64_t at, float* out, std::int64_t ldo) const {
     const std::int64_t depth = round_up(padded_.depth, kWord<Element>);
     [[maybe_unused]] const std::int64_t words = at / kWord<Element>;
-    const int whole = neurons.count / (2 * L) * (2 * L), wide = neurons.count - whole > L ? whole + 2 * L : whole;
+    const int wide = wide_neurons<Element>(neurons.count);
     for (std::int64_t t = 0, r = 0, tiles = divide_up(m, panel_rows(2)); wide && t < tiles; ++t) {
       const std::int64_t end = m * (t + 1) / tiles;
       for (int c = 0; c < wide; c += 2 * L)
@@ -220,19 +220,18 @@ class Pixels {
       r = end;
     }
     if (wide >= neurons.count) return;
-    const Element* panel = neurons.panel + wide * depth;
+    const bool single = sub_panel_lanes<Element>(neurons.count - wide) == L;
+    const int tail = single ? wide + L : wide;
     for (std::int64_t t = 0, r = 0, tiles = divide_up(m, panel_rows(1)); t < tiles; ++t) {
       const std::int64_t end = m * (t + 1) / tiles;
-      float* to = out + r * ldo + wide;
+      if (single)
+        segment_rows<1>(end - r, rows + r, segments, count, neurons.panel + wide * depth + at * L, out + r * ldo + wide, ldo,
+                        at > 0);
       if constexpr (kFolds<Element>) {
-        if (folds<Element>(neurons.count - wide)) {
-          folded_rows(end - r, rows + r, segments, count, panel + words / 2 * (L * kWord<Element>), words % 2 != 0,
-                      static_cast<const float*>(nullptr), to, ldo, at > 0, Ahead{});
-          r = end;
-          continue;
-        }
+        if (tail < neurons.count)
+          folded_rows(end - r, rows + r, segments, count, neurons.panel + tail * depth + words / 2 * (L * kWord<Element>),
+                      words % 2 != 0, static_cast<const float*>(nullptr), out + r * ldo + tail, ldo, at > 0, Ahead{});
       }
-      segment_rows<1>(end - r, rows + r, segments, count, panel + at * L, to, ldo, at > 0);
       r = end;
     }
   }

@@ -109,7 +109,7 @@ struct PackedLayout {
   PackedLayout(std::int64_t depth_, std::int64_t rank_, const NeuronBlocks& blocks)
       : depth(round_up(depth_, 2 * kWord<bf16>)), rank(round_up(rank_, 2 * kWord<bf16>)) {
     const bool by_block = narrow<T>(blocks.group_size);
-    lanes = by_block ? kPanelWidth : folds<T>(blocks.part_size()) ? L / 2 : round_up(blocks.part_size(), L);
+    lanes = by_block ? kPanelWidth : panel_lanes<T>(blocks.part_size());
     down = 0;
     up = down + round_up(rank, kPanelWidth) * depth;
     gate = up + blocks.count * kPanelWidth * rank;

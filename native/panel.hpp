@@ -1,9 +1,9 @@
 // Products of input rows with panels of neurons: neurons on the lanes, rows addressed by pointer and never copied.
 //
-// A panel holds up to kPanelWidth neurons transposed: sub-panels of 2 L lanes (the last may have L), each stored
-// (words, lanes): a word is one float of the depth, or two bfloat16 with zeros behind the depth. A sub-panel whose neurons
-// would leave half of the lanes empty is folded: (words / 2, lanes / 2, 2), two sums per neuron; bfloat16 only where there
-// are dot products for it. Panels come packed from the caller or are packed here, slice by slice, into memory that stays in
+// A panel holds up to kPanelWidth neurons transposed: sub-panels of 2 L lanes, then one of L and a folded one, as far as
+// the neurons reach. Each is stored (words, lanes): a word is one float of the depth, or two bfloat16 with zeros behind the
+// depth. A folded one holds at most L / 2 neurons, two sums per neuron: (words / 2, L / 2, 2); bfloat16 only where there are
+// dot products for it. Panels come packed from the caller or are packed here, slice by slice, into memory that stays in
 // cache.
 #pragma once
 
@@ -39,12 +39,34 @@ struct Ahead {
 template <class P>
 constexpr int kWord = 4 / sizeof(P);
 
-// Whether a sub-panel of L lanes with so many neurons is folded.
+// Whether a sub-panel with so many neurons, the last ones of a panel, is folded.
 template <class P>
 constexpr bool kFolds = (sizeof(P) == 4 || kDotPairs) && L > 2;
 template <class P>
 constexpr bool folds(std::int64_t neurons) {
   return kFolds<P> && neurons <= L / 2;
+}
+// Lanes that the next sub-panel takes up, L / 2 if it is folded, where so many neurons are left.
+template <class P>
+constexpr int sub_panel_lanes(std::int64_t left) {
+  return folds<P>(left) ? L / 2 : left <= L || folds<P>(left - L) ? L : 2 * L;
+}
+// Those of a whole panel, which holds that many elements per element of the depth; at most the neurons' number rounded up to L.
+template <class P>
+constexpr std::int64_t panel_lanes(std::int64_t neurons) {
+  std::int64_t lanes = 0;
+  while (lanes < neurons) lanes += sub_panel_lanes<P>(neurons - lanes);
+  return lanes;
+}
+// Neurons in sub-panels of 2 L lanes, at the beginning of a panel.
+template <class P>
+constexpr int wide_neurons(int neurons) {
+  const int whole = neurons / (2 * L) * (2 * L);
+  return whole < neurons && sub_panel_lanes<P>(neurons - whole) == 2 * L ? whole + 2 * L : whole;
+}
+template <class P>
+constexpr bool has_folded(int neurons) {
+  return panel_lanes<P>(neurons) % L != 0;
 }
 // Groups narrower than this would waste most lanes of a panel of their own, or more than a quarter of a folded one's.
 template <class P>
@@ -73,13 +95,13 @@ MIDL_INLINE void store_word(const W* w, std::int64_t i, std::int64_t depth, P* t
   }
 }
 
-// Write `lanes` neurons as (words of the depth, lanes); zeros past `count`.
+// Write `lanes` neurons as (words of the depth, lanes), L / 2 of them folded; zeros past `count`.
 template <class W, class P>
 void pack_sub_panel(const W* w, std::int64_t stride, int count, int lanes, std::int64_t depth, P* panel) {
   constexpr int K = kWord<P>;
   const std::int64_t words = divide_up(depth, K);
   if constexpr (kFolds<P>) {
-    if (lanes == L && folds<P>(count)) {
+    if (lanes == L / 2) {
       std::int64_t i = 0;
       for (; (i + L) * K <= depth; i += L) {
         Vec block[L / 2];
@@ -124,12 +146,12 @@ void pack_sub_panel(const W* w, std::int64_t stride, int count, int lanes, std::
   }
 }
 
-// Pack a whole panel of `count` neurons: round_up(count, L) * round_up(depth, kWord) elements.
+// Pack a whole panel of `count` neurons: panel_lanes(count) * round_up(depth, 2 * kWord) elements.
 template <class W, class P>
 void pack_panel(const W* w, std::int64_t stride, int count, std::int64_t depth, P* panel) {
   const std::int64_t padded = round_up(depth, kWord<P>);
-  for (int first = 0; first < count; first += 2 * L) {
-    const int lanes = int(lesser(round_up(count - first, L), 2 * L));
+  for (int first = 0, lanes; first < count; first += lanes) {
+    lanes = sub_panel_lanes<P>(count - first);
     pack_sub_panel(w + first * stride, stride, int(lesser(count - first, lanes)), lanes, depth, panel + first * padded);
   }
 }
@@ -374,7 +396,7 @@ void panel_slice(const A* const* rows, std::int64_t m, const P* panel, std::int6
                  std::int64_t offset, int count, std::int64_t start, std::int64_t depth, const float* bias, float* out,
                  std::int64_t ldo, bool accumulate, const P* next = nullptr, std::int64_t next_offset = 0) {
   panel_depth = round_up(panel_depth, kWord<P>);
-  const int whole = count / (2 * L) * (2 * L), wide = count - whole > L ? whole + 2 * L : whole;
+  const int wide = wide_neurons<P>(count);
   constexpr int R2 = panel_rows(2), R1 = panel_rows(1);
   const auto fetch = [&](int column, int lanes, std::int64_t tile, std::int64_t tiles) {
     if (!next || tiles < 2) return Ahead{};
@@ -403,35 +425,40 @@ void panel_slice(const A* const* rows, std::int64_t m, const P* panel, std::int6
   }
   if (wide >= count) return;
   const std::int64_t narrow_tiles = divide_up(m, R1), narrow_even = divide_up(m, narrow_tiles ? narrow_tiles : 1);
-  if constexpr (sizeof(A) == sizeof(P) && kFolds<P>) {
-    if (folds<P>(count - wide)) {
-      const Segment segment{start, depth};
-      for (std::int64_t r = 0; r < m; r += narrow_even)
-        folded_rows(lesser(m - r, narrow_even), rows + r, &segment, std::int64_t(1), panel + wide * panel_depth + offset / 2 * L,
-                    false, bias ? bias + wide : nullptr, out + r * ldo + wide, ldo, accumulate,
-                    fetch(wide, L / 2, r / narrow_even, narrow_tiles));
-      return;
-    }
+  int c = wide;
+  if (sub_panel_lanes<P>(count - c) == L) {
+    for (std::int64_t r = 0; r < m; r += narrow_even)
+      panel_rows_tile<1>(lesser(m - r, narrow_even), rows + r, start, panel + c * panel_depth + offset * L, depth,
+                         bias ? bias + c : nullptr, out + r * ldo + c, ldo, accumulate,
+                         fetch(c, L, r / narrow_even, narrow_tiles));
+    c += L;
   }
-  for (std::int64_t r = 0; r < m; r += narrow_even)
-    panel_rows_tile<1>(lesser(m - r, narrow_even), rows + r, start, panel + wide * panel_depth + offset * L, depth,
-                       bias ? bias + wide : nullptr, out + r * ldo + wide, ldo, accumulate,
-                       fetch(wide, L, r / narrow_even, narrow_tiles));
+  if constexpr (sizeof(A) == sizeof(P) && kFolds<P>) {
+    const Segment segment{start, depth};
+    for (std::int64_t r = 0; c < count && r < m; r += narrow_even)
+      folded_rows(lesser(m - r, narrow_even), rows + r, &segment, std::int64_t(1), panel + c * panel_depth + offset / 2 * L,
+                  false, bias ? bias + c : nullptr, out + r * ldo + c, ldo, accumulate,
+                  fetch(c, L / 2, r / narrow_even, narrow_tiles));
+  }
 }
 
 // A slice of a panel, as pack_panel would write it from float neurons.
 inline void widen_slice(const bf16* panel, std::int64_t panel_depth, std::int64_t offset, int count, std::int64_t depth,
                         float* slice) {
   panel_depth = round_up(panel_depth, kWord<bf16>);
-  for (int first = 0; first < count; first += 2 * L) {
-    const int lanes = int(lesser(round_up(count - first, L), 2 * L));
-    const bf16* from = panel + first * panel_depth + offset * lanes;
+  // Where the lanes of the panel's sub-panel `begin` lie that begin with neuron `first`.
+  int begin = 0;
+  for (int first = 0, lanes; first < count; first += lanes) {
+    lanes = sub_panel_lanes<float>(count - first);
+    int source_lanes = sub_panel_lanes<bf16>(count - begin);
+    if (begin + source_lanes <= first) begin += source_lanes, source_lanes = sub_panel_lanes<bf16>(count - begin);
+    const bf16* from = panel + begin * panel_depth + offset * source_lanes + 2 * (first - begin);
     float* to = slice + first * depth;
-    if (lanes == L && folds<float>(count - first)) {
+    if (lanes < L) {
       // Pairs lie side by side in a word and in a folded one; where the panel is folded as well, words of even number lie in
       // its even lanes.
       for (std::int64_t i = 0; i < depth; i += 2) {
-        const bf16* pairs = from + i * lanes;
+        const bf16* pairs = from + i * source_lanes;
         bf16 even[L];
         if constexpr (kFolds<bf16>) {
           pairs = even;
@@ -444,7 +471,7 @@ inline void widen_slice(const bf16* panel, std::int64_t panel_depth, std::int64_
     }
     for (std::int64_t i = 0; i < depth; i += 2)
       for (int lane = 0; lane < lanes; lane += L) {
-        const UVec pairs = load_pairs(from + i * lanes + 2 * lane);
+        const UVec pairs = load_pairs(from + i * source_lanes + 2 * lane);
         store(to + i * lanes + lane, first_of_pairs(pairs));
         if (i + 1 < depth) store(to + (i + 1) * lanes + lane, second_of_pairs(pairs));
       }
@@ -460,7 +487,7 @@ template <class A, class W>
 void multiply_neurons(const A* const* rows, std::int64_t m, const Neurons<W>& neurons, std::int64_t depth,
                       const float* bias, float* slice, float* out, std::int64_t ldo) {
   const std::int64_t step = round_up(divide_up(depth, divide_up(depth, kDepthBlock)), L);
-  [[maybe_unused]] const bool folded = folds<float>((neurons.count - 1) % (2 * L) + 1);
+  [[maybe_unused]] const bool folded = has_folded<float>(neurons.count);
   for (std::int64_t start = 0; start < depth; start += step) {
     const std::int64_t length = lesser(step, depth - start);
     bool widened = false;

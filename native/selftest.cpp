@@ -479,6 +479,9 @@ void test(const Kernels& kernels) {
       {1, 1030, 5, 16, 9, 2, 1},   {2, 1027, 3, 32, 8, 2, 1},  {37, 130, 5, 32, 33, 2, 1},  {8, 65, 3, 48, 4, 2, 1},
       {5, 33, 2, 100, 6, 1, 1},    {11, 20, 6, 8, 4, 2, 3},    {40, 24, 3, 40, 4, 3, 7},    {61, 19, 33, 3, 3, 1, 1},
       {7, 2050, 2, 64, 3, 1, 1},
+      // Panels that end with a folded sub-panel, behind another or alone; the gate's in passes over a deep code.
+      {30, 1030, 3, 20, 41, 2, 1}, {9, 1050, 21, 24, 6, 9, 1}, {5, 31, 4, 12, 12, 2, 1},
+      {6, 40, 3, 16, 1100, 2, 1},  {26, 21, 39, 32, 1030, 20, 1},
   };
   state = 1;  // the same numbers for every instruction set, whatever ran before
   test_topk(kernels);
@@ -506,6 +509,8 @@ void test(const Kernels& kernels) {
           // Passes that end within a folded word.
           test_convolution(kernels, storage, channels_last, 34, 5, stride, 3 - stride,
                            {{0, 0, 2, 16, 4, 1, 1}, Storage::float32, false, true, kNone});
+          test_convolution(kernels, storage, channels_last, 34, 5, stride, 3 - stride,
+                           {{0, 0, 2, 24, 20, 1, 1}, Storage::float32, false, true, kNone});
           if (channels == 16)
             test_convolution(kernels, storage, channels_last, 50, 3, stride, 3 - stride,
                              {{0, 0, 3, 16, 5, 1, 1}, Storage::float32, true, true, kNone});
