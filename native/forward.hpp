@@ -25,6 +25,9 @@ constexpr double kThreadWorth = 300e3;
 // each reads all weights.
 constexpr double kApartWeights = 1 << 20;
 constexpr std::int64_t kApartRows = 128;
+// Up to this many rows, which one tile takes, a layer waits for memory: then threads read their part of light_up in one
+// go, before the panels that were selected.
+constexpr std::int64_t kLightFirstRows = panel_rows(2);
 // Below this many, every thread computes the gate for itself rather than wait for the others' share.
 constexpr double kRepeatWorth = 100e3;
 
@@ -204,6 +207,9 @@ struct ForwardPlan;
 template <class Source>
 void read_gate_bias(ForwardPlan<Source>& plan);
 
+// Rows of y whose lines are fetched before they are written.
+constexpr std::int64_t kRowsAhead = 12;
+
 // Everything the phases of a call share.
 template <class Source>
 struct ForwardPlan {
@@ -215,13 +221,14 @@ struct ForwardPlan {
   PackedLayout<T> layout;
   const T *packed_light, *packed_weight;
   int threads;
-  bool repeat_gate;
+  bool repeat_gate, light_first;
   std::int64_t group_size, code_stride, gate_stride, chunk_blocks, chunk_rows, row_parts;
   std::atomic<std::int64_t>* taken;  // items of compute_neurons, per chunk
 
   // Shared by the threads, for the chunk at hand. light_code is code or its rounded copy.
   Code<T>* light_code;
   float *code, *block_code, *gate, *gate_weight, *gate_bias;
+  float* light;  // of all neurons where it comes first: (blocks of neurons, rows, kPanelWidth)
 
   // Chunks are computed by `team` threads together and number a multiple of `chunk_step`.
   ForwardPlan(const midl::LinearForward& c, const Source& rows, int team, std::int64_t chunk_step)
@@ -245,12 +252,14 @@ struct ForwardPlan {
     row_parts = divide_up(4 * threads, neuron_blocks.count);
     row_parts = lesser(row_parts, divide_up(chunk_rows, 4 * kTileRows));
     if (threads == 1) row_parts = 1;
+    light_first = chunk_rows <= kLightFirstRows;
   }
   std::int64_t chunks() const { return divide_up(blocks.count, chunk_blocks); }
   // Of a block of neurons that fill panels.
   std::int64_t first_panel(std::int64_t index) const {
     return index / neuron_blocks.parts * neuron_blocks.groups_per_block * neuron_blocks.parts + index % neuron_blocks.parts;
   }
+  float* light_of(std::int64_t index) const { return light + index * chunk_rows * kPanelWidth; }
   std::int64_t end_block(std::int64_t first) const { return lesser(first + chunk_blocks, blocks.count); }
   std::int64_t last_row(std::int64_t first) const {
     const std::int64_t end = end_block(first);
@@ -267,6 +276,8 @@ struct ForwardPlan {
     gate = memory.take<float>(chunk_blocks * gate_stride);
     gate_weight = call.gate_weight || (packed_light && kGroupMeansPacked<T>) ? nullptr : memory.take<float>(call.groups * call.rank);
     gate_bias = memory.take<float>(gate_stride);
+    // interpolate() goes by whole vectors, which may reach beyond the last group.
+    light = light_first ? memory.take<float>(neuron_blocks.count * chunk_rows * kPanelWidth + L) : nullptr;
     taken = memory.take<std::atomic<std::int64_t>>(chunks());
     source.carve(memory);
   }
@@ -567,22 +578,41 @@ void mix_computed(const ForwardPlan<S>& plan, ThreadMemory& memory, std::int64_t
 }
 
 template <class S>
+void read_bias(const ForwardPlan<S>& plan, ThreadMemory& memory, const NeuronBlocks::Block& block) {
+  const auto* bias = static_cast<const typename S::Element*>(plan.call.bias);
+  for (int j = 0; j < kPanelWidth; ++j)
+    memory.bias[j] = bias && j < block.size ? to_float(bias[block.first + j]) : 0.0f;
+}
+
+// The light path of a block of neurons, with their bias, which memory.bias gets.
+template <class S>
+void compute_light(const ForwardPlan<S>& plan, ThreadMemory& memory, std::int64_t index, Range rows, std::int64_t chunk_start) {
+  using T = typename S::Element;
+  const auto& c = plan.call;
+  const NeuronBlocks::Block block = plan.neuron_blocks[index];
+  read_bias(plan, memory, block);
+  const auto light_rows = reinterpret_cast<const Code<T>**>(memory.light_rows);
+  for (std::int64_t r = rows.begin; r < rows.end; ++r)
+    light_rows[r - rows.begin] = plan.light_code + (r - chunk_start) * plan.code_stride;
+  multiply_neurons(light_rows, rows.end - rows.begin,
+                   neurons_at(static_cast<const T*>(c.light_up) + block.first * c.rank, c.rank, plan.packed_light,
+                              plan.layout.up + index * kPanelWidth * plan.layout.rank, block.size),
+                   c.rank, memory.bias, memory.slice, memory.light, kPanelWidth);
+}
+
+template <class S>
 void compute_neurons(const ForwardPlan<S>& plan, ThreadMemory& memory, std::int64_t index, std::int64_t next, Range rows,
                      std::int64_t chunk_block, std::int64_t chunk_start) {
   using T = typename S::Element;
   const auto& c = plan.call;
   const NeuronBlocks::Block block = plan.neuron_blocks[index];
   const std::int64_t m = rows.end - rows.begin;
-  const T* bias = static_cast<const T*>(c.bias);
-  for (int j = 0; j < kPanelWidth; ++j)
-    memory.bias[j] = bias && j < block.size ? to_float(bias[block.first + j]) : 0.0f;
-  const auto light_rows = reinterpret_cast<const Code<T>**>(memory.light_rows);
-  for (std::int64_t r = 0; r < m; ++r)
-    light_rows[r] = plan.light_code + (rows.begin + r - chunk_start) * plan.code_stride;
-  multiply_neurons(light_rows, m,
-                   neurons_at(static_cast<const T*>(c.light_up) + block.first * c.rank, c.rank, plan.packed_light,
-                              plan.layout.up + index * kPanelWidth * plan.layout.rank, block.size),
-                   c.rank, memory.bias, memory.slice, memory.light, kPanelWidth);
+  if (plan.light_first) {
+    memory.light = plan.light_of(index);
+    read_bias(plan, memory, block);
+  } else {
+    compute_light(plan, memory, index, rows, chunk_start);
+  }
 
   if (c.full)
     mix_computed(plan, memory, index, rows, chunk_block);
@@ -596,6 +626,11 @@ void compute_neurons(const ForwardPlan<S>& plan, ThreadMemory& memory, std::int6
   for (std::int64_t r = 0; r < m; ++r) {
     const float* from = memory.light + r * kPanelWidth;
     Output* to = y + r * c.neurons;
+    // Lines of y lie far apart.
+    if (r + kRowsAhead < m) {
+      __builtin_prefetch(to + kRowsAhead * c.neurons, 1);
+      if constexpr (sizeof(Output) == 4) __builtin_prefetch(to + kRowsAhead * c.neurons + 16, 1);
+    }
     std::int64_t j = 0;
     for (; j + L <= block.size; j += L) store_as(to + j, load(from + j));
     for (; j < block.size; ++j) store_as(to + j, from[j]);
@@ -644,7 +679,14 @@ void forward_chunk(ForwardPlan<S>& plan, ThreadMemory& memory, std::int64_t firs
     compute_logits(plan, memory, static_cast<const T*>(c.gate_weight), plan.packed_light, logit_blocks, own_groups);
   if (!by_blocks) team.wait();
   select_groups(plan, memory, own_blocks, first);
-  if (!plan.repeat_gate) team.wait();
+  if (plan.light_first) {
+    const Range own = part_of(plan.neuron_blocks.count, team.thread, team.threads, 1);
+    for (std::int64_t i = own.begin; i < own.end; ++i) {
+      memory.light = plan.light_of(i);
+      compute_light(plan, memory, i, {start, end}, start);
+    }
+  }
+  if (!plan.repeat_gate || plan.light_first) team.wait();
   // Items are taken one ahead, so that a thread knows which panel to fetch while it is busy with another.
   const std::int64_t items = plan.neuron_blocks.count * plan.row_parts;
   auto& taken = plan.taken[first / plan.chunk_blocks];
