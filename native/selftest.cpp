@@ -282,52 +282,72 @@ void test_forward(const Kernels& kernels, const Case& c) {
   report(packed_light.strip_is_whole() && packed_weight.strip_is_whole(), kernels.name, "packed past the end", c.describe());
 }
 
+// The gradients of a layer whose output has the gradient grad_y.
+struct Gradients {
+  vector<double> light, x, weight, logits;
+
+  Gradients(const Layer& layer, const Tensor& grad_y)
+      : light(layer.light.size()), x(std::size_t(layer.s.rows * layer.s.depth)),
+        weight(std::size_t(layer.s.neurons() * layer.s.depth)), logits(layer.selected.size()) {
+    const Shape& s = layer.s;
+    for (int64_t r = 0; r < s.rows; ++r)
+      for (int64_t j = 0; j < s.neurons(); ++j) {
+        const std::size_t at = std::size_t(r * s.neurons() + j);
+        const int64_t group = j / s.group_size, block = r / s.span;
+        const double a = layer.weight_of(r, group), g = grad_y[int64_t(at)];
+        light[at] = g * (1 - a);
+        for (int64_t i = 0; i < s.depth; ++i) {
+          x[std::size_t(r * s.depth + i)] += g * a * layer.weight[j * s.depth + i];
+          weight[std::size_t(j * s.depth + i)] += g * a * layer.x[r * s.depth + i];
+        }
+        if (!layer.chosen(block, group)) continue;
+        const auto begin = layer.selected.begin() + block * s.k;
+        const double slope = layer.gate(block, group) * (1 - layer.gate(block, group));
+        logits[std::size_t(block * s.k + (std::find(begin, begin + s.k, std::int32_t(group)) - begin))] +=
+            g * (layer.full[at] - layer.light[at]) * slope;
+      }
+  }
+};
+
+// What the backward kernels take from the forward pass, and where they write.
+struct BackwardTensors {
+  Tensor code, light_up, gate, grad_light, grad_x, grad_logits, grad_weight;
+
+  BackwardTensors(const Layer& layer, Storage storage, int64_t inputs)
+      : code(Storage::float32, layer.s.rows * layer.s.rank), light_up(Storage::float32, layer.s.neurons() * layer.s.rank),
+        gate(Storage::float32, layer.s.blocks() * layer.s.k), grad_light(storage, layer.s.rows * layer.s.neurons()),
+        grad_x(Storage::float32, inputs), grad_logits(Storage::float32, gate.count),
+        grad_weight(Storage::float32, layer.s.neurons() * layer.s.depth) {
+    for (int64_t i = 0; i < light_up.count; ++i) light_up.set(i, layer.light_up[i]);
+    for (int64_t i = 0; i < code.count; ++i) code.set(i, float(layer.code[std::size_t(i)]));
+    for (int64_t i = 0; i < gate.count; ++i)
+      if (layer.selected[std::size_t(i)] >= 0) gate.set(i, float(layer.gate(i / layer.s.k, layer.selected[std::size_t(i)])));
+  }
+  void compare_with(const Kernels& kernels, const Layer& layer, const Gradients& expected, Storage storage,
+                    const std::string& where) {
+    for (int64_t i = 0; i < grad_logits.count; ++i)
+      if (layer.selected[std::size_t(i)] < 0) grad_logits.set(i, 0);
+    const double limit = kBackwardLimit[int(storage)];
+    compare(kernels, grad_light, expected.light, limit, "gradient of the light path", where);
+    compare(kernels, grad_x, expected.x, limit, "gradient of x", where);
+    compare(kernels, grad_logits, expected.logits, limit, "gradient of the logits", where);
+    compare(kernels, grad_weight, expected.weight, limit, "gradient of weight", where);
+  }
+};
+
 void test_backward(const Kernels& kernels, const Case& c) {
   Layer layer(c);
   const Shape& s = c.shape;
-  const int64_t n = s.neurons();
-  Tensor grad_y = Tensor::random(c.storage, s.rows * n), code(Storage::float32, s.rows * s.rank);
-  Tensor light_up(Storage::float32, n * s.rank);
-  for (int64_t i = 0; i < n * s.rank; ++i) light_up.set(i, layer.light_up[i]);
-  Tensor gate(Storage::float32, s.blocks() * s.k);
-  for (int64_t i = 0; i < s.rows * s.rank; ++i) code.set(i, float(layer.code[std::size_t(i)]));
-  for (int64_t i = 0; i < s.blocks() * s.k; ++i)
-    if (layer.selected[std::size_t(i)] >= 0) gate.set(i, float(layer.gate(i / s.k, layer.selected[std::size_t(i)])));
-  Tensor grad_light(c.storage, s.rows * n), grad_x(Storage::float32, s.rows * s.depth);
-  Tensor grad_logits(Storage::float32, s.blocks() * s.k), grad_weight(Storage::float32, n * s.depth);
+  Tensor grad_y = Tensor::random(c.storage, s.rows * s.neurons());
+  BackwardTensors t(layer, c.storage, s.rows * s.depth);
   kernels.linear_backward({
       .storage = c.storage, .grad_y = grad_y.data(), .x = layer.x.data(), .x_stride = s.depth, .rows = s.rows, .depth = s.depth,
-      .neurons = n, .rank = s.rank, .groups = s.groups, .selected_groups = s.k, .positions = s.rows, .span = s.span,
-      .weight = layer.weight.data(), .code = code.as<float>(), .light_up = light_up.as<float>(),
-      .selected = layer.selected.data(), .gate = gate.as<float>(), .hard = c.hard,
-      .grad_light = grad_light.data(), .grad_x = grad_x.as<float>(), .grad_logits = grad_logits.as<float>(),
-      .grad_weight = grad_weight.as<float>(), .threads = 1});
-
-  vector<double> light(std::size_t(s.rows * n)), x(std::size_t(s.rows * s.depth)), weight(std::size_t(n * s.depth));
-  vector<double> logits(std::size_t(s.blocks() * s.k));
-  for (int64_t r = 0; r < s.rows; ++r)
-    for (int64_t j = 0; j < n; ++j) {
-      const std::size_t at = std::size_t(r * n + j);
-      const int64_t group = j / s.group_size, block = r / s.span;
-      const double a = layer.weight_of(r, group), g = grad_y[int64_t(at)];
-      light[at] = g * (1 - a);
-      for (int64_t i = 0; i < s.depth; ++i) {
-        x[std::size_t(r * s.depth + i)] += g * a * layer.weight[j * s.depth + i];
-        weight[std::size_t(j * s.depth + i)] += g * a * layer.x[r * s.depth + i];
-      }
-      if (!layer.chosen(block, group)) continue;
-      const auto begin = layer.selected.begin() + block * s.k;
-      const double slope = layer.gate(block, group) * (1 - layer.gate(block, group));
-      logits[std::size_t(block * s.k + (std::find(begin, begin + s.k, std::int32_t(group)) - begin))] +=
-          g * (layer.full[at] - layer.light[at]) * slope;
-    }
-  for (int64_t i = 0; i < s.blocks() * s.k; ++i)
-    if (layer.selected[std::size_t(i)] < 0) grad_logits.set(i, 0);
-  const double limit = kBackwardLimit[int(c.storage)];
-  compare(kernels, grad_light, light, limit, "gradient of the light path", c.describe());
-  compare(kernels, grad_x, x, limit, "gradient of x", c.describe());
-  compare(kernels, grad_logits, logits, limit, "gradient of the logits", c.describe());
-  compare(kernels, grad_weight, weight, limit, "gradient of weight", c.describe());
+      .neurons = s.neurons(), .rank = s.rank, .groups = s.groups, .selected_groups = s.k, .positions = s.rows, .span = s.span,
+      .weight = layer.weight.data(), .code = t.code.as<float>(), .light_up = t.light_up.as<float>(),
+      .selected = layer.selected.data(), .gate = t.gate.as<float>(), .hard = c.hard,
+      .grad_light = t.grad_light.data(), .grad_x = t.grad_x.as<float>(), .grad_logits = t.grad_logits.as<float>(),
+      .grad_weight = t.grad_weight.as<float>(), .threads = 1});
+  t.compare_with(kernels, layer, Gradients(layer, grad_y), c.storage, c.describe());
 }
 
 // A product and its gradients; rows of x lie `gap` elements apart.
@@ -362,32 +382,47 @@ void test_projection(const Kernels& kernels, Storage storage, int64_t rows, int6
 }
 
 // One image, its patches as the rows of a layer.
+// One image, and the windows that a convolution looks at: `c` gets their number and size.
+struct Windows {
+  static constexpr int64_t kHeight = 7, kWidth = 6;
+  midl::Images m{};
+  Tensor image;
+  vector<int64_t> from;  // (rows, depth): where in the image, -1 for padding
+
+  Windows(Storage storage, bool channels_last, int64_t channels, int64_t kernel, int64_t stride, int64_t dilation, Case& c)
+      : image(Tensor::random(storage, channels * kHeight * kWidth)) {
+    const int64_t padding = dilation * (kernel / 2);
+    const auto out = [&](int64_t size) { return (size + 2 * padding - dilation * (kernel - 1) - 1) / stride + 1; };
+    m.channels = channels, m.height = kHeight, m.width = kWidth;
+    m.channel_stride = channels_last ? 1 : kHeight * kWidth, m.column_stride = channels_last ? channels : 1;
+    m.row_stride = kWidth * m.column_stride, m.batch_stride = channels * kHeight * kWidth;
+    m.kernel_height = m.kernel_width = kernel, m.stride_y = m.stride_x = stride;
+    m.padding_y = m.padding_x = padding, m.dilation_y = m.dilation_x = dilation;
+    m.out_height = out(kHeight), m.out_width = out(kWidth);
+    c.shape.rows = m.out_height * m.out_width, c.shape.depth = kernel * kernel * channels;
+    if (c.shape.span == 0) c.shape.span = c.shape.rows;
+    for (int64_t i = 0; i < c.shape.rows * c.shape.depth; ++i) {
+      const int64_t pixel = i / c.shape.depth, at = i % c.shape.depth, tap = at / channels;
+      const int64_t y = pixel / m.out_width * stride + tap / kernel * dilation - padding;
+      const int64_t x = pixel % m.out_width * stride + tap % kernel * dilation - padding;
+      const bool inside = y >= 0 && y < kHeight && x >= 0 && x < kWidth;
+      from.push_back(inside ? y * m.row_stride + x * m.column_stride + at % channels * m.channel_stride : -1);
+    }
+  }
+  Tensor patches() const {
+    Tensor out(Storage::float32, int64_t(from.size()));
+    for (int64_t i = 0; i < out.count; ++i) out.set(i, from[std::size_t(i)] < 0 ? 0 : image[from[std::size_t(i)]]);
+    return out;
+  }
+};
+
 void test_convolution(const Kernels& kernels, Storage storage, bool channels_last, int64_t channels, int64_t kernel,
                       int64_t stride, int64_t dilation, Case c) {
-  constexpr int64_t kHeight = 7, kWidth = 6;
-  const int64_t padding = dilation * (kernel / 2);
-  const auto out = [&](int64_t size) { return (size + 2 * padding - dilation * (kernel - 1) - 1) / stride + 1; };
-  midl::Images m{};
-  m.channels = channels, m.height = kHeight, m.width = kWidth;
-  m.channel_stride = channels_last ? 1 : kHeight * kWidth, m.column_stride = channels_last ? channels : 1;
-  m.row_stride = kWidth * m.column_stride, m.batch_stride = channels * kHeight * kWidth;
-  m.kernel_height = m.kernel_width = kernel, m.stride_y = m.stride_x = stride;
-  m.padding_y = m.padding_x = padding, m.dilation_y = m.dilation_x = dilation;
-  m.out_height = out(kHeight), m.out_width = out(kWidth);
-  Tensor image = Tensor::random(storage, m.batch_stride);
-  c.shape.rows = m.out_height * m.out_width, c.shape.depth = kernel * kernel * channels;
+  Windows windows(storage, channels_last, channels, kernel, stride, dilation, c);
+  const midl::Images& m = windows.m;
   c.storage = kernels.dot_pairs ? storage : Storage::float32;  // of the parameters
-  if (c.shape.span == 0) c.shape.span = c.shape.rows;
   const Shape& s = c.shape;
-  Tensor patches(Storage::float32, s.rows * s.depth);
-  for (int64_t i = 0; i < patches.count; ++i) {
-    const int64_t pixel = i / s.depth, at = i % s.depth, tap = at / channels;
-    const int64_t y = pixel / m.out_width * stride + tap / kernel * dilation - padding;
-    const int64_t x = pixel % m.out_width * stride + tap % kernel * dilation - padding;
-    const bool inside = y >= 0 && y < kHeight && x >= 0 && x < kWidth;
-    patches.set(i, inside ? image[y * m.row_stride + x * m.column_stride + at % channels * m.channel_stride] : 0);
-  }
-  Layer layer(c, std::move(patches));
+  Layer layer(c, windows.patches());
   midl::LinearPack parameters{
       .storage = c.storage, .depth = s.depth, .neurons = s.neurons(), .rank = s.rank, .groups = s.groups,
       .weight = layer.weight.data(), .light_down = layer.light_down.data(), .light_up = layer.light_up.data(),
@@ -405,7 +440,7 @@ void test_convolution(const Kernels& kernels, Storage storage, bool channels_las
       {.storage = storage,
        .images = m,
        .rows = {
-           .storage = c.storage, .x = image.data(), .x_stride = 0, .rows = s.rows, .depth = s.depth,
+           .storage = c.storage, .x = windows.image.data(), .x_stride = 0, .rows = s.rows, .depth = s.depth,
            .neurons = s.neurons(), .rank = s.rank, .groups = s.groups, .selected_groups = s.k,
            .threshold = c.threshold, .positions = s.span > 1 ? s.rows : m.out_width, .span = s.span, .weight = layer.weight.data(),
            .bias = layer.bias.data(), .light_down = nullptr, .light_up = layer.light_up.data(),
@@ -416,6 +451,54 @@ void test_convolution(const Kernels& kernels, Storage storage, bool channels_las
   const std::string where = c.describe() + ", convolution of " + std::to_string(channels) + " channels";
   if (report(selected == layer.selected, kernels.name, "selection", where))
     compare(kernels, y, layer.y, kForwardLimit[int(storage)], "output", where);
+}
+
+// The selected neurons' gradients, and those of one plain convolution, which are added to them.
+void test_convolution_backward(const Kernels& kernels, bool channels_last, int64_t channels, int64_t kernel, int64_t stride,
+                               int64_t dilation, Case c) {
+  Windows windows(c.storage, channels_last, channels, kernel, stride, dilation, c);
+  const midl::Images& m = windows.m;
+  const Shape& s = c.shape;
+  Layer layer(c, windows.patches());
+  Tensor grad_y = Tensor::random(c.storage, s.rows * s.neurons());
+  // grad_x is channels last whatever x is.
+  const int64_t pixels = m.height * m.width;
+  const auto to_pixels = [&](const vector<double>& of_windows) {
+    vector<double> sums(std::size_t(pixels * channels));
+    for (std::size_t i = 0; i < of_windows.size(); ++i) {
+      const int64_t at = windows.from[i];
+      if (at >= 0) sums[std::size_t(channels_last ? at : at % pixels * channels + at / pixels)] += of_windows[i];
+    }
+    return sums;
+  };
+  Gradients expected(layer, grad_y);
+  expected.x = to_pixels(expected.x);
+  BackwardTensors t(layer, c.storage, pixels * channels);
+  const std::string where = c.describe() + ", convolution of " + std::to_string(channels) + " channels";
+  midl::ConvolutionBackward call{
+      .storage = c.storage, .images = m, .x = windows.image.data(), .grad_y = grad_y.data(), .rows = s.rows,
+      .neurons = s.neurons(), .rank = s.rank, .groups = s.groups, .selected_groups = s.k,
+      .positions = s.span > 1 ? s.rows : m.out_width, .span = s.span, .weight = layer.weight.data(),
+      .selected = layer.selected.data(), .gate = t.gate.as<float>(), .code = t.code.as<float>(),
+      .light_up = t.light_up.as<float>(), .hard = c.hard, .grad_light = t.grad_light.data(), .grad_x = t.grad_x.as<float>(),
+      .accumulate = false, .grad_logits = t.grad_logits.as<float>(), .grad_weight = t.grad_weight.as<float>(), .threads = 1};
+  kernels.convolution_backward(call);
+  t.compare_with(kernels, layer, expected, c.storage, where);
+
+  Case one = c;  // as light_down: every row wants every neuron
+  one.shape.groups = 1, one.shape.group_size = s.rank, one.shape.k = 1, one.hard = true, one.threshold = kNone;
+  Layer plain(one, windows.patches());
+  Tensor grad_code = Tensor::random(c.storage, s.rows * s.rank), grad_down(Storage::float32, s.rank * s.depth);
+  Gradients added(plain, grad_code);
+  const vector<double> grad_x = to_pixels(added.x);
+  for (std::size_t i = 0; i < grad_x.size(); ++i) expected.x[i] += grad_x[i];
+  call.grad_y = grad_code.data(), call.weight = plain.weight.data(), call.grad_weight = grad_down.as<float>();
+  call.neurons = s.rank, call.groups = call.selected_groups = 1, call.positions = call.span = 1;
+  call.selected = nullptr, call.gate = call.code = call.light_up = nullptr, call.grad_light = nullptr;
+  call.hard = call.accumulate = true, call.grad_logits = nullptr;
+  kernels.convolution_backward(call);
+  compare(kernels, t.grad_x, expected.x, kBackwardLimit[int(c.storage)], "gradients of x together", where);
+  compare(kernels, grad_down, added.weight, kBackwardLimit[int(c.storage)], "gradient of light_down", where);
 }
 
 // relu(x . weight + bias) [* (x . value + bias)] of the selected groups, less a light value, times down; with and without
@@ -514,6 +597,15 @@ void test(const Kernels& kernels) {
           if (channels == 16)
             test_convolution(kernels, storage, channels_last, 50, 3, stride, 3 - stride,
                              {{0, 0, 3, 16, 5, 1, 1}, Storage::float32, true, true, kNone});
+        }
+  for (const Storage storage : {Storage::float32, Storage::bfloat16})
+    for (const bool channels_last : {true, false})
+      for (const int64_t channels : {3, 16, 37})
+        for (const int64_t stride : {1, 2}) {
+          if (storage == Storage::bfloat16 && !kernels.dot_pairs) continue;
+          for (const int64_t size : {2, 16, 33})
+            test_convolution_backward(kernels, channels_last, channels, 3, stride, 3 - stride,
+                                      {{0, 0, 5, size, 6, 3, size == 16 ? 0 : 1}, storage, size == 2, size == 33, channels == 37 ? 0.4f : kNone});
         }
   if (kernels.dot_pairs)
     for (const Shape& shape : shapes)
