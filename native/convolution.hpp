@@ -209,7 +209,7 @@ class Pixels {
   // tile of one row takes nearly as long as a full one.
   void multiply_pass(const Element* const* rows, std::int64_t m, const Neurons<Element>& neurons, const Segment* segments,
                      std::int64_t count, std::int64_t at, float* out, std::int64_t ldo) const {
-    const std::int64_t depth = round_up(padded_.depth, kWord<Element>);
+    const std::int64_t depth = round_up(padded_.depth, kPadding<Element>);
     [[maybe_unused]] const std::int64_t words = at / kWord<Element>;
     const int wide = wide_neurons<Element>(neurons.count);
     for (std::int64_t t = 0, r = 0, tiles = divide_up(m, panel_rows(2)); wide && t < tiles; ++t) {
@@ -274,7 +274,7 @@ template <class E>
 void run_code(const midl::ConvolutionCode& call) {
   const Pixels<E> source(call.images, static_cast<const E*>(call.x));
   const E* light_down = static_cast<const E*>(call.light_down);
-  const std::int64_t depth = PaddedImages(call.images).depth, panel = kPanelWidth * round_up(depth, 2 * kWord<E>);
+  const std::int64_t depth = PaddedImages(call.images).depth, panel = kPanelWidth * packed_depth<E>(depth);
   const int threads = double(call.rows) * double(call.rank) * double(depth) < kThreadWorth ? 1 : call.threads;
   const std::int64_t step = divide_up(call.rows, round_up(divide_up(call.rows, source.chunk_rows()), threads));
   const std::int64_t chunks = divide_up(call.rows, step);

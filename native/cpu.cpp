@@ -5,7 +5,34 @@
 #include <new>
 #include <stdexcept>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
+
 namespace midl {
+
+namespace {
+
+#if defined(__x86_64__)
+// Whether the processor has tile registers for bfloat16 and Linux lets this process use them, which wants to be asked.
+bool has_tiles() {
+#if defined(__linux__)
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned a, b, c, d = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kBf16) == 0 || (d & kTile) == 0) return false;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
+}  // namespace
 
 const std::vector<Variant>& variants() {
   static const std::vector<Variant> all = [] {
@@ -18,7 +45,10 @@ const std::vector<Variant>& variants() {
     list.push_back({&kernels_avx2, avx2, true});
     list.push_back({&kernels_avx512_emulated, avx2, false});
     list.push_back({&kernels_avx512, avx512, true});
-    list.push_back({&kernels_avx512bf16, avx512 && __builtin_cpu_supports("avx512bf16"), true});
+    const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+    list.push_back({&kernels_avx512bf16, bf16, true});
+    list.push_back({&kernels_amx_emulated, avx2, false});
+    list.push_back({&kernels_amx, bf16 && has_tiles(), true});
 #endif
     return list;
   }();

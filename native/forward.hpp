@@ -15,10 +15,13 @@
 #include "kernels.hpp"
 #include "panel.hpp"
 #include "select.hpp"
+#include "tiles.hpp"
 
 namespace {
 
 constexpr std::int64_t kChunkRows = 512;
+// Where tile registers multiply, rows are read as fast as the second cache level gives them, so a chunk has to fit there.
+constexpr std::int64_t kTileChunkElements = 512 * 1024, kLeastTileChunk = 64;
 // Below this many multiply-adds a second thread costs more than it brings.
 constexpr double kThreadWorth = 300e3;
 // Layers with at most this many weights: with many rows, threads take whole chunks and never wait for each other, though
@@ -91,7 +94,8 @@ struct NeuronBlocks {
 // row. Dense: all neurons by panels, those not selected ignored; per multiply-add that costs kDotCost times less, but
 // reads every weight, which only many rows repay. Dot products of rows with slices of neurons that stay in the nearest
 // cache, rows sorted by how many neurons they chose, need twice the loads of a panel and were no faster at 45 %.
-constexpr double kDotCost = 3.3;
+template <class T>
+constexpr double kDotCost = kTiles && sizeof(T) == 2 ? 25 : 3.3;
 constexpr std::int64_t kDenseRows = 8;
 
 template <class T>
@@ -100,7 +104,7 @@ MIDL_INLINE bool narrow(std::int64_t group_size) {
 }
 template <class T>
 MIDL_INLINE bool narrow_and_dense(std::int64_t rows, std::int64_t groups, std::int64_t selected, std::int64_t size) {
-  return narrow<T>(size) && rows >= kDenseRows && double(selected) * kDotCost > double(groups);
+  return narrow<T>(size) && rows >= kDenseRows && double(selected) * kDotCost<T> > double(groups);
 }
 
 // Where the panels of a layer lie, in elements; those of the light path and gate in one buffer, those of the weight in
@@ -110,7 +114,7 @@ struct PackedLayout {
   std::int64_t depth, rank, lanes;
   std::int64_t down, up, gate, light_size, weight_size;
   PackedLayout(std::int64_t depth_, std::int64_t rank_, const NeuronBlocks& blocks)
-      : depth(round_up(depth_, 2 * kWord<bf16>)), rank(round_up(rank_, 2 * kWord<bf16>)) {
+      : depth(packed_depth<T>(depth_)), rank(packed_depth<T>(rank_)) {
     const bool by_block = narrow<T>(blocks.group_size);
     lanes = by_block ? kPanelWidth : panel_lanes<T>(blocks.part_size());
     down = 0;
@@ -156,7 +160,13 @@ class PlainRows {
   explicit PlainRows(const midl::LinearForward& call)
       : x_(static_cast<const T*>(call.x)), stride_(call.x_stride), depth_(call.depth) {}
 
-  std::int64_t chunk_rows() const { return kChunkRows; }
+  std::int64_t chunk_rows() const {
+    if constexpr (kTiles && sizeof(T) == 2) {
+      const std::int64_t kept = kTileChunkElements / depth_ / kLeastTileChunk * kLeastTileChunk;
+      return lesser(kChunkRows, kept < kLeastTileChunk ? kLeastTileChunk : kept);
+    }
+    return kChunkRows;
+  }
   void make_room(Range chunk) {
     if (chunk.end - chunk.begin > room_) room_ = chunk.end - chunk.begin;
   }
@@ -182,7 +192,10 @@ class PlainRows {
   template <class Row>
   void multiply(const Row* const* rows, std::int64_t m, const Neurons<T>& neurons, float* slice, float* out,
                 std::int64_t ldo) const {
-    multiply_neurons(rows, m, neurons, depth_, nullptr, slice, out, ldo);
+    if constexpr (kTiles && sizeof(T) == 2)
+      multiply_tiles(rows, m, neurons, depth_, whole_steps(depth_), nullptr, slice, out, ldo);
+    else
+      multiply_neurons(rows, m, neurons, depth_, nullptr, slice, out, ldo);
   }
   // out[i] = neurons[i] . row
   template <class Row>
@@ -359,6 +372,13 @@ void read_gate_bias(ForwardPlan<S>& plan) {
   }
 }
 
+// Rows whose code is computed at a time: they are read once per panel of light_down and stay in the second cache level.
+inline std::int64_t code_rows(std::int64_t depth, std::int64_t rows) {
+  constexpr std::int64_t kElements = 96 * 1024, kLeast = 8 * panel_rows(2);
+  const std::int64_t most = kElements / depth;
+  return most < kLeast || rows == 0 ? rows : divide_up(rows, divide_up(rows, most));
+}
+
 template <class S>
 void compute_code(const ForwardPlan<S>& plan, ThreadMemory& memory, Range rows, Range columns,
                   std::int64_t chunk_start) {
@@ -368,13 +388,14 @@ void compute_code(const ForwardPlan<S>& plan, ThreadMemory& memory, Range rows, 
   const auto pointers = row_pointers(plan, memory);
   for (std::int64_t r = rows.begin; r < rows.end; ++r) pointers[r - rows.begin] = plan.source.row(r, chunk_start);
   const T* down = static_cast<const T*>(c.light_down);
-  for (std::int64_t i = columns.begin; i < columns.end; i += kPanelWidth)
-    plan.source.multiply(pointers, rows.end - rows.begin,
-                         neurons_at(down + i * c.depth, c.depth, plan.packed_light, plan.layout.down + i * plan.layout.depth,
-                                    lesser(kPanelWidth, columns.end - i),
-                                    i + kPanelWidth < columns.end ? plan.layout.down + (i + kPanelWidth) * plan.layout.depth : -1),
-                         memory.slice, plan.code + (rows.begin - chunk_start) * plan.code_stride + i,
-                         plan.code_stride);
+  const std::int64_t step = code_rows(c.depth, rows.end - rows.begin);
+  for (std::int64_t r = rows.begin; r < rows.end; r += step)
+    for (std::int64_t i = columns.begin; i < columns.end; i += kPanelWidth)
+      plan.source.multiply(pointers + (r - rows.begin), lesser(step, rows.end - r),
+                           neurons_at(down + i * c.depth, c.depth, plan.packed_light, plan.layout.down + i * plan.layout.depth,
+                                      lesser(kPanelWidth, columns.end - i),
+                                      i + kPanelWidth < columns.end ? plan.layout.down + (i + kPanelWidth) * plan.layout.depth : -1),
+                           memory.slice, plan.code + (r - chunk_start) * plan.code_stride + i, plan.code_stride);
   if constexpr (sizeof(*plan.light_code) != sizeof(*plan.code))
     for (std::int64_t r = rows.begin - chunk_start; r < rows.end - chunk_start; ++r)
       for (std::int64_t i = columns.begin; i < columns.end; i += L)
@@ -594,10 +615,13 @@ void compute_light(const ForwardPlan<S>& plan, ThreadMemory& memory, std::int64_
   const auto light_rows = reinterpret_cast<const Code<T>**>(memory.light_rows);
   for (std::int64_t r = rows.begin; r < rows.end; ++r)
     light_rows[r - rows.begin] = plan.light_code + (r - chunk_start) * plan.code_stride;
-  multiply_neurons(light_rows, rows.end - rows.begin,
-                   neurons_at(static_cast<const T*>(c.light_up) + block.first * c.rank, c.rank, plan.packed_light,
-                              plan.layout.up + index * kPanelWidth * plan.layout.rank, block.size),
-                   c.rank, memory.bias, memory.slice, memory.light, kPanelWidth);
+  const auto neurons = neurons_at(static_cast<const T*>(c.light_up) + block.first * c.rank, c.rank, plan.packed_light,
+                                  plan.layout.up + index * kPanelWidth * plan.layout.rank, block.size);
+  if constexpr (kTiles && sizeof(T) == 2)
+    multiply_tiles(light_rows, rows.end - rows.begin, neurons, c.rank, whole_steps(c.rank), memory.bias, memory.slice,
+                   memory.light, kPanelWidth);
+  else
+    multiply_neurons(light_rows, rows.end - rows.begin, neurons, c.rank, memory.bias, memory.slice, memory.light, kPanelWidth);
 }
 
 template <class S>
@@ -720,6 +744,7 @@ void run_forward(const midl::LinearForward& call, const Source& source) {
       mine.settle(base);
       Carver carver(base + common);
       ThreadMemory own_memory(carver, mine);
+      [[maybe_unused]] const TileRegisters tiles;
       average_gate(mine, {1, 0});
       for (std::int64_t i; (i = taken.fetch_add(1, std::memory_order_relaxed)) < mine.chunks();)
         forward_chunk(mine, own_memory, i * mine.chunk_blocks, {1, 0});
@@ -734,6 +759,7 @@ void run_forward(const midl::LinearForward& call, const Source& source) {
     const Team team{omp_get_num_threads(), omp_get_thread_num()};
     Carver carver(memory + common + each * std::size_t(team.thread));
     ThreadMemory own_memory(carver, plan);
+    [[maybe_unused]] const TileRegisters tiles;
     average_gate(plan, team);
     for (std::int64_t first = 0; first < plan.blocks.count; first += plan.chunk_blocks) {
       forward_chunk(plan, own_memory, first, team);

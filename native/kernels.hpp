@@ -206,6 +206,8 @@ extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
 extern const Kernels kernels_avx512bf16;
 extern const Kernels kernels_avx512_emulated;
+extern const Kernels kernels_amx;
+extern const Kernels kernels_amx_emulated;
 
 // Memory of the calling thread, 64-byte aligned, kept for its next call; earlier contents are lost.
 char* scratch(std::size_t bytes);

@@ -38,10 +38,13 @@ struct Ahead {
 // Elements of the depth that lie side by side in a panel, one 32-bit word.
 template <class P>
 constexpr int kWord = 4 / sizeof(P);
+// A packed panel's depth is a multiple of this, zeros behind the neurons': a word, or what a tile register takes.
+template <class P>
+constexpr int kPadding = kTiles && sizeof(P) == 2 ? 32 : kWord<P>;
 
 // Whether a sub-panel with so many neurons, the last ones of a panel, is folded.
 template <class P>
-constexpr bool kFolds = (sizeof(P) == 4 || kDotPairs) && L > 2;
+constexpr bool kFolds = (sizeof(P) == 4 || (kDotPairs && !kTiles)) && L > 2;
 template <class P>
 constexpr bool folds(std::int64_t neurons) {
   return kFolds<P> && neurons <= L / 2;
@@ -95,11 +98,17 @@ MIDL_INLINE void store_word(const W* w, std::int64_t i, std::int64_t depth, P* t
   }
 }
 
+// Room for a panel's depth, also where its last word is half of a folded one.
+template <class P>
+constexpr std::int64_t packed_depth(std::int64_t depth) {
+  return round_up(depth, kPadding<P> > 4 ? kPadding<P> : 4);
+}
+
 // Write `lanes` neurons as (words of the depth, lanes), L / 2 of them folded; zeros past `count`.
 template <class W, class P>
 void pack_sub_panel(const W* w, std::int64_t stride, int count, int lanes, std::int64_t depth, P* panel) {
   constexpr int K = kWord<P>;
-  const std::int64_t words = divide_up(depth, K);
+  const std::int64_t words = divide_up(depth, K), padded = round_up(depth, kPadding<P>) / K;
   if constexpr (kFolds<P>) {
     if (lanes == L / 2) {
       std::int64_t i = 0;
@@ -135,10 +144,10 @@ void pack_sub_panel(const W* w, std::int64_t stride, int count, int lanes, std::
         for (int j = 0; j < L; ++j) store(reinterpret_cast<float*>(target + (i + j) * lanes * K), block[j]);
       }
     }
-    for (; i < words; ++i)
+    for (; i < padded; ++i)
       for (int j = 0; j < L; ++j) {
         P* to = target + (i * lanes + j) * K;
-        if (lane + j < count)
+        if (lane + j < count && i < words)
           store_word(w + (lane + j) * stride, i, depth, to);
         else
           __builtin_memset(to, 0, 4);
@@ -146,10 +155,10 @@ void pack_sub_panel(const W* w, std::int64_t stride, int count, int lanes, std::
   }
 }
 
-// Pack a whole panel of `count` neurons: panel_lanes(count) * round_up(depth, 2 * kWord) elements.
+// Pack a whole panel of `count` neurons: panel_lanes(count) * packed_depth(depth) elements.
 template <class W, class P>
 void pack_panel(const W* w, std::int64_t stride, int count, std::int64_t depth, P* panel) {
-  const std::int64_t padded = round_up(depth, kWord<P>);
+  const std::int64_t padded = round_up(depth, kPadding<P>);
   for (int first = 0, lanes; first < count; first += lanes) {
     lanes = sub_panel_lanes<P>(count - first);
     pack_sub_panel(w + first * stride, stride, int(lesser(count - first, lanes)), lanes, depth, panel + first * padded);
@@ -395,7 +404,7 @@ template <class A, class P>
 void panel_slice(const A* const* rows, std::int64_t m, const P* panel, std::int64_t panel_depth,
                  std::int64_t offset, int count, std::int64_t start, std::int64_t depth, const float* bias, float* out,
                  std::int64_t ldo, bool accumulate, const P* next = nullptr, std::int64_t next_offset = 0) {
-  panel_depth = round_up(panel_depth, kWord<P>);
+  panel_depth = round_up(panel_depth, kPadding<P>);
   const int wide = wide_neurons<P>(count);
   constexpr int R2 = panel_rows(2), R1 = panel_rows(1);
   const auto fetch = [&](int column, int lanes, std::int64_t tile, std::int64_t tiles) {
@@ -445,7 +454,7 @@ void panel_slice(const A* const* rows, std::int64_t m, const P* panel, std::int6
 // A slice of a panel, as pack_panel would write it from float neurons.
 inline void widen_slice(const bf16* panel, std::int64_t panel_depth, std::int64_t offset, int count, std::int64_t depth,
                         float* slice) {
-  panel_depth = round_up(panel_depth, kWord<bf16>);
+  panel_depth = round_up(panel_depth, kPadding<bf16>);
   // Where the lanes of the panel's sub-panel `begin` lie that begin with neuron `first`.
   int begin = 0;
   for (int first = 0, lanes; first < count; first += lanes) {

@@ -96,6 +96,12 @@ constexpr bool kDotPairs = true;
 #else
 constexpr bool kDotPairs = false;
 #endif
+// Whether they are multiplied by tile registers, see tiles.hpp.
+#ifdef MIDL_TILES
+constexpr bool kTiles = true;
+#else
+constexpr bool kTiles = false;
+#endif
 
 // The first `count` < L elements, zeros behind them; nothing past them is read.
 template <class T>
