@@ -136,13 +136,14 @@ class Pixels {
   using Element = Code<X>;
   using Output = X;
   static constexpr bool kPrepares = true;
+  static constexpr bool kByTiles = kTiles && sizeof(Element) == 2;
 
   Pixels(const midl::Images& images, const X* x) : padded_(images), x_(x) {
     in_place_ = sizeof(X) == sizeof(Element) && images.channel_stride == 1 && images.column_stride == images.channels &&
                 !images.padding_x && !images.padding_y;
     if (in_place_) padded_.line_stride = images.row_stride;
-    // A word of a panel must not reach from one run into the next.
-    patches_ = padded_.runs() > 1 && (padded_.run < kShortSegment || padded_.run % kWord<Element> != 0);
+    // A word of a panel, or a step of tile registers, must not reach from one run into the next.
+    patches_ = padded_.runs() > 1 && (padded_.run < kShortSegment || padded_.run % kPadding<Element> != 0);
   }
 
   std::int64_t chunk_rows() const {
@@ -160,6 +161,13 @@ class Pixels {
     segments_ = patches_ ? divide_up(padded_.depth, kPassDepth) : padded_.runs() * divide_up(padded_.run, kPassDepth);
     segment_ = memory.take<Segment>(segments_);
     if (segment_) fill_segments();
+    if constexpr (kByTiles) {
+      const TileSteps steps = whole_steps(padded_.depth);
+      starts_ = memory.take<std::int64_t>(patches_ ? 0 : steps.count);
+      if (starts_ && !patches_)
+        for (std::int64_t s = 0; s < steps.count; ++s)
+          starts_[s] = padded_.run_start(s * kTileDepth / padded_.run) + s * kTileDepth % padded_.run;
+    }
   }
 
   void prepare(Range chunk, Team team) {
@@ -182,8 +190,13 @@ class Pixels {
   }
   const Element* row(std::int64_t row, std::int64_t chunk_start) const { return row_[row - chunk_start]; }
 
-  void multiply(const Element* const* rows, std::int64_t m, const Neurons<Element>& neurons, float*, float* out,
-                std::int64_t ldo) const {
+  void multiply(const Element* const* rows, std::int64_t m, const Neurons<Element>& neurons, [[maybe_unused]] float* slice,
+                float* out, std::int64_t ldo, bool = false) const {
+    if constexpr (kByTiles) {
+      TileSteps steps = whole_steps(padded_.depth);
+      steps.starts = patches_ || padded_.runs() == 1 ? nullptr : starts_;
+      return multiply_tiles(rows, m, neurons, padded_.depth, steps, nullptr, slice, out, ldo);
+    }
     std::int64_t at = 0;
     for (std::int64_t first = 0, end; first < segments_; first = end) {
       std::int64_t depth = segment_[first].length;
@@ -261,6 +274,7 @@ class Pixels {
   Element *band_ = nullptr, *patch_ = nullptr;
   const Element** row_ = nullptr;
   Segment* segment_ = nullptr;
+  std::int64_t* starts_ = nullptr;
 };
 
 void convolution_forward(const midl::ConvolutionForward& call) {
@@ -282,10 +296,11 @@ void run_code(const midl::ConvolutionCode& call) {
   struct Memory {
     Pixels<E> source;
     const E** rows;
-    float* sums;
+    float *sums, *slice;
   };
   const auto carve = [&](Carver& carver) {
-    Memory memory{source, carver.take<const E*>(step), carver.take<float>(step * kPanelWidth)};
+    Memory memory{source, carver.take<const E*>(step), carver.take<float>(step * kPanelWidth),
+                  carver.take<float>(Pixels<E>::kByTiles ? slice_floats() : 0)};
     for (std::int64_t i = 0; i < chunks; ++i) memory.source.make_room({i * step, lesser(call.rows, (i + 1) * step)});
     memory.source.carve(carver);
     return memory;
@@ -302,6 +317,7 @@ void run_code(const midl::ConvolutionCode& call) {
   {
     Carver carver(base + shared.used() + own.used() * std::size_t(omp_get_thread_num()));
     Memory memory = carve(carver);
+    [[maybe_unused]] const TileRegisters tiles;
 #pragma omp for schedule(dynamic, 1)
     for (std::int64_t i = 0; i < chunks; ++i) {
       const Range chunk{i * step, lesser(call.rows, (i + 1) * step)};
@@ -310,8 +326,8 @@ void run_code(const midl::ConvolutionCode& call) {
       for (std::int64_t r = 0; r < m; ++r) memory.rows[r] = memory.source.row(chunk.begin + r, chunk.begin);
       for (std::int64_t first = 0; first < call.rank; first += kPanelWidth) {
         const std::int64_t count = lesser(kPanelWidth, call.rank - first);
-        memory.source.multiply(memory.rows, m, {nullptr, depth, panels + first / kPanelWidth * panel, int(count)}, nullptr,
-                               memory.sums, kPanelWidth);
+        memory.source.multiply(memory.rows, m, {nullptr, depth, panels + first / kPanelWidth * panel, int(count)},
+                               memory.slice, memory.sums, kPanelWidth);
         for (std::int64_t r = 0; r < m; ++r)
           copy_floats(memory.sums + r * kPanelWidth, count, call.code + (chunk.begin + r) * call.rank + first);
       }

@@ -189,11 +189,12 @@ class PlainRows {
     else
       return x_ + row * stride_;
   }
+  // `consecutive` where the rows are those from rows[0] on.
   template <class Row>
   void multiply(const Row* const* rows, std::int64_t m, const Neurons<T>& neurons, float* slice, float* out,
-                std::int64_t ldo) const {
+                std::int64_t ldo, [[maybe_unused]] bool consecutive = false) const {
     if constexpr (kTiles && sizeof(T) == 2)
-      multiply_tiles(rows, m, neurons, depth_, whole_steps(depth_), nullptr, slice, out, ldo);
+      multiply_tiles(rows, m, neurons, depth_, whole_steps(depth_, consecutive ? 2 * stride_ : 0), nullptr, slice, out, ldo);
     else
       multiply_neurons(rows, m, neurons, depth_, nullptr, slice, out, ldo);
   }
@@ -395,11 +396,15 @@ void compute_code(const ForwardPlan<S>& plan, ThreadMemory& memory, Range rows, 
                            neurons_at(down + i * c.depth, c.depth, plan.packed_light, plan.layout.down + i * plan.layout.depth,
                                       lesser(kPanelWidth, columns.end - i),
                                       i + kPanelWidth < columns.end ? plan.layout.down + (i + kPanelWidth) * plan.layout.depth : -1),
-                           memory.slice, plan.code + (r - chunk_start) * plan.code_stride + i, plan.code_stride);
+                           memory.slice, plan.code + (r - chunk_start) * plan.code_stride + i, plan.code_stride, true);
   if constexpr (sizeof(*plan.light_code) != sizeof(*plan.code))
     for (std::int64_t r = rows.begin - chunk_start; r < rows.end - chunk_start; ++r)
       for (std::int64_t i = columns.begin; i < columns.end; i += L)
         store_as(plan.light_code + r * plan.code_stride + i, load(plan.code + r * plan.code_stride + i));
+  if constexpr (kTiles && sizeof(T) == 2)
+    if (columns.end == c.rank)  // tile registers multiply them, by zeros
+      for (std::int64_t r = rows.begin - chunk_start; r < rows.end - chunk_start; ++r)
+        __builtin_memset(plan.light_code + r * plan.code_stride + c.rank, 0, std::size_t(2 * (plan.code_stride - c.rank)));
 }
 
 template <class S>
@@ -543,7 +548,7 @@ void mix_narrow_groups(const ForwardPlan<S>& plan, ThreadMemory& memory, std::in
     plan.source.multiply(pointers, m,
                          neurons_at(weight, c.depth, plan.packed_weight, plan.layout.weight(index), block.size,
                                     plan.layout.weight(next)),
-                         memory.slice, memory.full, kPanelWidth);
+                         memory.slice, memory.full, kPanelWidth, true);
   }
   for (std::int64_t r = 0; r < m; ++r) {
     const float* gate = memory.gate + (plan.blocks.block_of(rows.begin + r) - chunk_block) * plan.gate_stride;
@@ -618,8 +623,9 @@ void compute_light(const ForwardPlan<S>& plan, ThreadMemory& memory, std::int64_
   const auto neurons = neurons_at(static_cast<const T*>(c.light_up) + block.first * c.rank, c.rank, plan.packed_light,
                                   plan.layout.up + index * kPanelWidth * plan.layout.rank, block.size);
   if constexpr (kTiles && sizeof(T) == 2)
-    multiply_tiles(light_rows, rows.end - rows.begin, neurons, c.rank, whole_steps(c.rank), memory.bias, memory.slice,
-                   memory.light, kPanelWidth);
+    multiply_tiles(light_rows, rows.end - rows.begin, neurons, c.rank,
+                   whole_steps(round_up(c.rank, kTileDepth), 2 * plan.code_stride), memory.bias, memory.slice, memory.light,
+                   kPanelWidth);
   else
     multiply_neurons(light_rows, rows.end - rows.begin, neurons, c.rank, memory.bias, memory.slice, memory.light, kPanelWidth);
 }

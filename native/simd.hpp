@@ -127,6 +127,11 @@ MIDL_INLINE void copy_floats(const float* from, std::int64_t count, float* to) {
 
 MIDL_INLINE void store_as(float* p, Vec v) { store(p, v); }
 MIDL_INLINE void store_as(bf16* p, Vec v) {
+#ifdef __AVX512BF16__
+  // Takes subnormal numbers for zero, as the dot products do.
+  *reinterpret_cast<UnalignedHalves*>(p) = (UnalignedHalves)_mm512_cvtneps_pbh((__m512)v);
+  return;
+#endif
   const UVec bits = (UVec)v;
   const UVec rounded = (bits + 0x7fffu + ((bits >> 16) & 1)) >> 16;
   const UVec quiet = (bits >> 16) | 0x40;

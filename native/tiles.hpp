@@ -100,10 +100,11 @@ constexpr std::int64_t kTileAhead = 3, kTileRing = 4;
 // Rows that go with N tiles of neurons: four tiles of sums.
 constexpr int tile_rows(int n) { return 64 / n; }
 
-// Where in its row each step of the depth begins, or null where it goes on without a gap; elements of the last one.
+// Where in its row each step of the depth begins, or null where it goes on without a gap; elements of the last one. Rows that
+// lie `distance` bytes apart are read in place, 0 says that they don't.
 struct TileSteps {
   const std::int64_t* starts;
-  std::int64_t count, last;
+  std::int64_t count, last, distance = 0;
 };
 
 MIDL_INLINE void copy_step(const bf16* from, std::int64_t length, char* to) {
@@ -159,24 +160,29 @@ template <int M, int N>
       for (std::int64_t r = 0; r < m; ++r) copy_step(rows[r] + start, kTileDepth, to + r * 64);
     }
   };
-  for (std::int64_t s = first; s < lesser(first + kTileAhead, end); ++s) copy(s);
+  const bool in_place = steps.distance != 0 && partial == kTileRegisterRows;
+  const auto is_copied = [&](std::int64_t s) { return !in_place || (s + 1 == steps.count && steps.last < kTileDepth); };
+  for (std::int64_t s = first; s < lesser(first + kTileAhead, end); ++s)
+    if (is_copied(s)) copy(s);
   const char* column = reinterpret_cast<const char*>(panel);
   for (std::int64_t s = first; s < end; ++s, column += kTileRegisterRows * kStride) {
-    if (s + kTileAhead < end) copy(s + kTileAhead);
     if (ahead.from)
       for (const char* stop = ahead.from + ahead.step; ahead.from < stop; ahead.from += 64) __builtin_prefetch(ahead.from, 0, 2);
-    const char* step = ring + s % kTileRing * kRingStep;
+    const bool copied = is_copied(s);
+    const char* step = copied ? ring + s % kTileRing * kRingStep : reinterpret_cast<const char*>(rows[0] + s * kTileDepth);
+    const std::int64_t distance = copied ? 64 : steps.distance;
     tile_load<4>(column, kStride);
     if constexpr (N == 2) tile_load<5>(column + 64, kStride);
     [&]<int... R>(std::integer_sequence<int, R...>) {
       (
           [&] {
-            tile_load<6 + R % 2>(step + R * kTileRegisterRows * 64, 64);
+            tile_load<6 + R % 2>(step + R * kTileRegisterRows * distance, distance);
             tile_multiply<R * N, 6 + R % 2, 4>();
             if constexpr (N == 2) tile_multiply<R * N + 1, 6 + R % 2, 5>();
           }(),
           ...);
     }(std::make_integer_sequence<int, M>());
+    if (s + kTileAhead < end && is_copied(s + kTileAhead)) copy(s + kTileAhead);
   }
   each([&]<int I>() {
     constexpr int row = I / N, n = I % N;
@@ -248,15 +254,15 @@ static_assert(kTilePassSteps * kTileDepth * 2 * L * 2 + kTileRing * 4 * kTileReg
 class TileRegisters {};
 struct TileSteps {
   const std::int64_t* starts;
-  std::int64_t count, last;
+  std::int64_t count, last, distance = 0;
 };
 inline void multiply_tiles(const bf16* const*, std::int64_t, const Neurons<bf16>&, std::int64_t, TileSteps, const float*, float*,
                            float*, std::int64_t) {}
 #endif
 
 // The steps of rows without a gap.
-MIDL_INLINE TileSteps whole_steps(std::int64_t depth) {
-  return {nullptr, divide_up(depth, kTileDepth), depth - (divide_up(depth, kTileDepth) - 1) * kTileDepth};
+MIDL_INLINE TileSteps whole_steps(std::int64_t depth, std::int64_t distance = 0) {
+  return {nullptr, divide_up(depth, kTileDepth), depth - (divide_up(depth, kTileDepth) - 1) * kTileDepth, distance};
 }
 
 }  // namespace
