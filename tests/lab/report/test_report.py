@@ -47,11 +47,31 @@ def test_reading_a_sweep(results: Results) -> None:
     assert results.best_route("mnist") == "converted"
 
 
-def test_networks_that_select_nothing_are_no_route(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("fraction_active", "active_neurons", "route"),
+    [
+        ({"hidden1": 0.0, "hidden2": 0.0}, 0.0, "scratch"),  # light paths alone
+        ({"hidden2": 0.0}, 1024.0, "scratch"),  # and hidden1 left dense: its neurons are active, none was selected
+        ({"hidden1": 0.0, "hidden2": 1.0}, 1024.0, "scratch"),  # all neurons of a layer are no choice either
+        ({}, 2048.0, "scratch"),
+        ({"hidden1": 0.0, "hidden2": 0.25}, 256.0, "elastic"),
+    ],
+)
+def test_networks_that_select_nothing_are_no_route(
+    fraction_active: dict[str, float], active_neurons: float, route: str, tmp_path: Path
+) -> None:
     records = [make_record("mnist", method, seed) for method in ("dense", "scratch", "elastic") for seed in range(3)]
     for record in records:
         if record["spec"]["method"] == "elastic":
-            record.update(accuracy=99.9, active_neurons=0.0)
+            record.update(accuracy=99.9, active_neurons=active_neurons, fraction_active=fraction_active)
+    (tmp_path / "mnist.json").write_text(json.dumps({"runs": records}))
+    assert read_results(tmp_path).best_route("mnist") == route
+
+
+def test_a_route_selects_with_every_seed(tmp_path: Path) -> None:
+    records = [make_record("mnist", method, seed) for method in ("dense", "scratch", "converted") for seed in range(3)]
+    assert records[-1]["spec"]["method"] == "converted"
+    records[-1]["fraction_active"] = {"hidden1": 0.0}
     (tmp_path / "mnist.json").write_text(json.dumps({"runs": records}))
     assert read_results(tmp_path).best_route("mnist") == "scratch"
 

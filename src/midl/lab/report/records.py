@@ -93,13 +93,14 @@ class Results:
     def best_route(self, dataset: str, among: Iterable[str] = ROUTES) -> str | None:
         """Return the MID-L method of highest mean test accuracy, or None where none has run.
 
-        Networks in which nothing is selected are low-rank ones: what they reach says nothing of MID-L.
+        A network without a MID-L layer that selects, of any seed, makes no route: its layers have their light path
+        alone or are dense, and what it reaches says nothing of MID-L.
         """
         means = {}
         for method in among:
-            values = list(self.values(dataset, method, "accuracy").values())
-            if values and any(self.values(dataset, method, "active_neurons").values()):
-                means[method] = sum(values) / len(values)
+            records = self.seeds(dataset, method).values()
+            if records and all(_selects(record) for record in records):
+                means[method] = sum(record["accuracy"] for record in records) / len(records)
         return max(means, key=lambda method: means[method]) if means else None
 
 
@@ -216,13 +217,23 @@ def _run(record: Any, path: Path) -> Run:
         spec = record["spec"]
         for name in _NUMBERS:
             float(record[name])
+        for share in record["fraction_active"].values():
+            float(share)
         return Run(
             spec["dataset"], spec["method"], spec["seed"], spec.get("train_fraction", 1.0),
             spec.get("label_noise", 0.0), record,
         )  # fmt: skip
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise MIDLError(f"report: {path} has a record without {error}, expected those of midl reproduce") from error
 
 
 def _is_plain(run: Run) -> bool:
     return run.train_fraction == 1 and not run.label_noise
+
+
+def _selects(record: dict[str, Any]) -> bool:
+    """Return whether a MID-L layer gives some of its neurons the full path, not none and not all.
+
+    Layers that were left dense are not among those whose share is measured.
+    """
+    return any(0 < share < 1 for share in record["fraction_active"].values())
