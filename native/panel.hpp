@@ -249,7 +249,8 @@ MIDL_INLINE void multiply_tile(const A* const* rows, std::int64_t start, std::in
     if (ahead.from) {
       for (; i + U * K <= depth; i += U * K) {
 #pragma GCC unroll 16
-        for (int u = 0; u < U; ++u, ahead.from += ahead.step) __builtin_prefetch(ahead.from, 0, 2);
+        for (int u = 0; u < U; ++u, ahead.from += ahead.step)
+          for (std::int64_t line = 0; line < ahead.step; line += 64) __builtin_prefetch(ahead.from + line, 0, 2);
         add();
       }
     } else {
@@ -397,6 +398,8 @@ template <int R, class A, class P>
   });
 }
 
+constexpr std::int64_t kSingleTileAhead = 4096;
+
 // out (m x round_up(count, L)) (+)= rows[start ..) . panel over one slice of the depth. The sub-panels are `panel_depth`
 // deep and the slice begins at depth `offset` in them, where a word begins. Where several tiles of rows go over the
 // slice, they meanwhile fetch the one that comes after it: at depth `next_offset` of the panel `next`, or null.
@@ -408,7 +411,9 @@ void panel_slice(const A* const* rows, std::int64_t m, const P* panel, std::int6
   const int wide = wide_neurons<P>(count);
   constexpr int R2 = panel_rows(2), R1 = panel_rows(1);
   const auto fetch = [&](int column, int lanes, std::int64_t tile, std::int64_t tiles) {
-    if (!next || tiles < 2) return Ahead{};
+    // A single tile waits for memory: what comes later in the same panel, and behind it.
+    if (tiles < 2) return Ahead{reinterpret_cast<const char*>(panel + column * panel_depth + offset * lanes) + kSingleTileAhead, std::int64_t(lanes * sizeof(P) * kWord<P>)};
+    if (!next) return Ahead{};
     const std::int64_t step = divide_up(4 * lanes, tiles);
     const P* slice = next + column * panel_depth + next_offset * lanes;
     return Ahead{reinterpret_cast<const char*>(slice) + tile * step * (depth / kWord<P>), step};
