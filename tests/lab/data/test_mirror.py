@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import os
@@ -200,6 +201,51 @@ def test_a_cache_with_a_missing_array_is_rebuilt(missing: str, make_mirror: Make
     (file,) = (tmp_path / "cache" / "data").glob(f"*/{missing}.npy")
     file.unlink()
     assert data.load("mnist").fingerprint == first
+
+
+def test_a_cache_that_is_no_folder_is_named(make_mirror: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_mirror("mnist", mnist_rows())
+    (tmp_path / "file").touch()
+    for value, found in (("file", r"is no folder"), ("file/below", r"cannot be used \(.*Not a directory")):
+        monkeypatch.setenv("MIDL_CACHE", str(tmp_path / value))
+        with pytest.raises(
+            DataError, match=rf"MIDL_CACHE='.*{value}' {found}.*, expected a folder that can be read and written"
+        ):
+            data.load("mnist")
+    assert data.load("digits").num_classes == 10  # needs no cache
+
+
+# Whoever runs the tests may be allowed everything, so the system's refusals are made here.
+def test_a_cache_that_may_not_be_written_is_named(
+    make_mirror: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, *args: object, **kwargs: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    make_mirror("mnist", mnist_rows())
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "mkdir", refuse)
+        with pytest.raises(
+            DataError, match=r"MIDL_CACHE='.*cache' cannot be used \(.*denied.*\), expected a folder that can"
+        ):
+            data.load("mnist")
+    with monkeypatch.context() as patch:
+        patch.setattr("tempfile.mkdtemp", refuse)
+        patch.delenv("MIDL_CACHE")
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        with pytest.raises(DataError, match=r"the cache .* \(MIDL_CACHE is not set\) cannot be used \(.*denied"):
+            data.load("mnist")
+
+
+def test_a_cache_that_may_not_be_read_is_named(make_mirror: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, *args: object, **kwargs: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    make_mirror("mnist", mnist_rows())
+    data.load("mnist")
+    monkeypatch.setattr("numpy.load", refuse)
+    with pytest.raises(DataError, match=r"MIDL_CACHE='.*cache' cannot be used \(.*denied.*train_x\.npy"):
+        data.load("mnist")
 
 
 def _real_mirror() -> Path | None:

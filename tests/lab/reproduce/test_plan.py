@@ -83,6 +83,17 @@ def test_an_unreadable_data_set_is_left_out(make_mirror: Callable[[str, Rows], P
     assert "adult/test.parquet is corrupted" in plan.left_out["adult"]
 
 
+def test_a_cache_that_cannot_be_used_leaves_out_what_needs_it(
+    make_mirror: Callable[[str, Rows], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_mirror("adult", adult_rows())
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MIDL_CACHE", str(tmp_path / "file"))
+    plan = make_plan(Request("smoke", ("adult", "digits"), ("dense",)))
+    assert {task.spec["dataset"] for task in plan.tasks} == {"digits"}
+    assert plan.left_out["adult"].endswith("file' is no folder, expected a folder that can be read and written")
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [

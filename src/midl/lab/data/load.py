@@ -28,7 +28,7 @@ def load(name: str) -> Dataset:
     ((64,), 10)
 
     Raises:
-        DataError: unknown name, or a file that is missing or damaged.
+        DataError: unknown name, a file that is missing or damaged, or a cache that cannot be used.
     """
     spec = find(name)
     if not spec.columns:
