@@ -18,7 +18,7 @@ from midl.errors import MIDLError
 from midl.lab.commands import app
 from midl.lab.report import read_results
 from midl.lab.reproduce import execute, launch
-from midl.lab.reproduce.listing import export
+from midl.lab.reproduce.export import export
 from midl.lab.reproduce.plan import Request, make_plan
 from midl.lab.reproduce.profiles import PROFILES
 

@@ -16,7 +16,8 @@ from midl.errors import MIDLError
 from midl.lab import files
 from midl.lab.lock import FolderLock
 from midl.lab.reproduce import execute, worker
-from midl.lab.reproduce.listing import export, list_runs
+from midl.lab.reproduce.export import export
+from midl.lab.reproduce.listing import list_runs
 from midl.lab.reproduce.plan import Request, make_plan
 from midl.lab.reproduce.sweep import Options
 

@@ -17,13 +17,13 @@ __all__ = ["runs"]
 
 def runs(
     folder: Annotated[Path, typer.Argument(help="Folder that midl reproduce wrote to.")] = Path("runs"),
-    export: Annotated[Path | None, typer.Option(help="Write the finished runs here, as compact JSON.")] = None,
+    export: Annotated[Path | None, typer.Option(help="Add the finished runs to the compact JSON here.")] = None,
 ) -> None:
     """Show which runs are done, running, failed, stopped or waiting."""
     from rich.console import Console
     from rich.table import Table
 
-    from midl.lab.reproduce.listing import export as write
+    from midl.lab.reproduce.export import export as write
     from midl.lab.reproduce.listing import list_runs
 
     with readable_errors():

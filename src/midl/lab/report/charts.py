@@ -15,6 +15,7 @@ from midl.lab.report.records import Results
 from midl.lab.report.svg import Point
 from midl.lab.report.table import Cell, Table
 from midl.lab.report.tables import title
+from midl.lab.reproduce.latency import timed_on
 from midl.lab.statistics import estimate_mean
 
 __all__ = ["Chart", "accuracy_charts", "activity_charts", "gate_charts", "legend", "robustness_charts", "smi_charts"]
@@ -44,11 +45,13 @@ def _shape(key: str) -> int:
 
 
 def accuracy_charts(results: Results, dataset: str) -> list[Chart]:
-    """Return test accuracy against FLOPs, and against latency where it was measured."""
+    """Return test accuracy against FLOPs, and against latency where it was measured, on dense's machine alone."""
     methods = results.methods(dataset)
     flops = {m: estimate_mean([r["flops"] for r in results.seeds(dataset, m).values()]).mean for m in methods}
     charts = [_against(results, dataset, "FLOPs per input", {m: (v / 1e6, count(v)) for m, v in flops.items()}, "M")]
-    timed = results.latency.get(dataset, {}).get("methods", {})
+    latency = results.latency.get(dataset, {"methods": {}})
+    place = results.place_of_dense(dataset)
+    timed = {method: times for method, times in latency["methods"].items() if timed_on(latency, method) == place}
     for batch in ("1", "32", "256"):
         times = {m: timed[m]["batch"][batch]["median"] for m in methods if batch in timed.get(m, {}).get("batch", {})}
         if times:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from midl.lab.statistics import Estimate
 
-__all__ = ["count", "interval", "plus_minus", "ratio_to_dense", "seconds", "signed", "size"]
+__all__ = ["count", "interval", "place_name", "plus_minus", "ratio_to_dense", "seconds", "signed", "size"]
 
 
 def signed(value: float, digits: int = 2) -> str:
@@ -60,6 +61,18 @@ def size(value: float) -> str:
         if value >= limit:
             return f"{value / limit:.1f} {unit}"
     return f"{value:.0f} B"
+
+
+def place_name(place: Mapping[str, Any] | None) -> str:
+    """Return where something was timed, from machine and threads.
+
+    >>> place_name({"machine": {"cpu": "AMD EPYC", "instruction_set": "AVX2"}, "threads": 1})
+    'AMD EPYC, AVX2, 1 thread'
+    """
+    place = place or {}
+    machine, threads = place.get("machine") or {}, place.get("threads")
+    counted = threads and f"{threads} thread{'' if threads == 1 else 's'}"
+    return ", ".join(filter(None, (machine.get("cpu") or "unknown processor", machine.get("instruction_set"), counted)))
 
 
 def ratio_to_dense(times: Mapping[str, float]) -> str:

@@ -13,9 +13,11 @@ from midl.lab.files import write_text
 from midl.lab.report import charts, tables
 from midl.lab.report.charts import Chart
 from midl.lab.report.claims import Judged, judge_claims
+from midl.lab.report.numbers import place_name
 from midl.lab.report.records import Results
 from midl.lab.report.table import Table, to_markdown
 from midl.lab.report.verdicts import RULES, Verdict
+from midl.lab.reproduce.latency import timed_on
 
 __all__ = ["BEGIN", "END", "to_html", "to_report_markdown", "update_markdown"]
 
@@ -68,6 +70,7 @@ def to_html(results: Results, command: str) -> str:
         overfitting=_overfitting(results),
         set_legend=charts.legend(["selected", "unselected", "random"]),
         environments=_environments(results),
+        places=_places(results),
         reproduce=_reproduce(results),
     )
 
@@ -163,6 +166,20 @@ def _left_out(results: Results) -> str:
 def _reproduce(results: Results) -> str:
     precision = "" if results.precision is None else f" --precision {results.precision}"
     return f"midl reproduce --profile {results.profile} --data {','.join(results.datasets)}{precision}"
+
+
+def _places(results: Results) -> list[dict[str, str]]:
+    """Return where the latencies of each data set were measured: a summary and everything as JSON."""
+    out = []
+    for dataset, latency in sorted(results.latency.items()):
+        methods: dict[str, list[str]] = {}
+        for method in latency["methods"]:
+            key = json.dumps(timed_on(latency, method), indent=1, sort_keys=True)
+            methods.setdefault(key, []).append(method)
+        for place, timed in methods.items():
+            which = "" if len(methods) == 1 else f" ({', '.join(timed)})"
+            out.append({"summary": f"Latency of {dataset}{which}: {place_name(json.loads(place))}", "json": place})
+    return out
 
 
 def _environments(results: Results) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from midl.errors import MIDLError
 from midl.lab.files import read_json
-from midl.lab.reproduce.latency import latency_of, of_runs
+from midl.lab.reproduce.latency import latency_of, of_runs, timed_on
 from midl.lab.reproduce.profiles import PROFILES
 from midl.lab.reproduce.state import describe_failure, read_state
 
@@ -89,6 +89,16 @@ class Results:
         """Return (training fraction, label noise) of all runs on a data set, the plain ones first."""
         found = {(run.train_fraction, run.label_noise) for run in self.runs if run.dataset == dataset}
         return sorted(found, key=lambda variant: (variant[1], -variant[0]))
+
+    def place_of_dense(self, dataset: str) -> dict[str, Any] | None:
+        """Return machine, kernels and threads that timed the dense network, else the first one; None without timings.
+
+        Times of other methods may be of another machine; only those of this one can be set side by side.
+        """
+        latency = self.latency.get(dataset)
+        if latency is None:
+            return None
+        return timed_on(latency, "dense" if "dense" in latency["methods"] else next(iter(latency["methods"])))
 
     def best_route(self, dataset: str, among: Iterable[str] = ROUTES) -> str | None:
         """Return the MID-L method of highest mean test accuracy, or None where none has run.

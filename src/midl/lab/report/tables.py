@@ -7,10 +7,11 @@ from typing import Any
 
 from midl.lab.methods import METHODS
 from midl.lab.report.claims import Judged, robustness_areas
-from midl.lab.report.numbers import count, interval, plus_minus, ratio_to_dense, seconds, signed, size
+from midl.lab.report.numbers import count, interval, place_name, plus_minus, ratio_to_dense, seconds, signed, size
 from midl.lab.report.records import PAPER_SETS, Results
 from midl.lab.report.table import Cell, Table
 from midl.lab.report.verdicts import Verdict
+from midl.lab.reproduce.latency import timed_on
 from midl.lab.statistics import Estimate, estimate_mean, paired_difference
 
 __all__ = [
@@ -119,14 +120,17 @@ def latency_table(results: Results, dataset: str) -> Table | None:
         return None
     batches = sorted({batch for times in measured.values() for batch in times["batch"]}, key=int)
     order = [method for method in METHODS if method in measured]
+    place = results.place_of_dense(dataset)
     rows = []
     for method in order:
         times = [measured[method]["batch"].get(batch) for batch in batches] + [measured[method].get("step")]
         cells = [cell for entry in times for cell in _time(entry)]
-        rows.append([Cell(title(method)), *cells])
+        own = timed_on(results.latency[dataset], method)
+        elsewhere = "" if own == place else f" (on {place_name(own)})"
+        rows.append([Cell(title(method) + elsewhere), *cells])
     names = [f"batch {batch}" for batch in batches] + ["training step"]
     columns = ["method", *(text for name in names for text in (name, "of dense"))]
-    what = "time, median (quartiles), and its ratio to dense within interleaved pairs [95 %]"
+    what = f"time, median (quartiles), and its ratio to dense within interleaved pairs [95 %], on {place_name(place)}"
     return Table(f"{dataset}: {what}", columns, rows)
 
 

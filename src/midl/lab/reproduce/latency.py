@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from midl.lab.reproduce.plan import Plan, Task, setting_for
 from midl.lab.reproduce.profiles import profile_named
 from midl.lab.reproduce.state import FINISHED, read_state
 
-__all__ = ["latency_of", "measure_latencies", "of_runs"]
+__all__ = ["join", "latency_of", "measure_latencies", "of_runs", "timed_on"]
+
+_PLACE = ("machine", "kernels", "threads")
 
 
 def measure_latencies(plan: Plan, out: Path, dataset: str) -> Path | None:
@@ -100,6 +102,35 @@ def of_runs(latency: dict[str, Any] | None, runs: Container[str] | None) -> dict
         if "ratio" in entry["step"] and (runs is None or entry["run"] in runs)
     }
     return {**latency, "methods": methods} if methods else None
+
+
+def timed_on(latency: dict[str, Any], method: str) -> dict[str, Any]:
+    """Return machine, kernels and threads of a method's timings: its own where it was timed elsewhere than the rest."""
+    return {name: latency["methods"][method].get(name, latency.get(name)) for name in _PLACE}
+
+
+def join(
+    new: dict[str, Any] | None, old: dict[str, Any] | None, is_valid: Callable[[str, str], bool]
+) -> dict[str, Any] | None:
+    """Return ``new`` with the methods of ``old`` that it lacks, each with the machine that timed it if that is another.
+
+    Args:
+        new: a latency file's content, or None.
+        old: likewise.
+        is_valid: whether an old timing, of a method and the folder of a run, still counts.
+    """
+    if old is None:
+        return new
+    kept = {method: entry for method, entry in old["methods"].items() if is_valid(method, entry["run"])}
+    if new is None:
+        return {**old, "methods": kept} if kept else None
+    place = {name: new.get(name) for name in _PLACE}
+    methods = dict(new["methods"])
+    for method in kept.keys() - methods.keys():
+        own = timed_on(old, method)
+        plain = {name: value for name, value in kept[method].items() if name not in _PLACE}
+        methods[method] = plain if own == place else {**plain, **own}
+    return {**new, "methods": methods}
 
 
 def _seed_of(folder: Path, dense: Task) -> int | None:
