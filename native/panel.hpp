@@ -15,6 +15,8 @@ namespace {
 constexpr int kPanelWidth = 32;
 // Rows of a register tile against a sub-panel of V vectors.
 constexpr int panel_rows(int vectors) { return L >= 16 ? (vectors == 2 ? 10 : 12) : (vectors == 2 ? 6 : 8); }
+// So many rows still go over a sub-panel of two vectors at once where that saves reading it from memory and again from a cache.
+constexpr std::int64_t kTallTile = L >= 16 ? 14 : panel_rows(2);
 MIDL_INLINE std::int64_t lesser(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 MIDL_INLINE std::int64_t round_up(std::int64_t n, std::int64_t step) { return (n + step - 1) / step * step; }
 MIDL_INLINE std::int64_t divide_up(std::int64_t n, std::int64_t step) { return (n + step - 1) / step; }
@@ -244,7 +246,7 @@ MIDL_INLINE void multiply_tile(const A* const* rows, std::int64_t start, std::in
   constexpr int K = kWord<P>;
   std::int64_t i = 0;
   if constexpr (L >= 16 && sizeof(A) == sizeof(P)) {
-    constexpr int U = V == 1 ? 4 : 2;
+    constexpr int U = V == 1 ? 4 : R > 12 ? 1 : 2;
     const auto add = [&] { add_words<U>(acc, a, i, [&](int u, int v) { return column(i + u * K, v); }); };
     if (ahead.from) {
       for (; i + U * K <= depth; i += U * K) {
@@ -290,6 +292,13 @@ MIDL_INLINE void panel_rows_tile(std::int64_t m, const A* const* rows, std::int6
                                  bool accumulate, Ahead ahead = {}) {
   constexpr int R = panel_rows(V);
   if (m == R) return panel_tile<R, V>(rows, start, panel, depth, bias, out, ldo, accumulate, ahead);
+  if constexpr (V == 2 && kTallTile > R && sizeof(A) == sizeof(P)) {
+    static_assert(kTallTile - R <= 4);
+    if (m == R + 1) return panel_tile<R + 1, V>(rows, start, panel, depth, bias, out, ldo, accumulate, ahead);
+    if (m == R + 2) return panel_tile<R + 2, V>(rows, start, panel, depth, bias, out, ldo, accumulate, ahead);
+    if (m == R + 3) return panel_tile<R + 3, V>(rows, start, panel, depth, bias, out, ldo, accumulate, ahead);
+    if (m == R + 4) return panel_tile<R + 4, V>(rows, start, panel, depth, bias, out, ldo, accumulate, ahead);
+  }
   panel_remainder<R - 1, V>(m, rows, start, panel, depth, bias, out, ldo, accumulate, ahead);
 }
 
@@ -418,7 +427,7 @@ void panel_slice(const A* const* rows, std::int64_t m, const P* panel, std::int6
     const P* slice = next + column * panel_depth + next_offset * lanes;
     return Ahead{reinterpret_cast<const char*>(slice) + tile * step * (depth / kWord<P>), step};
   };
-  const std::int64_t tiles = divide_up(m, R2), even = divide_up(m, tiles ? tiles : 1);
+  const std::int64_t tiles = sizeof(A) == sizeof(P) && m <= kTallTile ? 1 : divide_up(m, R2), even = divide_up(m, tiles ? tiles : 1);
   for (std::int64_t r = 0; r < m; r += even) {
     const std::int64_t tile = lesser(m - r, even);
     for (int c = 0; c < wide; c += 2 * L) {
@@ -500,7 +509,9 @@ constexpr std::int64_t kRowsThatWiden = 2 * panel_rows(2) + 1;
 template <class A, class W>
 void multiply_neurons(const A* const* rows, std::int64_t m, const Neurons<W>& neurons, std::int64_t depth,
                       const float* bias, float* slice, float* out, std::int64_t ldo) {
-  const std::int64_t step = round_up(divide_up(depth, divide_up(depth, kDepthBlock)), L);
+  // Two tiles of rows wait for memory: they share a slice in the nearest cache. Every sum is the same for any slices.
+  const std::int64_t block = sizeof(A) == 4 && m > kTallTile && m <= 2 * panel_rows(2) ? kDepthBlock / 4 : kDepthBlock;
+  const std::int64_t step = round_up(divide_up(depth, divide_up(depth, block)), L);
   [[maybe_unused]] const bool folded = has_folded<float>(neurons.count);
   for (std::int64_t start = 0; start < depth; start += step) {
     const std::int64_t length = lesser(step, depth - start);
