@@ -8,7 +8,6 @@ import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from midl.adaptation import refresh_normalization
@@ -16,7 +15,7 @@ from midl.adaptation.measure import dense_outputs
 from midl.analysis import count_flops
 from midl.budget import set_active
 from midl.errors import MIDLError
-from midl.lab.data import Dataset
+from midl.lab.data import Dataset, rows_for_all
 from midl.lab.files import write_bytes
 from midl.lab.measure import measure_accuracy, measure_latency
 
@@ -69,7 +68,7 @@ def measure_curve(
         raise MIDLError("measure_curve: budgets is empty, expected active fractions in (0, 1]")
     model = copy.deepcopy(model)
     rows = {batch: dataset.batch(dataset.test, slice(0, batch))[0] for batch in {1, *batches}}
-    known = [dataset.batch(dataset.train, part)[0] for part in torch.arange(min(2048, len(dataset.train))).split(256)]
+    known = [dataset.batch(dataset.train, part)[0] for part in rows_for_all(dataset.train.y, 2048).split(256)]
     outputs = dense_outputs(dense, known)
     points = []
     for active in budgets:

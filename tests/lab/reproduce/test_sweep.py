@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import multiprocessing
 import random
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from lab_rows import Rows, adult_rows
 from sweeping import assert_same_models, results, run
 
 from midl.errors import MIDLError
 from midl.lab import files
 from midl.lab.lock import FolderLock
+from midl.lab.methods import METHODS
 from midl.lab.reproduce import execute, worker
 from midl.lab.reproduce.export import export
 from midl.lab.reproduce.listing import list_runs
-from midl.lab.reproduce.plan import Request, make_plan
+from midl.lab.reproduce.plan import Request, make_plan, setting_for
+from midl.lab.reproduce.profiles import PROFILES
 from midl.lab.reproduce.sweep import Options
 
 SMALL = Request("smoke", ("digits",), ("dense",))
@@ -136,6 +142,50 @@ def test_latency_is_measured_once_for_all_methods(undisturbed: Path) -> None:
     before = file.read_bytes()
     run(undisturbed, Request("smoke", ("digits",), ("dense",)), options=Options(threads=1))  # a part of it
     assert file.read_bytes() == before
+
+
+@pytest.fixture
+def _no_settings_kept() -> Iterator[None]:
+    setting_for.cache_clear()
+    yield
+    setting_for.cache_clear()
+
+
+@pytest.mark.usefixtures("_no_settings_kept")
+@pytest.mark.parametrize("order", ["sorted", "shuffled"])
+def test_rows_that_are_scored_or_fitted_are_of_all_classes(
+    order: str, make_mirror: Callable[[str, Rows], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = adult_rows()["train"]
+    rows = {name: [values[0]] * 200 + [values[1]] * 200 for name, values in few.items()}  # not more than 50K, more
+    if order == "shuffled":
+        places = random.Random(0).sample(range(400), 400)
+        rows = {name: [values[place] for place in places] for name, values in rows.items()}
+    make_mirror("adult", {"train": rows, "test": rows})
+    fitted: list[float] = []
+    scored: list[float] = []
+    adapted, measure = METHODS["adapted"], execute.measure_accuracy
+
+    def fit(model: Any, architecture: Any, budget: Any, batches: Sequence[torch.Tensor]) -> None:
+        ages = torch.cat(list(batches))[:, 0]  # standardised; tells the two persons apart
+        fitted.append(float((ages > 0).double().mean()))
+        assert adapted.fit is not None
+        adapted.fit(model, architecture, budget, batches)
+
+    def measure_accuracy(model: Any, dataset: Any, split: Any = None) -> Any:
+        scored.append(float((dataset.test if split is None else split).y.double().mean()))
+        return measure(model, dataset, split)
+
+    monkeypatch.setitem(METHODS, "adapted", dataclasses.replace(adapted, fit=fit))
+    monkeypatch.setattr(execute, "measure_accuracy", measure_accuracy)
+    monkeypatch.setattr(execute, "_TRAIN_ROWS", 64)
+    monkeypatch.setitem(PROFILES, "smoke", dataclasses.replace(PROFILES["smoke"], fit_rows=64))
+    sweep, _ = run(tmp_path / "runs", Request("smoke", ("adult",), ("dense", "adapted")))
+    assert not sweep.outcome.failed
+    assert fitted
+    assert all(0.25 < share < 0.75 for share in [*fitted, *scored])
+    assert {task.settings.get("rows") for task in sweep.plan.tasks} == {"random" if order == "sorted" else None}
+    assert ("-random-" in sweep.plan.tasks[0].settings["data"]) == (order == "sorted")
 
 
 def _folder(out: Path, start: str) -> Path:

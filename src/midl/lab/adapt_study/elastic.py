@@ -8,13 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import midl
 from midl.adaptation import refresh_normalization
 from midl.adaptation.measure import dense_outputs
 from midl.lab.adapt_study.batches import ShuffledBatches
 from midl.lab.adapt_study.subject import Subject, distillation
+from midl.lab.data import rows_for_all
 from midl.lab.files import write_json
 from midl.lab.measure import measure_accuracy
 
@@ -67,7 +66,7 @@ def run_elastic(
         )  # fmt: skip
         return model
 
-    known = [dataset.batch(dataset.train, part)[0] for part in torch.arange(min(2048, len(dataset.train))).split(256)]
+    known = [dataset.batch(dataset.train, part)[0] for part in rows_for_all(dataset.train.y, 2048).split(256)]
     outputs = dense_outputs(dense, known)
     saved = folder / f"{subject.name}-elastic-seed{seed}.safetensors"
     if saved.exists():

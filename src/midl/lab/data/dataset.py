@@ -12,7 +12,7 @@ from torch import Tensor
 
 from midl.errors import DataError
 
-__all__ = ["NO_STATISTICS", "Arrays", "Augment", "Dataset", "Split"]
+__all__ = ["NO_STATISTICS", "Arrays", "Augment", "Dataset", "Split", "in_random_order", "rows_for_all"]
 
 Augment = Callable[[Tensor], Tensor]
 """From stored rows to changed ones of the same shape and dtype; random numbers come from torch's generator."""
@@ -187,3 +187,34 @@ class Dataset:
     def _check_fraction(self, method: str, fraction: float, fits: bool, expected: str) -> None:
         if not fits:
             raise DataError(f"{self.name}: {method} fraction={fraction!r}, expected a number in {expected}")
+
+
+def in_random_order(labels: Tensor) -> bool:
+    """Return whether neighbouring rows have the same label about as often as in a random order (within 6 deviations).
+
+    Some sources keep their rows sorted by class, such as the hub's imdb.
+
+    >>> in_random_order(torch.arange(100) % 2), in_random_order(torch.arange(100) // 50)
+    (True, False)
+    """
+    rows = len(labels)
+    if rows < 2:
+        return True
+    shares = torch.bincount(labels).double() / rows
+    chance = float((shares**2).sum())
+    same = float((labels[1:] == labels[:-1]).double().mean())
+    return same - chance <= 6 * (chance * (1 - chance) / rows) ** 0.5
+
+
+def rows_for_all(labels: Tensor, rows: int) -> Tensor:
+    """Return the indices of so many rows that stand for all, in rising order: all where there are not as many.
+
+    They are the first rows, or, where rows are not in random order, a random choice, the same on every call.
+
+    >>> rows_for_all(torch.arange(8) % 2, 3)
+    tensor([0, 1, 2])
+    """
+    if rows >= len(labels) or in_random_order(labels):
+        return torch.arange(min(rows, len(labels)))
+    order = np.random.default_rng(0).permutation(len(labels))
+    return torch.from_numpy(np.sort(order[:rows]))

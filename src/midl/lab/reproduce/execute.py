@@ -17,7 +17,7 @@ from torch import nn
 from midl.analysis import count_flops
 from midl.errors import MIDLError
 from midl.lab import methods
-from midl.lab.data import Dataset, Split
+from midl.lab.data import Dataset, Split, rows_for_all
 from midl.lab.distillation import distillation_loss
 from midl.lab.environment import describe_environment
 from midl.lab.files import write_json, write_text
@@ -101,7 +101,8 @@ class _Job:
             return {}
         started = time.perf_counter()
         accuracy, fraction_active = measure_accuracy(model, dataset)
-        shown = Split(dataset.train.x[:_TRAIN_ROWS], dataset.train.y[:_TRAIN_ROWS])
+        rows = rows_for_all(dataset.train.y, _TRAIN_ROWS)
+        shown = Split(dataset.train.x[rows], dataset.train.y[rows])
         active, neurons = count_neurons(model, self.setting.architecture.layer_names, fraction_active)
         inputs, labels = dataset.batch(dataset.train, slice(0, recipe.batch_size))
         save(model, self.folder / MODEL)
@@ -187,7 +188,7 @@ class _Job:
             model = self.method.build(architecture, budget, self._teacher())
         if self.method.fit is not None:
             rows = profile_named(self.task.spec["profile"]).fit_rows
-            inputs = dataset.batch(dataset.train, slice(0, rows))[0]
+            inputs = dataset.batch(dataset.train, rows_for_all(dataset.train.y, rows))[0]
             self.method.fit(model, architecture, budget, inputs.split(256))
         return model
 

@@ -127,10 +127,10 @@ class Setting:
 
 @functools.cache  # rows are mapped from the cache's files
 def setting_for(name: str, rows: tuple[int, int] | None) -> Setting:
-    """Load a data set, with the first ``rows`` training and test rows or all, and return what its runs share."""
+    """Load a data set, with so many training and test rows or all, and return what its runs share."""
     dataset = data.load(name)
     if rows is not None:
-        dataset = _first_rows(dataset, *rows)
+        dataset = _few_rows(dataset, *rows)
     architecture = architecture_for(name, dataset.input_shape, dataset.num_classes)
     with torch.random.fork_rng(devices=[]):
         budget = Budget.for_network(architecture, group_size_for(name), active=active_for(name))
@@ -232,6 +232,8 @@ class _Planner:
         kd_ratio = recipes_for(dataset.name).kd_ratio
         if find(spec["method"]).teacher and kd_ratio < 1:
             settings = {**settings, "kd_ratio": kd_ratio}
+        if not data.in_random_order(dataset.train.y):
+            settings = {**settings, "rows": "random"}  # see rows_for_all
         spec = {
             "dataset": dataset.name, "profile": self._profile.name, **spec,
             "architecture": describe(architecture),
@@ -264,10 +266,15 @@ def _check_present(name: str, profile: Profile) -> None:
         raise DataError(f"dataset={name!r}: the mirror {mirror} has no {name}/{missing[0]}.parquet")
 
 
-def _first_rows(dataset: data.Dataset, train: int, test: int) -> data.Dataset:
+def _few_rows(dataset: data.Dataset, train: int, test: int) -> data.Dataset:
+    def some(split: data.Split, rows: int) -> data.Split:
+        chosen = data.rows_for_all(split.y, rows)
+        return data.Split(split.x[chosen], split.y[chosen])
+
+    which = "first" if all(data.in_random_order(split.y) for split in (dataset.train, dataset.test)) else "random"
     return dataclasses.replace(
         dataset,
-        train=data.Split(dataset.train.x[:train], dataset.train.y[:train]),
-        test=data.Split(dataset.test.x[:test], dataset.test.y[:test]),
-        fingerprint=f"{dataset.fingerprint}-first-{train}-{test}",
+        train=some(dataset.train, train),
+        test=some(dataset.test, test),
+        fingerprint=f"{dataset.fingerprint}-{which}-{train}-{test}",
     )
