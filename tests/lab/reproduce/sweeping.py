@@ -44,3 +44,12 @@ def assert_same_models(one: Path, other: Path) -> None:
     for file in files:
         a, b = load_file(one / file), load_file(other / file)
         assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def logs(out: Path) -> dict[str, list[dict[str, Any]]]:
+    """Return every task's epochs with their losses, by folder, without times."""
+    found = {}
+    for file in out.glob("*/*/log.jsonl"):
+        entries = [json.loads(line) for line in file.read_text().splitlines()]
+        found[str(file.parent.relative_to(out))] = [{k: v for k, v in e.items() if k != "seconds"} for e in entries]
+    return found

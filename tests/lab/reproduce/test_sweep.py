@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from lab_rows import Rows, adult_rows
-from sweeping import assert_same_models, results, run
+from sweeping import assert_same_models, logs, results, run
 
 from midl.errors import MIDLError
 from midl.lab import files
@@ -108,18 +108,22 @@ def _kill_and_finish(out: Path, kills: int, longest: float) -> None:
     assert not sweep.outcome.failed
 
 
+def _assert_same_sweeps(one: Path, other: Path) -> None:
+    assert results(one) == results(other)
+    assert logs(one) == logs(other)
+    assert_same_models(one, other)
+    assert not list(one.glob("*/*/*checkpoint*"))
+
+
 def test_a_sweep_that_is_killed_three_times_ends_as_the_undisturbed_one(undisturbed: Path, tmp_path: Path) -> None:
     _kill_and_finish(tmp_path, kills=3, longest=4.0)
-    assert results(tmp_path) == results(undisturbed)
-    assert_same_models(tmp_path, undisturbed)
+    _assert_same_sweeps(tmp_path, undisturbed)
 
 
 @pytest.mark.slow
 def test_a_sweep_that_is_killed_twenty_times_ends_as_the_undisturbed_one(undisturbed: Path, tmp_path: Path) -> None:
     _kill_and_finish(tmp_path, kills=20, longest=2.0)
-    assert results(tmp_path) == results(undisturbed)
-    assert_same_models(tmp_path, undisturbed)
-    assert not list(tmp_path.glob("*/*/*checkpoint*"))
+    _assert_same_sweeps(tmp_path, undisturbed)
 
 
 def test_latency_is_measured_once_for_all_methods(undisturbed: Path) -> None:
