@@ -22,6 +22,8 @@ static_assert(kColumnBlock % kOuterColumns == 0);
 // Fixed shares of the depth, each with its own partial sums for the gate.
 constexpr std::int64_t kDepthShares = 8;
 constexpr std::int64_t kBackwardRows = 512;
+// Narrower groups would leave most of a tile register empty.
+constexpr std::int64_t kTileGroup = 8;
 // Members whose shares of a gradient of weights are summed before the next ones: all they need stays in the nearest cache.
 constexpr std::int64_t kMembersAtOnce = 64;
 
@@ -71,7 +73,9 @@ struct BackwardPlan {
   const E *grad_y, *x, *weight;
   E* grad_light;
   Blocks blocks;
-  std::int64_t group_size, scaled_size, entries;
+  std::int64_t group_size;
+  bool by_tiles;       // tile registers multiply
+  std::int64_t scaled_size, entries;
   Members members;
   E* scaled;           // (entries, scaled_size): grad_y of the full path, member by member, zeros behind the group
   float* light_sum;    // (entries): sum over the group of grad_y * l
@@ -81,13 +85,15 @@ struct BackwardPlan {
       : call(c), grad_y(static_cast<const E*>(c.grad_y)), x(static_cast<const E*>(c.x)),
         weight(static_cast<const E*>(c.weight)), grad_light(static_cast<E*>(c.grad_light)),
         blocks(c.rows, c.positions, c.span), group_size(c.neurons / c.groups),
-        scaled_size(round_up(group_size, kWord<E>)), entries(c.rows * c.selected_groups) {}
+        by_tiles(kTiles && sizeof(E) == 2 && group_size >= kTileGroup),
+        scaled_size(round_up(group_size, by_tiles ? kTileDepth : kWord<E>)), entries(c.rows * c.selected_groups) {}
 
   void carve(Carver& memory) {
     members.first = memory.take<std::int64_t>(call.groups + 2);
     members.row = memory.take<std::int32_t>(entries);
     members.slot = memory.take<std::int32_t>(entries);
-    scaled = memory.take<E>(entries * scaled_size);
+    // A tile of members may begin with the last one.
+    scaled = memory.take<E>((entries + (by_tiles ? kTileRegisterRows : 0)) * scaled_size);
     light_sum = memory.take<float>(entries);
     full_sum = memory.take<float>(kDepthShares * entries);
   }
@@ -105,6 +111,7 @@ struct BackwardMemory {
   float *slice, *light, *gradients, *weights;
   E* inputs;
   std::uint32_t* pairs;
+  float *joined, *tile;  // for tile registers
 
   BackwardMemory(Carver& memory, const BackwardPlan<E>& plan) {
     rows = memory.take<const float*>(kBackwardRows);
@@ -113,8 +120,12 @@ struct BackwardMemory {
     const std::int64_t rows = lesser(plan.call.rows, kBackwardRows);
     inputs = memory.take<E>(rows * block_stride(kColumnBlock));
     gradients = memory.take<float>(rows * block_stride(kColumnBlock));
-    weights = memory.take<float>(plan.group_size * block_stride(kColumnBlock));
-    pairs = memory.take<std::uint32_t>(sizeof(E) == 2 ? divide_up(rows, 2) * plan.group_size : 0);
+    weights = memory.take<float>((plan.by_tiles ? plan.scaled_size : plan.group_size) * block_stride(kColumnBlock));
+    pairs = memory.take<std::uint32_t>(sizeof(E) != 2 ? 0
+                                       : plan.by_tiles ? round_up(rows, kTileDepth) / 2 * plan.scaled_size
+                                                       : divide_up(rows, 2) * plan.group_size);
+    joined = memory.take<float>(plan.by_tiles ? round_up(rows, kTileDepth) / 2 * block_stride(kColumnBlock) : 0);
+    tile = memory.take<float>(plan.by_tiles ? kTileRegisterRows * kOuterColumns : 0);
   }
 };
 
@@ -165,7 +176,8 @@ void split_gradient(const BackwardPlan<E>& plan, BackwardMemory<E>& memory, std:
         E* scaled = plan.scaled + (e + i) * plan.scaled_size + part;
         plan.light_sum[e + i] +=
             split_neurons(plan.grad_y + at, memory.light + i * kPanelWidth, width, weight, scaled, plan.grad_light + at);
-        if (part + width == size && plan.scaled_size > size) store_as(scaled + width, 0.0f);
+        if (part + width == size)
+          for (std::int64_t j = width; j < plan.scaled_size - part; ++j) store_as(scaled + j, 0.0f);
       }
     }
   }
@@ -253,6 +265,49 @@ void input_rows(std::int64_t m, Args... args) {
   if constexpr (R > 1) input_rows<R - 1>(m, args...);
 }
 
+#ifdef MIDL_TILES
+// The same for up to 16 members by tile registers. The group's size is a multiple of kTileDepth, zeros behind its neurons.
+[[gnu::noinline]] inline void input_tiles(std::int64_t m, const bf16* scaled, std::int64_t size, const float* weights,
+                                          const std::int32_t* rows, const bf16* x, float* grad_x, std::int64_t stride,
+                                          std::int64_t width, float* tile, float* sums) {
+  constexpr int V = kOuterVectors;
+  static_assert(V == 4);
+  Vec sum[L] = {};
+  for (std::int64_t i = 0; i < width; i += V * L) {
+    tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
+    const float* b = weights + i;
+    for (std::int64_t k = 0; k < size; k += kTileDepth, b += kTileRegisterRows * stride) {
+      tile_load<4>(scaled + k, 2 * size);
+      tile_load<5>(b, 4 * stride);
+      tile_multiply<0, 4, 5>();
+      tile_load<6>(b + L, 4 * stride);
+      tile_multiply<1, 4, 6>();
+      tile_load<7>(b + 2 * L, 4 * stride);
+      tile_multiply<2, 4, 7>();
+      tile_load<5>(b + 3 * L, 4 * stride);
+      tile_multiply<3, 4, 5>();
+    }
+    tile_store<0>(tile, 4 * V * L);
+    tile_store<1>(tile + L, 4 * V * L);
+    tile_store<2>(tile + 2 * L, 4 * V * L);
+    tile_store<3>(tile + 3 * L, 4 * V * L);
+    for (std::int64_t r = 0; r < m; ++r) {
+      const bf16* from = x + rows[r] * stride + i;
+      float* to = grad_x + rows[r] * stride + i;
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) {
+        const Vec u = load(tile + (r * V + v) * L);
+        store(to + v * L, load(to + v * L) + u);
+        sum[r] += u * load(from + v * L);
+      }
+    }
+  }
+  float total[L];
+  store(total, sum_lanes(sum));
+  for (std::int64_t r = 0; r < m; ++r) sums[r] += total[r];
+}
+#endif
+
 template <class E>
 void gather_columns(const BackwardPlan<E>& plan, Range rows, std::int64_t col, std::int64_t width, E* block) {
   const std::int64_t stride = block_stride(width);
@@ -302,6 +357,20 @@ void grad_input(const BackwardPlan<E>& plan, BackwardMemory<E>& memory, std::int
         const E* next = g + 1 < c.groups ? plan.weight + (g + 1) * size * c.depth + col : nullptr;
         constexpr std::int64_t kBytes = sizeof(E);
         const Fetch fetch{reinterpret_cast<const char*>(next), c.depth * kBytes, size, width * kBytes, false};
+        if constexpr (kTiles && sizeof(E) == 2) {
+          if (plan.by_tiles) {
+            const std::int64_t words = divide_up(size, 2), tiles = divide_up(end - begin, kTileRegisterRows);
+            __builtin_memset(memory.weights + words * stride, 0,
+                             std::size_t((plan.scaled_size / 2 - words) * stride) * sizeof(float));
+            for (std::int64_t e = begin; e < end; e += kTileRegisterRows) {
+              fetch.share((e - begin) / kTileRegisterRows, tiles);
+              input_tiles(lesser(kTileRegisterRows, end - e), plan.scaled + e * plan.scaled_size, plan.scaled_size,
+                          memory.weights, plan.members.row + e, memory.inputs - start * stride,
+                          memory.gradients - start * stride, stride, width, memory.tile, sums + e);
+            }
+            continue;
+          }
+        }
         const std::int64_t tiles = divide_up(end - begin, kOuterRows);
         for (std::int64_t e = begin; e < end; e += kOuterRows) {
           fetch.share((e - begin) / kOuterRows, tiles);
@@ -420,6 +489,20 @@ inline void join_rows(const bf16* rows, std::int64_t count, std::int64_t stride,
   }
 }
 
+// Write or add sums of `size` neurons to their gradients.
+inline void add_sums(const float* sums, std::int64_t stride, std::int64_t size, std::int64_t width, float* grad,
+                     std::int64_t grad_stride, bool accumulate) {
+  for (std::int64_t j = 0; j < size; ++j, sums += stride, grad += grad_stride) {
+    if (!accumulate) {
+      copy_floats(sums, width, grad);
+      continue;
+    }
+    std::int64_t i = 0;
+    for (; i + L <= width; i += L) store(grad + i, load(grad + i) + load(sums + i));
+    for (; i < width; ++i) grad[i] += sums[i];
+  }
+}
+
 // grad[j][0 .. width) (+)= sum over a group's members k of scaled[k][j] * x[rows[k]] for its `size` neurons; x is a block
 // of columns, `sums` has room for (size, block_stride(width)). S is float, or words of two members' bfloat16.
 template <class S, class E>
@@ -441,16 +524,88 @@ void grad_group(const S* scaled, std::int64_t size, const E* x, const std::int32
       }
     done += some;
   } while (done < members);
-  for (std::int64_t j = 0; j < size; ++j, sums += stride, grad += grad_stride) {
-    if (!accumulate) {
-      copy_floats(sums, width, grad);
-      continue;
+  add_sums(sums, stride, size, width, grad, grad_stride, accumulate);
+}
+
+#ifdef MIDL_TILES
+// The first operand of tiles: 16 neurons by 32 members, of `count` members and `size` neurons, a multiple of 16; zeros behind
+// the last member. Steps of members first, then neurons.
+inline void turn_members(const bf16* scaled, std::int64_t count, std::int64_t size, std::uint32_t* to) {
+  for (std::int64_t k = 0; k < count; k += kTileDepth)
+    for (std::int64_t j = 0; j < size; j += L, to += L * L) {
+      Vec block[L];
+#pragma GCC unroll 16
+      for (int p = 0; p < L; ++p) {
+        const std::int64_t first = k + 2 * p;
+        const UVec a = first < count ? (UVec)load(scaled + first * size + j) >> 16 : UVec{};
+        block[p] = (Vec)(first + 1 < count ? a | (UVec)load(scaled + (first + 1) * size + j) : a);
+      }
+      transpose(block);
+#pragma GCC unroll 16
+      for (int p = 0; p < L; ++p) store(reinterpret_cast<float*>(to + p * L), block[p]);
     }
-    std::int64_t i = 0;
-    for (; i + L <= width; i += L) store(grad + i, load(grad + i) + load(sums + i));
-    for (; i < width; ++i) grad[i] += sums[i];
+}
+
+// The second: columns of `count` members' rows, two members to a word, zeros behind the last.
+inline void join_members(const bf16* x, const std::int32_t* rows, std::int64_t count, std::int64_t stride, std::int64_t width,
+                         float* to) {
+  for (std::int64_t k = 0; k < round_up(count, kTileDepth); k += 2, to += stride) {
+    const bf16 *a = k < count ? x + rows[k] * stride : nullptr, *b = k + 1 < count ? x + rows[k + 1] * stride : nullptr;
+    for (std::int64_t i = 0; i < width; i += 2 * L) {
+      const Halves first = a ? (Halves)load_pairs(a + i) : Halves{}, second = b ? (Halves)load_pairs(b + i) : Halves{};
+      store(to + i, (Vec)join_halves<false>(first, second));
+      store(to + i + L, (Vec)join_halves<true>(first, second));
+    }
   }
 }
+
+// sums[0 .. 16 M)[0 .. 32) = M tiles of neurons . two tiles of columns over all steps of members.
+template <int M>
+[[gnu::noinline]] void weight_tiles(const std::uint32_t* members, std::int64_t step_size, const float* joined, std::int64_t stride,
+                                    std::int64_t steps, float* sums) {
+  tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
+  for (std::int64_t s = 0; s < steps; ++s, members += step_size, joined += kTileRegisterRows * stride) {
+    tile_load<4>(joined, 4 * stride);
+    tile_load<5>(joined + L, 4 * stride);
+    tile_load<6>(members, 64);
+    tile_multiply<0, 6, 4>();
+    tile_multiply<1, 6, 5>();
+    if constexpr (M == 2) {
+      tile_load<7>(members + L * L, 64);
+      tile_multiply<2, 7, 4>();
+      tile_multiply<3, 7, 5>();
+    }
+  }
+  tile_store<0>(sums, 4 * stride);
+  tile_store<1>(sums + L, 4 * stride);
+  if constexpr (M == 2) {
+    tile_store<2>(sums + kTileRegisterRows * stride, 4 * stride);
+    tile_store<3>(sums + kTileRegisterRows * stride + L, 4 * stride);
+  }
+}
+
+// grad_group by tile registers; `scaled` has `scaled_size` elements per member.
+inline void grad_group_tiles(const bf16* scaled, std::int64_t scaled_size, std::int64_t size, const bf16* x,
+                             const std::int32_t* rows, std::int64_t members, std::int64_t width, BackwardMemory<bf16>& memory,
+                             float* grad, std::int64_t grad_stride, bool accumulate) {
+  const std::int64_t stride = block_stride(width), steps = divide_up(members, kTileDepth), columns = round_up(width, 2 * L);
+  const Fetch fetch{reinterpret_cast<const char*>(grad), grad_stride * 4, size, width * 4, true};
+  turn_members(scaled, members, scaled_size, memory.pairs);
+  join_members(x, rows, members, stride, columns, memory.joined);
+  for (std::int64_t i = 0; i < columns; i += 2 * L) {
+    fetch.share(i / (2 * L), columns / (2 * L));
+    for (std::int64_t j = 0; j < size; j += 2 * L) {
+      const std::uint32_t* from = memory.pairs + j * L;
+      float* sums = memory.weights + j * stride + i;
+      if (size - j > L)
+        weight_tiles<2>(from, scaled_size * L, memory.joined + i, stride, steps, sums);
+      else
+        weight_tiles<1>(from, scaled_size * L, memory.joined + i, stride, steps, sums);
+    }
+  }
+  add_sums(memory.weights, stride, size, width, grad, grad_stride, accumulate);
+}
+#endif
 
 // grad_weight over one share of the depth. A block of columns of the inputs is gathered once for all groups.
 template <class E>
@@ -471,6 +626,13 @@ void grad_neurons(const BackwardPlan<E>& plan, BackwardMemory<E>& memory, std::i
         const E* inputs = memory.inputs - start * block_stride(width);
         const std::int32_t* rows = plan.members.row + begin;
         float* grad = c.grad_weight + g * size * c.depth + col;
+        if constexpr (kTiles && sizeof(E) == 2) {
+          if (plan.by_tiles) {
+            grad_group_tiles(plan.scaled + begin * plan.scaled_size, plan.scaled_size, size, inputs, rows, end - begin, width,
+                             memory, grad, c.depth, start > 0);
+            continue;
+          }
+        }
         if constexpr (sizeof(E) == 2) {
           join_rows(plan.scaled + begin * plan.scaled_size, end - begin, plan.scaled_size, size, memory.pairs);
           grad_group(memory.pairs, size, inputs, rows, end - begin, width, memory.weights, grad, c.depth, start > 0);
@@ -499,6 +661,7 @@ void run_backward(const midl::LinearBackward& call) {
   {
     Carver mine(base + shared.used() + own.used() * std::size_t(omp_get_thread_num()));
     BackwardMemory<E> memory(mine, plan);
+    [[maybe_unused]] const TilesFor<E> tiles;
 #pragma omp for schedule(static)
     for (std::int64_t r = 0; r < call.rows; ++r)
       __builtin_memcpy(plan.grad_light + r * call.neurons, plan.grad_y + r * call.neurons,

@@ -317,7 +317,7 @@ void run_code(const midl::ConvolutionCode& call) {
   {
     Carver carver(base + shared.used() + own.used() * std::size_t(omp_get_thread_num()));
     Memory memory = carve(carver);
-    [[maybe_unused]] const TileRegisters tiles;
+    [[maybe_unused]] const TilesFor<E> tiles;
 #pragma omp for schedule(dynamic, 1)
     for (std::int64_t i = 0; i < chunks; ++i) {
       const Range chunk{i * step, lesser(call.rows, (i + 1) * step)};

@@ -750,7 +750,7 @@ void run_forward(const midl::LinearForward& call, const Source& source) {
       mine.settle(base);
       Carver carver(base + common);
       ThreadMemory own_memory(carver, mine);
-      [[maybe_unused]] const TileRegisters tiles;
+      [[maybe_unused]] const TilesFor<typename Source::Element> tiles;
       average_gate(mine, {1, 0});
       for (std::int64_t i; (i = taken.fetch_add(1, std::memory_order_relaxed)) < mine.chunks();)
         forward_chunk(mine, own_memory, i * mine.chunk_blocks, {1, 0});
@@ -765,7 +765,7 @@ void run_forward(const midl::LinearForward& call, const Source& source) {
     const Team team{omp_get_num_threads(), omp_get_thread_num()};
     Carver carver(memory + common + each * std::size_t(team.thread));
     ThreadMemory own_memory(carver, plan);
-    [[maybe_unused]] const TileRegisters tiles;
+    [[maybe_unused]] const TilesFor<typename Source::Element> tiles;
     average_gate(plan, team);
     for (std::int64_t first = 0; first < plan.blocks.count; first += plan.chunk_blocks) {
       forward_chunk(plan, own_memory, first, team);

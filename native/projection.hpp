@@ -23,12 +23,21 @@ void multiply_columns(const E* const* rows, std::int64_t m, const E* matrix, std
   const bool direct = width == lanes;
   float* to = direct ? out : sums;
   const std::int64_t to_stride = direct ? ldo : kPanelColumns;
-  const std::int64_t step = round_up(divide_up(depth, divide_up(depth, kDepthBlock)), L);
+  const std::int64_t step = round_up(divide_up(depth, divide_up(depth, kDepthBlock)), kPadding<E> > L ? kPadding<E> : L);
   for (std::int64_t start = 0; start < depth; start += step) {
     const std::int64_t length = lesser(step, depth - start);
     gather_weights<E, L>(matrix + start * stride, length, stride, width, slice, lanes);
     const E* panel = reinterpret_cast<const E*>(slice);
     const bool add = start > 0 || (direct && accumulate);
+    if constexpr (kTiles && sizeof(E) == 2) {
+      const std::int64_t words = divide_up(length, 2), padded = round_up(length, kPadding<E>) / 2;
+      __builtin_memset(slice + words * lanes, 0, std::size_t((padded - words) * lanes) * sizeof(float));
+      char* ring = reinterpret_cast<char*>(slice + kDepthBlock / 2 * kPanelColumns);
+      const auto multiply = lanes > L ? multiply_slice<2> : multiply_slice<1>;
+      multiply(rows, m, whole_steps(depth), start / kPadding<E>, divide_up(start + length, kPadding<E>), panel, ring, nullptr, to,
+               to_stride, add, Ahead{});
+      continue;
+    }
     const auto tiles = [&](auto vectors) {
       constexpr int V = decltype(vectors)::value;
       const std::int64_t count = divide_up(m, panel_rows(V));
@@ -110,6 +119,7 @@ void run_projection(const midl::Projection& c) {
   {
     Carver mine(base + measure.used() * std::size_t(omp_get_thread_num()));
     ProductMemory<E> memory(mine, most);
+    [[maybe_unused]] const TilesFor<E> tiles;
 #pragma omp for schedule(dynamic, 1)
     for (std::int64_t i = 0; i < pieces.count(); ++i) {
       const Range rows = pieces.part(i);
@@ -118,10 +128,17 @@ void run_projection(const midl::Projection& c) {
       for (std::int64_t r = 0; r < m; ++r) memory.rows[r] = static_cast<const E*>(c.x) + (rows.begin + r) * c.x_stride;
       const Neurons<E> neurons{static_cast<const E*>(c.weight) + first * c.depth, c.depth, nullptr, int(count)};
       float* out = c.y + rows.begin * c.neurons + first;
-      if (count % L == 0) {
-        multiply_neurons(memory.rows, m, neurons, c.depth, nullptr, memory.slice, out, c.neurons);
+      const auto multiply = [&](float* to, std::int64_t stride) {
+        if constexpr (kTiles && sizeof(E) == 2)
+          multiply_tiles(memory.rows, m, neurons, c.depth, whole_steps(c.depth, 2 * c.x_stride), nullptr, memory.slice, to, stride);
+        else
+          multiply_neurons(memory.rows, m, neurons, c.depth, nullptr, memory.slice, to, stride);
+      };
+      // Tiles of neurons are wider than vectors.
+      if (count % (kTiles && sizeof(E) == 2 && count > L ? 2 * L : L) == 0) {
+        multiply(out, c.neurons);
       } else {
-        multiply_neurons(memory.rows, m, neurons, c.depth, nullptr, memory.slice, memory.sums, kPanelWidth);
+        multiply(memory.sums, kPanelWidth);
         for (std::int64_t r = 0; r < m; ++r) copy_floats(memory.sums + r * kPanelWidth, count, out + r * c.neurons);
       }
     }
@@ -160,6 +177,7 @@ void run_projection_backward(const midl::ProjectionBackward& c) {
   {
     Carver mine(base + shared.used() + own.used() * std::size_t(omp_get_thread_num()));
     ProductMemory<E> memory(mine, most);
+    [[maybe_unused]] const TilesFor<E> tiles;
     if (c.grad_weight) {
       const std::int64_t blocks = divide_up(c.rows, std::int64_t(4 * L));
 #pragma omp for schedule(static)

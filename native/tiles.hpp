@@ -6,6 +6,7 @@
 // into a ring that stays in the nearest cache.
 #pragma once
 
+#include <type_traits>
 #include <utility>
 
 #include "panel.hpp"
@@ -97,6 +98,8 @@ class TileRegisters {};
 constexpr std::int64_t kTilePassSteps = 16;
 // Steps that rows are copied ahead of the products, and the ring's length.
 constexpr std::int64_t kTileAhead = 3, kTileRing = 4;
+// Bytes that few rows fetch ahead of where they are.
+constexpr std::int64_t kTileBytesAhead = 8192;
 // Rows that go with N tiles of neurons: four tiles of sums.
 constexpr int tile_rows(int n) { return 64 / n; }
 
@@ -203,39 +206,48 @@ MIDL_INLINE void tile_block_of(std::int64_t m, const bf16* const* rows, Args... 
   if constexpr (M > 1) tile_block_of<N, M - 1>(m, rows, args...);
 }
 
+// out (m x 16 N) (+)= rows . the slice of a panel that holds steps [first, end); `ahead` is what all of it fetches, by the step.
+template <int N>
+void multiply_slice(const bf16* const* rows, std::int64_t m, TileSteps steps, std::int64_t first, std::int64_t end,
+                    const bf16* panel, char* ring, const float* bias, float* out, std::int64_t ldo, bool accumulate, Ahead ahead) {
+  constexpr std::int64_t kRows = tile_rows(N);
+  for (std::int64_t r = 0; r < m; r += kRows) {
+    tile_block_of<N>(lesser(kRows, m - r), rows + r, steps, first, end, panel, ring, bias, out + r * ldo, ldo, accumulate, ahead);
+    if (ahead.from) ahead.from += (end - first) * ahead.step;
+  }
+}
+
+// Bytes of a packed slice of N tiles' neurons, for one pass.
+template <int N>
+constexpr std::int64_t kSliceSteps = kTilePassSteps * 2 / N;
+constexpr std::int64_t kSliceBytes = kTilePassSteps * kTileDepth * 2 * L * 2;
+
 template <int N>
 void multiply_by_tiles(const bf16* const* rows, std::int64_t m, const Neurons<bf16>& neurons, std::int64_t depth, TileSteps steps,
                        const float* bias, char* slice, float* out, std::int64_t ldo) {
-  constexpr std::int64_t kRows = tile_rows(N), kSlice = kTilePassSteps * 2 / N * kTileDepth * N * L;
+  constexpr std::int64_t kStep = kTileDepth * N * L;  // elements of a panel
   bf16* packed = reinterpret_cast<bf16*>(slice);
-  char* ring = slice + kSlice * 2;
-  const std::int64_t blocks = divide_up(m, kRows);
+  const std::int64_t blocks = divide_up(m, tile_rows(N));
   // Rows that one block takes go over the whole panel at once.
-  const std::int64_t most = neurons.panel && blocks == 1 ? steps.count : kTilePassSteps * 2 / N;
+  const std::int64_t most = neurons.panel && blocks == 1 ? steps.count : kSliceSteps<N>;
   const std::int64_t pass = divide_up(steps.count, divide_up(steps.count, most));
   for (std::int64_t first = 0, end; first < steps.count; first = end) {
     end = lesser(first + pass, steps.count);
-    const bf16* panel = neurons.panel + first * kTileDepth * N * L;
+    const bf16* panel = packed;
     Ahead ahead;
     if (neurons.panel) {
-      const bf16* next = end < steps.count ? neurons.panel + end * kTileDepth * N * L : neurons.next;
-      if (blocks == 1) {
-        // One pass: what lies ahead in this panel.
-        constexpr std::int64_t kBytesAhead = 8192;
-        ahead = {reinterpret_cast<const char*>(panel) + kBytesAhead, kTileDepth * N * L * 2};
-      } else if (next) {
-        ahead = {reinterpret_cast<const char*>(next), round_up(divide_up(kTileDepth * N * L * 2, blocks), 64)};
-      }
+      panel = neurons.panel + first * kStep;
+      const bf16* next = end < steps.count ? neurons.panel + end * kStep : neurons.next;
+      // One block waits for memory: what comes later in the same panel, and behind it.
+      if (blocks == 1)
+        ahead = {reinterpret_cast<const char*>(panel) + kTileBytesAhead, kStep * 2};
+      else if (next)
+        ahead = {reinterpret_cast<const char*>(next), round_up(divide_up(kStep * 2, blocks), 64)};
     } else {
       const std::int64_t start = first * kTileDepth;
       pack_panel(neurons.plain + start, neurons.stride, neurons.count, lesser(depth - start, pass * kTileDepth), packed);
-      panel = packed;
     }
-    for (std::int64_t b = 0; b < blocks; ++b) {
-      const std::int64_t r = b * kRows, count = lesser(kRows, m - r);
-      tile_block_of<N>(count, rows + r, steps, first, end, panel, ring, bias, out + r * ldo, ldo, first > 0,
-                       blocks == 1 || !ahead.from ? ahead : Ahead{ahead.from + b * ahead.step * (end - first), ahead.step});
-    }
+    multiply_slice<N>(rows, m, steps, first, end, panel, slice + kSliceBytes, bias, out, ldo, first > 0, ahead);
   }
 }
 
@@ -248,7 +260,7 @@ inline void multiply_tiles(const bf16* const* rows, std::int64_t m, const Neuron
   else
     multiply_by_tiles<1>(rows, m, neurons, depth, steps, bias, reinterpret_cast<char*>(slice), out, ldo);
 }
-static_assert(kTilePassSteps * kTileDepth * 2 * L * 2 + kTileRing * 4 * kTileRegisterRows * 64 <= slice_floats() * 4);
+static_assert(kSliceBytes + kTileRing * 4 * kTileRegisterRows * 64 <= slice_floats() * 4);
 
 #else
 class TileRegisters {};
@@ -258,7 +270,15 @@ struct TileSteps {
 };
 inline void multiply_tiles(const bf16* const*, std::int64_t, const Neurons<bf16>&, std::int64_t, TileSteps, const float*, float*,
                            float*, std::int64_t) {}
+template <int N>
+void multiply_slice(const bf16* const*, std::int64_t, TileSteps, std::int64_t, std::int64_t, const bf16*, char*, const float*,
+                    float*, std::int64_t, bool, Ahead) {}
 #endif
+
+// Held by every thread of a call that may multiply elements of type E by tiles.
+struct NoTileRegisters {};
+template <class E>
+using TilesFor = std::conditional_t<kTiles && sizeof(E) == 2, TileRegisters, NoTileRegisters>;
 
 // The steps of rows without a gap.
 MIDL_INLINE TileSteps whole_steps(std::int64_t depth, std::int64_t distance = 0) {
