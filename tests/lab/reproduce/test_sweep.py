@@ -7,7 +7,10 @@ import errno
 import json
 import multiprocessing
 import random
+import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -93,37 +96,74 @@ def _start(out: str) -> None:
     run(Path(out))
 
 
-def _kill_and_finish(out: Path, kills: int, longest: float) -> None:
-    """Start the sweep in a process again and again, kill it after a random time, and finish it in peace."""
-    context = multiprocessing.get_context("forkserver")  # its server has imported torch: a start takes no seconds
-    context.set_forkserver_preload(["midl.lab.reproduce.sweep", "sweeping"])
+# The server of the processes imports these once, so that a start takes no seconds.
+_PRELOADED = ["midl.lab.reproduce.sweep", "sweeping", "accelerate", "sklearn.datasets", "torch.utils.tensorboard"]
+
+
+def _kill_and_finish(out: Path, kills: int, longest: float) -> list[Path]:
+    """Kill sweeps that often, each time a random while after it got to work, and finish them in peace.
+
+    A sweep that is done before the last kill is followed by another. Returns their folders.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
     delays = random.Random(0)
-    for _ in range(kills):
-        process = context.Process(target=_start, args=(str(out),))
+    folders = [out / "0"]
+    while kills:
+        before = _files(folders[-1])
+        process = context.Process(target=_start, args=(str(folders[-1]),))
         process.start()
-        process.join(delays.uniform(0.05, longest))
-        process.kill()
+        while process.is_alive() and _files(folders[-1]) == before:
+            time.sleep(0.01)
+        process.join(delays.uniform(0, longest))
+        if process.is_alive():
+            process.kill()
+            kills -= 1
+        else:
+            assert process.exitcode == 0
+            folders.append(out / str(len(folders)))
         process.join()
-    sweep, _ = run(out)
-    assert not sweep.outcome.failed
+    for folder in folders:
+        sweep, _ = run(folder)
+        assert not sweep.outcome.failed
+    return folders
+
+
+def _files(out: Path) -> set[tuple[Path, int]]:
+    """Return the files that tasks at work wrote, and when."""
+    found = set()
+    for file in out.glob("*/*/*"):
+        with suppress(FileNotFoundError):  # temporary ones
+            found.add((file, file.stat().st_mtime_ns))
+    return {(file, written) for file, written in found if "run.json" not in file.name}
 
 
 def _assert_same_sweeps(one: Path, other: Path) -> None:
     assert results(one) == results(other)
     assert logs(one) == logs(other)
     assert_same_models(one, other)
-    assert not list(one.glob("*/*/*checkpoint*"))
+    files = ({file.relative_to(out) for file in out.glob("*/*/*") if not file.is_dir()} for out in (one, other))
+    assert next(files) == next(files)  # no checkpoints, and nothing half written
 
 
 def test_a_sweep_that_is_killed_three_times_ends_as_the_undisturbed_one(undisturbed: Path, tmp_path: Path) -> None:
-    _kill_and_finish(tmp_path, kills=3, longest=4.0)
-    _assert_same_sweeps(tmp_path, undisturbed)
+    for out in _kill_and_finish(tmp_path, kills=3, longest=1.5):
+        _assert_same_sweeps(out, undisturbed)
 
 
 @pytest.mark.slow
 def test_a_sweep_that_is_killed_twenty_times_ends_as_the_undisturbed_one(undisturbed: Path, tmp_path: Path) -> None:
-    _kill_and_finish(tmp_path, kills=20, longest=2.0)
-    _assert_same_sweeps(tmp_path, undisturbed)
+    for out in _kill_and_finish(tmp_path, kills=20, longest=0.6):
+        _assert_same_sweeps(out, undisturbed)
+
+
+def test_what_a_kill_left_in_a_finished_folder_goes_with_the_next_start(undisturbed: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(undisturbed, tmp_path / "runs")
+    checkpoint = _folder(out, "dense-s0-n0.4") / "checkpoint.safetensors"
+    checkpoint.write_bytes(b"of a process that was killed right after it had finished")
+    run(out)
+    assert not checkpoint.exists()
+    assert results(out) == results(undisturbed)
 
 
 def test_latency_is_measured_once_for_all_methods(undisturbed: Path) -> None:

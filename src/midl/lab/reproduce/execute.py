@@ -33,7 +33,7 @@ from midl.lab.reproduce.state import FINISHED, read_finished
 from midl.lab.training import Recipe, seed_for, train
 from midl.serialization import save
 
-__all__ = ["MODEL", "execute"]
+__all__ = ["MODEL", "clear", "execute"]
 
 MODEL = "model.safetensors"
 _CHECKPOINT = "checkpoint.safetensors"
@@ -62,10 +62,19 @@ def execute(task: Task, out: Path, on_step: OnStep = lambda step, steps: None) -
         finished = job.run()
     if not job.leads:
         return {}
+    # What killed processes left half written; run.json another process may be writing now, the rest is ours alone.
+    for half in folder.glob(".*.*"):
+        if not half.name.startswith(".run.json."):
+            half.unlink(missing_ok=True)
     write_json(folder / FINISHED[task.kind], finished)
-    for leftover in (*folder.glob("*checkpoint.safetensors"), folder / "failure.json"):
-        leftover.unlink(missing_ok=True)
+    clear(folder)
     return finished
+
+
+def clear(folder: Path) -> None:
+    """Remove from a finished task's folder what only an unfinished one needs."""
+    for leftover in (*folder.glob(f"*{_CHECKPOINT}"), folder / "failure.json"):
+        leftover.unlink(missing_ok=True)
 
 
 @dataclasses.dataclass(frozen=True)

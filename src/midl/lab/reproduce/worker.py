@@ -14,9 +14,9 @@ from midl.errors import MIDLError
 from midl.lab.files import write_json
 from midl.lab.lock import FolderLock, InUseError
 from midl.lab.processes import accelerator, tell_all
-from midl.lab.reproduce.execute import execute
+from midl.lab.reproduce.execute import clear, execute
 from midl.lab.reproduce.plan import MEASURES_VERSION, Plan, Task
-from midl.lab.reproduce.state import read_failure, read_finished, record_failure
+from midl.lab.reproduce.state import FINISHED, read_failure, read_finished, record_failure
 
 __all__ = ["Outcome", "Watcher", "prepare", "work"]
 
@@ -54,6 +54,8 @@ def prepare(plan: Plan, out: Path) -> None:
         if not file.exists():
             needs = [str(path) for path in task.needs]
             write_json(file, {"kind": task.kind, "needs": needs, "settings": task.settings})
+        elif (file.parent / FINISHED[task.kind]).exists():
+            clear(file.parent)  # for a process that was killed right after it had finished
 
 
 def work(plan: Plan, out: Path, since: float, watcher: Watcher) -> Outcome:
