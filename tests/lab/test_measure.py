@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import midl
 from midl.lab.data import Dataset
 from midl.lab.data.dataset import Arrays
-from midl.lab.measure import layer_flops, measure_accuracy, measure_latency, saved_bytes
+from midl.lab.measure import layer_flops, measure_accuracy, measure_latency, peak_bytes, saved_bytes
 from midl.lab.models import MLP
 
 
@@ -57,6 +57,20 @@ def test_saved_bytes_by_hand() -> None:
 def test_saved_bytes_of_a_mid_layer_are_input_and_selection() -> None:
     layer = midl.MIDLinear(8, 32, rank=2, group_size=4, active=0.5)
     assert saved_bytes(layer, torch.zeros(5, 8)) == 4 * 5 * 8 + 4 * 5 * 4  # float32 input, int32 index of 4 groups
+
+
+def test_peak_bytes_by_hand() -> None:
+    scalars = 2 * 4  # the loss and its gradient
+    labels = torch.zeros(100, dtype=torch.long)
+    held = 4 * 100 * 3 + 8 * 100 + 4 * (3 * 5 + 5)  # inputs, labels, parameters
+    # Where the gradient of the logits is computed: the log-probabilities, their gradient and it; the logits are gone.
+    assert peak_bytes(nn.Linear(3, 5), torch.zeros(100, 3), labels) == held + 3 * 4 * 100 * 5 + scalars
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    held = 4 * 5 * 8 + 8 * 5 + 4 * (8 * 16 + 16 + 16 * 4 + 4)
+    # In ReLU's backward pass: its output, the gradients of both sides, and those of the last layer's parameters.
+    at_relu = 3 * 4 * 5 * 16 + 4 * (16 * 4 + 4)
+    assert peak_bytes(model, torch.zeros(5, 8), labels[:5].clone()) == held + at_relu + scalars
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_latency_tells_a_slow_model_from_a_quick_one() -> None:
