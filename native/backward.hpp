@@ -584,9 +584,10 @@ template <int M>
   }
 }
 
-// grad_group by tile registers; `scaled` has `scaled_size` elements per member.
-inline void grad_group_tiles(const bf16* scaled, std::int64_t scaled_size, std::int64_t size, const bf16* x,
-                             const std::int32_t* rows, std::int64_t members, std::int64_t width, BackwardMemory<bf16>& memory,
+// grad_group by tile registers; `scaled` has `scaled_size` elements per member. Memory has pairs, joined and weights.
+template <class Memory>
+void grad_group_tiles(const bf16* scaled, std::int64_t scaled_size, std::int64_t size, const bf16* x,
+                             const std::int32_t* rows, std::int64_t members, std::int64_t width, Memory& memory,
                              float* grad, std::int64_t grad_stride, bool accumulate) {
   const std::int64_t stride = block_stride(width), steps = divide_up(members, kTileDepth), columns = round_up(width, 2 * L);
   const Fetch fetch{reinterpret_cast<const char*>(grad), grad_stride * 4, size, width * 4, true};

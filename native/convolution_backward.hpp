@@ -43,7 +43,9 @@ struct ConvolutionBackwardPlan {
   E* grad_light;
   PaddedImages padded;
   Blocks blocks;
-  std::int64_t group_size, scaled_size, image_rows, images, unit_images, units, unit_rows, unit_floats, round_units, pieces;
+  std::int64_t group_size;
+  bool by_tiles;  // tile registers multiply
+  std::int64_t scaled_size, image_rows, images, unit_images, units, unit_rows, unit_floats, round_units, pieces;
   int threads;
   std::int64_t* window;  // of a unit's pixels: where they begin
   Unit<E>* unit;         // of the units at work
@@ -52,7 +54,8 @@ struct ConvolutionBackwardPlan {
       : call(c), x(static_cast<const E*>(c.x)), grad_y(static_cast<const E*>(c.grad_y)),
         weight(static_cast<const E*>(c.weight)), grad_light(static_cast<E*>(c.grad_light)), padded(c.images),
         blocks(c.rows, c.positions, c.span), group_size(c.neurons / c.groups),
-        scaled_size(round_up(group_size, kWord<E>)) {
+        by_tiles(kTiles && sizeof(E) == 2 && group_size >= kTileGroup),
+        scaled_size(round_up(group_size, by_tiles ? kTileDepth : kWord<E>)) {
     image_rows = c.images.out_height * c.images.out_width;
     images = c.rows / image_rows;
     unit_images = lesser(images, divide_up(kUnitRows, image_rows));
@@ -72,7 +75,8 @@ struct ConvolutionBackwardPlan {
     for (std::int64_t i = 0; i < round_units; ++i) {
       const Unit<E> u{memory.take<E>(unit_floats), memory.take<std::int64_t>(call.groups + 2),
                    memory.take<std::int32_t>(members), memory.take<std::int32_t>(members),
-                   memory.take<E>(members * scaled_size), memory.take<float>(members), memory.take<float>(members)};
+                   // A tile of members may begin with the last one.
+                   memory.take<E>((members + (by_tiles ? kTileRegisterRows : 0)) * scaled_size), memory.take<float>(members), memory.take<float>(members)};
       if (unit) unit[i] = u;
     }
   }
@@ -95,16 +99,21 @@ struct ConvolutionBackwardMemory {
   float *slice, *light, *gradients, *weights, *sums;
   E* inputs;
   std::uint32_t* pairs;
+  float *joined, *tile;  // for tile registers
 
   ConvolutionBackwardMemory(Carver& memory, const ConvolutionBackwardPlan<E>& plan) {
     rows = memory.take<const float*>(kLightRows);
     slice = memory.take<float>(slice_floats());
     light = memory.take<float>(kLightRows * kPanelWidth);
     gradients = memory.take<float>(plan.call.grad_x ? plan.unit_floats : 0);
-    weights = memory.take<float>(plan.group_size * block_stride(kWindowColumns));
+    weights = memory.take<float>((plan.by_tiles ? plan.scaled_size : plan.group_size) * block_stride(kWindowColumns));
     inputs = memory.take<E>(plan.unit_rows * block_stride(kWindowColumns));
-    pairs = memory.take<std::uint32_t>(sizeof(E) == 2 ? divide_up(plan.unit_rows, 2) * plan.group_size : 0);
-    sums = memory.take<float>(kUnitTile * L);
+    pairs = memory.take<std::uint32_t>(sizeof(E) != 2 ? 0
+                                       : plan.by_tiles ? round_up(plan.unit_rows, kTileDepth) / 2 * plan.scaled_size
+                                                       : divide_up(plan.unit_rows, 2) * plan.group_size);
+    joined = memory.take<float>(plan.by_tiles ? round_up(plan.unit_rows, kTileDepth) / 2 * block_stride(kWindowColumns) : 0);
+    tile = memory.take<float>(plan.by_tiles ? kTileRegisterRows * 2 * L : 0);
+    sums = memory.take<float>((plan.by_tiles ? kTileRegisterRows : kUnitTile) * L);
   }
 };
 
@@ -160,10 +169,28 @@ void split_unit(const ConvolutionBackwardPlan<E>& plan, ConvolutionBackwardMemor
                                                 plan.weight_of(u, e + i), scaled, plan.grad_light + at);
           else
             copy_elements(plan.grad_y + at, width, scaled);
-          if (part + width == size && plan.scaled_size > size) store_as(scaled + width, 0.0f);
+          if (part + width == size)
+            for (std::int64_t j = width; j < plan.scaled_size - part; ++j) store_as(scaled + j, 0.0f);
         }
       }
     }
+  }
+}
+
+// to += u, sums += u * from, for two vectors of a window's columns of which `count` are there.
+template <class E>
+MIDL_INLINE void add_window(Vec u0, Vec u1, const E* from, float* to, std::int64_t count, float* sums) {
+  if (count >= 2 * L) {
+    store(to, load(to) + u0);
+    store(to + L, load(to + L) + u1);
+    if (sums) store(sums, load(sums) + u0 * load(from) + u1 * load(from + L));
+    return;
+  }
+  float u[2 * L];
+  store(u, u0), store(u + L, u1);
+  for (std::int64_t j = 0; j < count; ++j) {
+    to[j] += u[j];
+    if (sums) sums[0] += u[j] * to_float(from[j]);
   }
 }
 
@@ -187,22 +214,8 @@ template <int R, class E>
     }
   }
 #pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) {
-    const E* from = inputs + window[pixel[r]];
-    float* to = gradients + window[pixel[r]];
-    if (count >= 2 * L) {
-      store(to, load(to) + acc[r][0]);
-      store(to + L, load(to + L) + acc[r][1]);
-      if (sums) store(sums + r * L, load(sums + r * L) + acc[r][0] * load(from) + acc[r][1] * load(from + L));
-    } else {
-      float u[2 * L];
-      store(u, acc[r][0]), store(u + L, acc[r][1]);
-      for (std::int64_t j = 0; j < count; ++j) {
-        to[j] += u[j];
-        if (sums) sums[r * L] += u[j] * to_float(from[j]);
-      }
-    }
-  }
+  for (int r = 0; r < R; ++r)
+    add_window(acc[r][0], acc[r][1], inputs + window[pixel[r]], gradients + window[pixel[r]], count, sums ? sums + r * L : nullptr);
 }
 
 template <int R = kUnitTile, class... Args>
@@ -210,6 +223,27 @@ void window_rows(std::int64_t m, Args... args) {
   if (m == R) return window_tile<R>(args...);
   if constexpr (R > 1) window_rows<R - 1>(m, args...);
 }
+
+#ifdef MIDL_TILES
+// The same for up to 16 members by tile registers; `size` is a multiple of kTileDepth, zeros behind the neurons.
+[[gnu::noinline]] inline void window_tiles(std::int64_t m, const bf16* scaled, std::int64_t size, const float* weights,
+                                           std::int64_t weights_stride, const std::int64_t* window, const std::int32_t* pixel,
+                                           const bf16* inputs, float* gradients, std::int64_t count, float* sums, float* tile) {
+  tile_zero<0>(), tile_zero<1>();
+  for (std::int64_t k = 0; k < size; k += kTileDepth, weights += kTileRegisterRows * weights_stride) {
+    tile_load<4>(scaled + k, 2 * size);
+    tile_load<5>(weights, 4 * weights_stride);
+    tile_load<6>(weights + L, 4 * weights_stride);
+    tile_multiply<0, 4, 5>();
+    tile_multiply<1, 4, 6>();
+  }
+  tile_store<0>(tile, 8 * L);
+  tile_store<1>(tile + L, 8 * L);
+  for (std::int64_t r = 0; r < m; ++r)
+    add_window(load(tile + r * 2 * L), load(tile + r * 2 * L + L), inputs + window[pixel[r]], gradients + window[pixel[r]], count,
+               sums ? sums + r * L : nullptr);
+}
+#endif
 
 // Gradients of a unit's images, and of the gate.
 template <class E>
@@ -228,16 +262,30 @@ void grad_images(const ConvolutionBackwardPlan<E>& plan, ConvolutionBackwardMemo
       const std::int64_t stride = round_up(columns.width, 2 * L);
       gather_weights<E, 2 * L>(plan.weight + g * size * plan.padded.depth + columns.at, size, plan.padded.depth,
                                columns.width, memory.weights, stride);
-      for (std::int64_t e = begin; e < end; e += kUnitTile) {
-        const std::int64_t m = lesser(kUnitTile, end - e);
+      if (plan.by_tiles) {
+        const std::int64_t words = divide_up(size, 2);
+        __builtin_memset(memory.weights + words * stride, 0, std::size_t((plan.scaled_size / 2 - words) * stride) * sizeof(float));
+      }
+      const std::int64_t step = plan.by_tiles ? kTileRegisterRows : kUnitTile;
+      for (std::int64_t e = begin; e < end; e += step) {
+        const std::int64_t m = lesser(step, end - e);
         float* sums = c.grad_logits ? memory.sums : nullptr;
         for (std::int64_t r = 0; r < m; ++r) store(memory.sums + r * L, Vec{});
-        for (std::int64_t i = 0; i < columns.width; i += 2 * L)
+        for (std::int64_t i = 0; i < columns.width; i += 2 * L) {
+          if constexpr (kTiles && sizeof(E) == 2) {
+            if (plan.by_tiles) {
+              window_tiles(m, u.scaled + e * plan.scaled_size, plan.scaled_size, memory.weights + i, stride, plan.window,
+                           u.pixel + e, u.x + columns.start + i, memory.gradients + columns.start + i, columns.width - i, sums,
+                           memory.tile);
+              continue;
+            }
+          }
           window_rows(m, static_cast<const E*>(u.scaled + e * plan.scaled_size), plan.scaled_size,
                       static_cast<const float*>(memory.weights + i), stride,
                       static_cast<const std::int64_t*>(plan.window), static_cast<const std::int32_t*>(u.pixel + e),
                       static_cast<const E*>(u.x + columns.start + i), memory.gradients + columns.start + i,
                       columns.width - i, sums);
+        }
         for (std::int64_t r = 0; sums && r < m; ++r)
           for (int lane = 0; lane < L; ++lane) u.full_sum[e + r] += memory.sums[r * L + lane];
       }
@@ -294,6 +342,13 @@ void grad_filters(const ConvolutionBackwardPlan<E>& plan, ConvolutionBackwardMem
       float* grad = c.grad_weight + g * size * plan.padded.depth + columns.at;
       const E* inputs = memory.inputs;
       const std::int32_t* pixel = u.pixel + begin;
+      if constexpr (kTiles && sizeof(E) == 2) {
+        if (plan.by_tiles) {
+          grad_group_tiles(u.scaled + begin * plan.scaled_size, plan.scaled_size, size, inputs, pixel, end - begin, columns.width,
+                           memory, grad, plan.padded.depth, index > 0);
+          continue;
+        }
+      }
       if constexpr (sizeof(E) == 2) {
         join_rows(u.scaled + begin * plan.scaled_size, end - begin, plan.scaled_size, size, memory.pairs);
         grad_group(memory.pairs, size, inputs, pixel, end - begin, columns.width, memory.weights, grad,
@@ -320,6 +375,7 @@ void run_convolution_backward(const midl::ConvolutionBackward& call) {
   {
     Carver mine(base + shared.used() + own.used() * std::size_t(omp_get_thread_num()));
     ConvolutionBackwardMemory<E> memory(mine, plan);
+    [[maybe_unused]] const TilesFor<E> tiles;
     for (std::int64_t first = 0; first < plan.units; first += plan.round_units) {
       const Range units{first, lesser(plan.units, first + plan.round_units)};
 #pragma omp for schedule(dynamic, 1)

@@ -23,7 +23,7 @@ SIZES = [
 ]  # fmt: skip
 
 
-@pytest.fixture(autouse=True, params=["baseline", "avx2", "avx512-emulated", "avx512", "avx512bf16"])
+@pytest.fixture(autouse=True, params=["baseline", "avx2", "avx512-emulated", "avx512", "avx512bf16", "amx"])
 def _instruction_set(request):
     native = pytest.importorskip("midl.ops.native")
     if request.param not in native.supported_instruction_sets():
