@@ -19,6 +19,7 @@ from midl.lab.report import Results, read_results, svg, to_html, to_report_markd
 from midl.lab.report.charts import _shape
 from midl.lab.report.claims import judge_claims
 from midl.lab.report.page import BEGIN, END
+from midl.lab.report.records import ROUTES
 from midl.lab.report.tables import accuracy_table, coverage_table, overfitting_table, robustness_table
 from midl.lab.report.verdicts import Verdict
 
@@ -111,7 +112,7 @@ def test_the_claims_on_known_differences(results: Results) -> None:
     assert verdicts["As accurate as dense"].evidence[0].text.startswith("converted: +0.3")
     assert verdicts["At most 45 % of the neurons active"].verdict is Verdict.HOLDS
     assert verdicts["1.7x fewer FLOPs, whole network"].verdict is Verdict.HOLDS
-    assert verdicts["Faster than dense at batch 32"].verdict is Verdict.HOLDS
+    assert verdicts["Faster than dense (eager PyTorch) at batch 32"].verdict is Verdict.HOLDS
     assert verdicts["Each input selects informative neurons (SMI)"].verdict is Verdict.HOLDS
     assert verdicts["Neurons often selected are informative (SMI)"].verdict is Verdict.FAILS
     assert verdicts["Better than a narrow dense network of the same FLOPs"].verdict is Verdict.HOLDS
@@ -128,7 +129,7 @@ def test_results_without_measures_or_latency_still_make_a_report(tmp_path: Path)
     results = read_results(tmp_path)
     verdicts = {judged.claim.title: judged.verdict for judged in judge_claims(results)}
     assert verdicts["As accurate as dense"] is Verdict.UNDECIDED  # one seed
-    assert verdicts["Faster than dense at batch 1"] is Verdict.MISSING
+    assert verdicts["Faster than dense (eager PyTorch) at batch 1"] is Verdict.MISSING
     assert verdicts["More accurate on corrupted inputs"] is Verdict.MISSING
     assert "not run" in to_html(results, "x")
     assert to_report_markdown(results, "x")
@@ -163,7 +164,8 @@ def test_tables_have_as_many_cells_as_columns(results: Results) -> None:
 
 def test_svhn_and_what_has_not_run_are_listed(results: Results) -> None:
     rows = {row[0].text: row[1].text for row in coverage_table(results).rows}
-    assert rows["svhn"] == rows["imdb"] == "not run"
+    assert rows["imdb"] == "not run"
+    assert rows["svhn"].startswith("not run: its data could not be had offline")
     assert rows["mnist"].startswith("dense 3, ")
 
 
@@ -260,6 +262,10 @@ def test_every_method_has_a_mark_and_a_colour_of_its_own() -> None:
     for method in lab_methods.METHODS:
         assert f".c-{method} {{ color: var(--{method}); }}" in style
         assert len(re.findall(rf"--{method}: #", style)) == 2  # light and dark
+
+
+def test_the_page_names_every_route(page: str) -> None:
+    assert f"among {', '.join(ROUTES)}, which favours it a little" in page
 
 
 def test_what_fails_comes_first(page: str) -> None:

@@ -14,7 +14,7 @@ from midl.lab.report import charts, tables
 from midl.lab.report.charts import Chart
 from midl.lab.report.claims import Judged, judge_claims
 from midl.lab.report.numbers import place_name
-from midl.lab.report.records import Results
+from midl.lab.report.records import ROUTES, Results
 from midl.lab.report.table import Table, to_markdown
 from midl.lab.report.verdicts import RULES, Verdict
 from midl.lab.reproduce.latency import timed_on
@@ -65,6 +65,7 @@ def to_html(results: Results, command: str) -> str:
         failing=_with_verdict(judged, Verdict.FAILS),
         undecided=_with_verdict(judged, Verdict.UNDECIDED),
         rules=RULES,
+        routes=ROUTES,
         coverage=tables.coverage_table(results),
         panels=[_panel(results, dataset) for dataset in results.datasets],
         overfitting=_overfitting(results),

@@ -20,6 +20,10 @@ __all__ = [
 ]  # fmt: skip
 
 MISSING = Cell("not run", float("-inf"), kind="missing")
+_REASONS = {
+    "svhn": ": its data could not be had offline when the published results were made; midl reproduce --data svhn runs "
+    "it where the hub or a mirror has it"
+}
 _INTERVAL = "[95\u00a0%\u00a0t]"  # kept on one line
 _VS = f"vs dense {_INTERVAL}"
 
@@ -54,7 +58,7 @@ def coverage_table(results: Results) -> Table:
             seeds = {method: len(results.seeds(name, method)) for method in methods}
             text = ", ".join(f"{title(method)} {number}" for method, number in seeds.items())
         else:
-            text = "not run"
+            text = "not run" + _REASONS.get(name, "")
         text = "; ".join([text, *(f"failed: {reason}" for reason in results.failed.get(name, []))])
         rows.append([Cell(name), Cell(text)])
     return Table("Seeds of each method", ["data set", "seeds"], rows, numeric=False)
