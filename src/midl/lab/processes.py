@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,15 +20,22 @@ __all__ = ["accelerator", "share_rows", "tell_all"]
 
 
 def accelerator() -> Accelerator:
-    """Return this process's Accelerator: its place among the others, its device, its way of averaging gradients."""
+    """Return this process's Accelerator: its place among the others, its device, its way of averaging gradients.
+
+    Raises:
+        MIDLError: accelerate was told to shard parameters (FSDP).
+    """
     from accelerate import Accelerator
 
+    # Asked here, because accelerate overlooks it where the processes have no accelerators.
+    sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
     # Without cpu=True accelerate overlooks the other processes of a machine without an accelerator. What is mixed, the
     # recipe says.
-    place = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="no")
-    if place.distributed_type == "FSDP":
+    place = None if sharded else Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="no")
+    if place is None or place.distributed_type == "FSDP":
         raise MIDLError(
-            "accelerate: distributed_type=FSDP, expected data parallelism (DDP): parameters are not sharded"
+            "accelerate: FSDP was asked for (ACCELERATE_USE_FSDP), expected data parallelism (DDP): checkpoints and "
+            "results are of whole networks, parameters are not sharded"
         )
     return place
 

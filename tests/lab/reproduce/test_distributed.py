@@ -11,8 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from sweeping import results, run
+from typer.testing import CliRunner
 
-from midl.lab.processes import share_rows
+from midl.errors import MIDLError
+from midl.lab.commands import app
+from midl.lab.processes import accelerator, share_rows
 from midl.lab.reproduce.listing import list_runs
 from midl.lab.reproduce.plan import Request
 
@@ -32,6 +35,25 @@ def test_the_mean_over_processes_is_the_mean_over_the_batch(rows: int, processes
     assert mean == pytest.approx(batch.double().mean().item())
     kept = torch.cat([mine for mine, weight in parts if weight])
     assert kept.sort().values.tolist() == batch.tolist()
+
+
+@pytest.mark.parametrize("asked", ["environment", "state"])
+def test_sharded_parameters_are_refused(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if asked == "environment":
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # as accelerate launch --use_fsdp sets it
+    else:
+        monkeypatch.setattr("accelerate.Accelerator.distributed_type", "FSDP")
+    with pytest.raises(MIDLError, match=r"accelerate: FSDP was asked for .*, expected data parallelism \(DDP\)"):
+        accelerator()
+
+
+def test_a_sweep_with_sharded_parameters_ends_with_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    arguments = ["reproduce", "--profile", "smoke", "--data", "digits", "--out", str(tmp_path)]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 1
+    assert done.output.startswith("midl: accelerate: FSDP was asked for")
+    assert len(done.output.splitlines()) == 1
 
 
 def launch(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
