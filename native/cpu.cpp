@@ -17,7 +17,7 @@ namespace midl {
 
 namespace {
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && defined(MIDL_COMPILES_TILES)
 // Whether the processor has tile registers for bfloat16 and Linux lets this process use them, which wants to be asked.
 bool has_tiles() {
 #if defined(__linux__)
@@ -48,7 +48,9 @@ const std::vector<Variant>& variants() {
     const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
     list.push_back({&kernels_avx512bf16, bf16, true});
     list.push_back({&kernels_amx_emulated, avx2, false});
+#if defined(MIDL_COMPILES_TILES)
     list.push_back({&kernels_amx, bf16 && has_tiles(), true});
+#endif
 #endif
     return list;
   }();

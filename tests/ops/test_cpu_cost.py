@@ -12,7 +12,7 @@ from helpers import error_ratio
 
 import midl
 from midl.errors import MIDLError
-from midl.ops.cpu_cost import BUILT_IN, ROWS, Constants, Rates, predict, sparse_wins
+from midl.ops.cpu_cost import BUILT_IN, ROWS, Constants, Rates, built_in, predict, sparse_wins
 from midl.ops.dispatch import resolve, unavailable_reason
 
 if unavailable_reason("native"):
@@ -150,7 +150,7 @@ def small(monkeypatch, tmp_path):
 
 
 def test_constants_are_measured_on_demand_kept_and_found_again(small):
-    assert cpu_calibration.constants() is BUILT_IN
+    assert cpu_calibration.constants() is built_in(native.instruction_set())
     assert not small.exists()
     result = cpu_calibration.measure()
     assert cpu_calibration.constants() is result
@@ -163,7 +163,7 @@ def test_constants_of_another_setting_are_kept_apart(small, monkeypatch):
     cpu_calibration.measure()
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
     assert cpu_calibration.measured() is None
-    assert cpu_calibration.constants() is BUILT_IN
+    assert cpu_calibration.constants() is built_in(native.instruction_set())
     cpu_calibration.measure()
     assert len(json.loads(small.read_text())) == 2
 
@@ -172,7 +172,7 @@ def test_constants_of_another_setting_are_kept_apart(small, monkeypatch):
 def test_a_damaged_file_is_no_measurement(small, content):
     small.parent.mkdir()
     small.write_text(content)
-    assert cpu_calibration.constants() is BUILT_IN
+    assert cpu_calibration.constants() is built_in(native.instruction_set())
     cpu_calibration.measure()
     assert cpu_calibration.measured() is not None
 

@@ -24,7 +24,7 @@ import midl
 from midl.errors import MIDLError
 from midl.machine import cache_path, processor_name
 from midl.ops import native
-from midl.ops.cpu_cost import BUILT_IN, ROWS, Constants, Rates
+from midl.ops.cpu_cost import ROWS, Constants, Rates, built_in
 from midl.ops.native_packing import clear_packed
 
 __all__ = ["constants", "measure", "measured"]
@@ -51,7 +51,7 @@ def constants() -> Constants:
     """
     key = native.instruction_set(), torch.get_num_threads()
     if key not in _current:
-        _current[key] = measured() or BUILT_IN
+        _current[key] = measured() or built_in(key[0])
     return _current[key]
 
 

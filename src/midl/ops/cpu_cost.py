@@ -16,7 +16,7 @@ import functools
 import math
 from typing import Any
 
-__all__ = ["BUILT_IN", "ROWS", "Constants", "Rates", "predict", "sparse_wins"]
+__all__ = ["BUILT_IN", "ROWS", "Constants", "Rates", "built_in", "predict", "sparse_wins"]
 
 # Rows of the calls that rates are measured at.
 ROWS = (1, 8, 64, 256)
@@ -140,6 +140,15 @@ def _between(rates: tuple[float, ...], rows: int) -> float:
     return rates[-1]
 
 
+def built_in(instruction_set: str) -> Constants:
+    """Return the constants for machines that nobody has measured.
+
+    >>> built_in("amx") is built_in("avx2")
+    False
+    """
+    return _BUILT_IN_TILES if instruction_set == "amx" else BUILT_IN
+
+
 # For machines that nobody has measured: medians of six runs of `midl info --measure` on a Zen 3 (AVX2) with 2 threads.
 # Choices depend on the ratios of these numbers alone, which differ less between machines than the numbers do.
 BUILT_IN = Constants(
@@ -171,5 +180,37 @@ BUILT_IN = Constants(
     ),
     bandwidth=28.0,
     dense_call=4100.0,
+    cache=2.0**21,
+)
+
+# Where tile registers multiply bfloat16, the dense kernels' too: `midl info --measure`, Sapphire Rapids, 2 threads.
+_BUILT_IN_TILES = Constants(
+    source=BUILT_IN.source,
+    float32=Rates(
+        dense=(15.0, 65.0, 108.0, 130.0),
+        single=(8.1, 31.0, 70.0, 78.0),
+        groups_of_16=(12.0, 39.0, 103.0, 132.0),
+        groups_of_32=(12.0, 38.0, 147.0, 171.0),
+    ),
+    bfloat16=Rates(
+        dense=(11.0, 108.0, 475.0, 940.0),
+        single=(12.0, 64.0, 348.0, 416.0),
+        groups_of_16=(17.0, 97.0, 514.0, 520.0),
+        groups_of_32=(27.0, 92.0, 534.0, 660.0),
+    ),
+    convolution_float32=Rates(
+        dense=(11.0, 42.0, 100.0, 127.0),
+        single=(3.0, 34.0, 66.0, 77.0),
+        groups_of_16=(7.4, 38.0, 119.0, 144.0),
+        groups_of_32=(9.7, 49.0, 139.0, 176.0),
+    ),
+    convolution_bfloat16=Rates(
+        dense=(1.9, 14.0, 108.0, 363.0),
+        single=(4.0, 47.0, 188.0, 448.0),
+        groups_of_16=(9.5, 50.0, 329.0, 642.0),
+        groups_of_32=(8.3, 58.0, 315.0, 942.0),
+    ),
+    bandwidth=24.0,
+    dense_call=3300.0,
     cache=2.0**21,
 )

@@ -85,8 +85,8 @@ def instruction_set() -> str:
 def supported_instruction_sets() -> list[str]:
     """Return the instruction sets of this build that this CPU runs, least capable first.
 
-    ``avx512-emulated`` and ``amx-emulated`` are the code for AVX-512 and for tile registers compiled for AVX2: for tests,
-    never chosen automatically.
+    ``avx512-emulated`` and ``amx-emulated`` are the code for AVX-512 and for tile registers compiled for AVX2: for
+    tests, never chosen automatically.
 
     >>> "baseline" in supported_instruction_sets()
     True
