@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test smoke slow lint types docs sanitize clean
+.PHONY: demo test smoke slow survive lint types docs sanitize clean
 
 demo: $(READY)  ## train dense and MID-L on real handwritten digits and print the table
 	$(BIN)/midl compare digits
@@ -21,6 +21,11 @@ smoke: $(READY)  ## every data set present and every method on a few rows, and t
 
 slow: $(READY)  ## the tests that take longer
 	$(BIN)/python -m pytest -m slow
+
+survive: $(READY)  ## the longer tests that CI runs: a sweep killed twenty times, two processes that train as one
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow -p no:xdist \
+		tests/lab/reproduce/test_sweep.py::test_a_sweep_that_is_killed_twenty_times_ends_as_the_undisturbed_one \
+		tests/lab/reproduce/test_distributed.py
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

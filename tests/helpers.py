@@ -285,3 +285,14 @@ def assert_close_to_loop(actual: dict[str, Tensor], loop: dict[str, Tensor]) -> 
             torch.testing.assert_close(
                 actual[name], loop[name], rtol=1e-10, atol=1e-10, msg=lambda m, name=name: f"gradient of {name}: {m}"
             )
+
+
+def instruction_sets_to_test() -> list[str]:
+    """The instruction sets that this CPU runs; an emulated one only where the CPU lacks what it stands for."""
+    from midl.ops import dispatch, native
+
+    if dispatch.unavailable_reason("native"):
+        return []
+    supported = native.supported_instruction_sets()
+    stands_for = {"avx512-emulated": "avx512bf16", "amx-emulated": "amx"}
+    return [name for name in supported if stands_for.get(name) not in supported]

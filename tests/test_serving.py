@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from helpers import instruction_sets_to_test
 from torch import nn
 
 import midl
@@ -20,7 +21,7 @@ from midl.ops import native
 from midl.serving import PackedMIDLinear, pack_, unpack_
 
 
-@pytest.fixture(params=native.supported_instruction_sets())
+@pytest.fixture(params=instruction_sets_to_test())
 def _instruction_set(request):
     before = native.instruction_set()
     native.use_instruction_set(request.param)

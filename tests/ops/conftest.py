@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from helpers import instruction_sets_to_test
 
 import midl
 from midl.ops import native, native_packing
-from midl.ops.dispatch import unavailable_reason
 
-_SETS = [] if unavailable_reason("native") else native.supported_instruction_sets()
+_SETS = instruction_sets_to_test()
 
 
 @pytest.fixture

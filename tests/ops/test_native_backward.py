@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from helpers import TENSORS, error_ratio
+from helpers import TENSORS, error_ratio, instruction_sets_to_test
 from helpers import random_tensors as draw_tensors
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,7 +21,7 @@ if unavailable_reason("native"):
 from midl.ops import native
 
 pytestmark = pytest.mark.usefixtures("native_kernels")
-SETS = native.supported_instruction_sets()
+SETS = instruction_sets_to_test()
 # Root-mean-square error in units of the gradient's root-mean-square.
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 

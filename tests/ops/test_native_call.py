@@ -254,8 +254,9 @@ def prepared_image(layer, x):
 
 @pytest.mark.parametrize("choices", [{}, {"gate": "light", "interpolation": "hard"}, {"span": 3}, {"select": "image"}])
 @pytest.mark.parametrize("window", [{"padding": 1}, {"stride": (2, 1), "dilation": (1, 2), "bias": False}])
-def test_a_prepared_convolution_has_the_general_paths_bits(choices, window):
-    layer = midl.MIDConv2d(6, 32, 3, active=0.5, rank=4, group_size=16, **window, **choices)
+@pytest.mark.parametrize("group_size", [1, 16])
+def test_a_prepared_convolution_has_the_general_paths_bits(choices, window, group_size):
+    layer = midl.MIDConv2d(6, 32, 3, active=0.5, rank=4, group_size=group_size, **window, **choices)
     for shape in ((1, 6, 9, 8), (3, 6, 5, 7)):
         for memory_format in (torch.contiguous_format, torch.channels_last):
             x = torch.randn(shape).contiguous(memory_format=memory_format)
@@ -282,7 +283,7 @@ def test_a_changed_parameter_of_a_convolution_is_seen_at_once(parameter, change)
 
 def test_convolutions_of_other_kinds_take_the_general_path():
     x = torch.randn(2, 6, 7, 7)
-    single = midl.MIDConv2d(6, 32, 3, active=0.5, rank=4, group_size=1)
+    single = midl.MIDConv2d(6, 32, 3, active=0.1, rank=4, group_size=1)  # by dot products, not by panels
     half = midl.MIDConv2d(6, 32, 3, active=0.5, rank=4, group_size=16, dtype=torch.bfloat16)
     for layer, image, prepared in ((single, x, False), (half, x.bfloat16(), native.multiplies_as_is(torch.bfloat16))):
         with midl.kernels("native"):

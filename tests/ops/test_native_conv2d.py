@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import torch
-from helpers import error_ratio
+from helpers import error_ratio, instruction_sets_to_test
 from helpers import random_tensors as draw_tensors
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,7 +23,7 @@ if unavailable_reason("native"):
 from midl.ops import native, native_packing
 
 pytestmark = pytest.mark.usefixtures("native_kernels")
-SETS = native.supported_instruction_sets()
+SETS = instruction_sets_to_test()
 # Root-mean-square error in units of the result's root-mean-square.
 LIMITS = {torch.float32: 2e-6, torch.bfloat16: 3e-3}
 

@@ -11,6 +11,7 @@ from helpers import (
     Options,
     assert_close_to_loop,
     error_ratio,
+    instruction_sets_to_test,
     plain_conv2d,
     plain_linear,
     random_tensors,
@@ -35,7 +36,7 @@ RULES = list(itertools.product(("projection", "light"), ("sigmoid", "hard"), ("s
 rules = pytest.mark.parametrize(("gate", "interpolation", "ste"), RULES)
 WINDOW = ((1, 1), (1, 1), (1, 1))
 LIMITS = {torch.float32: 2e-6, torch.bfloat16: 3e-3}
-SETS = [] if unavailable_reason("native") else native.supported_instruction_sets()
+SETS = instruction_sets_to_test()
 
 
 @pytest.fixture(autouse=True)

@@ -259,7 +259,7 @@ def prepare_conv2d(
     *,
     dense: Callable[[Tensor, Tensor], Tensor] | None,
 ) -> _native.PreparedConvolution | None:
-    """:func:`prepare_linear` for a convolution of images like x, groups filling panels unless it is dense.
+    """:func:`prepare_linear` for a convolution of images like x, by panels or densely.
 
     Half precision only where the kernels multiply it as it is.
 

@@ -7,6 +7,7 @@ again that the parameters are the same and unchanged (native/prepared.cpp) and t
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -124,7 +125,7 @@ def _prepare_conv2d(packed: Packed, x: Tensor, parameters: dict[str, Any], confi
         product = functools.partial(_dense_product, window)
     elif (
         run is not native.convolution
-        or not native.wants_weight_panels(x.dtype, 1, groups, k, config.group_size)
+        or not native.wants_weight_panels(x.dtype, x.shape[0] * math.prod(positions), groups, k, config.group_size)
         or packed.weight is None
     ):
         return None
