@@ -183,7 +183,7 @@ BUILT_IN = Constants(
     cache=2.0**21,
 )
 
-# Where tile registers multiply bfloat16, the dense kernels' too: `midl info --measure`, Sapphire Rapids, 2 threads.
+# Where tile registers multiply bfloat16, the dense kernels' too: `midl info --measure`, Emerald Rapids, 2 threads.
 _BUILT_IN_TILES = Constants(
     source=BUILT_IN.source,
     float32=Rates(
