@@ -373,13 +373,6 @@ void read_gate_bias(ForwardPlan<S>& plan) {
   }
 }
 
-// Rows whose code is computed at a time: they are read once per panel of light_down and stay in the second cache level.
-inline std::int64_t code_rows(std::int64_t depth, std::int64_t rows) {
-  constexpr std::int64_t kElements = 96 * 1024, kLeast = 8 * panel_rows(2);
-  const std::int64_t most = kElements / depth;
-  return most < kLeast || rows == 0 ? rows : divide_up(rows, divide_up(rows, most));
-}
-
 template <class S>
 void compute_code(const ForwardPlan<S>& plan, ThreadMemory& memory, Range rows, Range columns,
                   std::int64_t chunk_start) {
@@ -389,14 +382,13 @@ void compute_code(const ForwardPlan<S>& plan, ThreadMemory& memory, Range rows, 
   const auto pointers = row_pointers(plan, memory);
   for (std::int64_t r = rows.begin; r < rows.end; ++r) pointers[r - rows.begin] = plan.source.row(r, chunk_start);
   const T* down = static_cast<const T*>(c.light_down);
-  const std::int64_t step = code_rows(c.depth, rows.end - rows.begin);
-  for (std::int64_t r = rows.begin; r < rows.end; r += step)
-    for (std::int64_t i = columns.begin; i < columns.end; i += kPanelWidth)
-      plan.source.multiply(pointers + (r - rows.begin), lesser(step, rows.end - r),
-                           neurons_at(down + i * c.depth, c.depth, plan.packed_light, plan.layout.down + i * plan.layout.depth,
-                                      lesser(kPanelWidth, columns.end - i),
-                                      i + kPanelWidth < columns.end ? plan.layout.down + (i + kPanelWidth) * plan.layout.depth : -1),
-                           memory.slice, plan.code + (r - chunk_start) * plan.code_stride + i, plan.code_stride, true);
+  for (std::int64_t i = columns.begin; i < columns.end; i += kPanelWidth)
+    plan.source.multiply(pointers, rows.end - rows.begin,
+                         neurons_at(down + i * c.depth, c.depth, plan.packed_light, plan.layout.down + i * plan.layout.depth,
+                                    lesser(kPanelWidth, columns.end - i),
+                                    i + kPanelWidth < columns.end ? plan.layout.down + (i + kPanelWidth) * plan.layout.depth : -1),
+                         memory.slice, plan.code + (rows.begin - chunk_start) * plan.code_stride + i,
+                         plan.code_stride, true);
   if constexpr (sizeof(*plan.light_code) != sizeof(*plan.code))
     for (std::int64_t r = rows.begin - chunk_start; r < rows.end - chunk_start; ++r)
       for (std::int64_t i = columns.begin; i < columns.end; i += L)
