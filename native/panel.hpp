@@ -285,21 +285,15 @@ void panel_remainder(std::int64_t m, const A* const* rows, std::int64_t start, c
   if constexpr (R > 1) panel_remainder<R - 1, V>(m, rows, start, panel, depth, bias, out, ldo, accumulate, ahead);
 }
 
-// A tile of m <= panel_rows(V) rows.
+// A tile of m <= panel_rows(V) rows, or kTallTile of two vectors.
 template <int V, class A, class P>
 MIDL_INLINE void panel_rows_tile(std::int64_t m, const A* const* rows, std::int64_t start, const P* panel,
                                  std::int64_t depth, const float* bias, float* out, std::int64_t ldo,
                                  bool accumulate, Ahead ahead = {}) {
   constexpr int R = panel_rows(V);
   if (m == R) return panel_tile<R, V>(rows, start, panel, depth, bias, out, ldo, accumulate, ahead);
-  if constexpr (V == 2 && kTallTile > R && sizeof(A) == sizeof(P)) {
-    static_assert(kTallTile - R <= 4);
-    if (m == R + 1) return panel_tile<R + 1, V>(rows, start, panel, depth, bias, out, ldo, accumulate, ahead);
-    if (m == R + 2) return panel_tile<R + 2, V>(rows, start, panel, depth, bias, out, ldo, accumulate, ahead);
-    if (m == R + 3) return panel_tile<R + 3, V>(rows, start, panel, depth, bias, out, ldo, accumulate, ahead);
-    if (m == R + 4) return panel_tile<R + 4, V>(rows, start, panel, depth, bias, out, ldo, accumulate, ahead);
-  }
-  panel_remainder<R - 1, V>(m, rows, start, panel, depth, bias, out, ldo, accumulate, ahead);
+  constexpr int kMost = V == 2 && sizeof(A) == sizeof(P) ? int(kTallTile) : R;
+  panel_remainder<kMost, V>(m, rows, start, panel, depth, bias, out, ldo, accumulate, ahead);
 }
 
 // sum + row . column, word by word.
@@ -407,6 +401,7 @@ template <int R, class A, class P>
   });
 }
 
+// Bytes ahead of a single tile.
 constexpr std::int64_t kSingleTileAhead = 4096;
 
 // out (m x round_up(count, L)) (+)= rows[start ..) . panel over one slice of the depth. The sub-panels are `panel_depth`
@@ -421,13 +416,17 @@ void panel_slice(const A* const* rows, std::int64_t m, const P* panel, std::int6
   constexpr int R2 = panel_rows(2), R1 = panel_rows(1);
   const auto fetch = [&](int column, int lanes, std::int64_t tile, std::int64_t tiles) {
     // A single tile waits for memory: what comes later in the same panel, and behind it.
-    if (tiles < 2) return Ahead{reinterpret_cast<const char*>(panel + column * panel_depth + offset * lanes) + kSingleTileAhead, std::int64_t(lanes * sizeof(P) * kWord<P>)};
+    if (tiles < 2) {
+      const P* slice = panel + column * panel_depth + offset * lanes;
+      return Ahead{reinterpret_cast<const char*>(slice) + kSingleTileAhead, 4 * lanes};
+    }
     if (!next) return Ahead{};
     const std::int64_t step = divide_up(4 * lanes, tiles);
     const P* slice = next + column * panel_depth + next_offset * lanes;
     return Ahead{reinterpret_cast<const char*>(slice) + tile * step * (depth / kWord<P>), step};
   };
-  const std::int64_t tiles = sizeof(A) == sizeof(P) && m <= kTallTile ? 1 : divide_up(m, R2), even = divide_up(m, tiles ? tiles : 1);
+  const std::int64_t tiles = sizeof(A) == sizeof(P) && m <= kTallTile ? 1 : divide_up(m, R2);
+  const std::int64_t even = divide_up(m, tiles ? tiles : 1);
   for (std::int64_t r = 0; r < m; r += even) {
     const std::int64_t tile = lesser(m - r, even);
     for (int c = 0; c < wide; c += 2 * L) {

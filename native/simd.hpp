@@ -130,14 +130,14 @@ MIDL_INLINE void store_as(bf16* p, Vec v) {
 #ifdef __AVX512BF16__
   // Takes subnormal numbers for zero, as the dot products do.
   *reinterpret_cast<UnalignedHalves*>(p) = (UnalignedHalves)_mm512_cvtneps_pbh((__m512)v);
-  return;
-#endif
+#else
   const UVec bits = (UVec)v;
   const UVec rounded = (bits + 0x7fffu + ((bits >> 16) & 1)) >> 16;
   const UVec quiet = (bits >> 16) | 0x40;
   const UVec is_nan = (UVec)((bits & 0x7fffffffu) > 0x7f800000u);
   *reinterpret_cast<UnalignedHalves*>(p) =
       __builtin_convertvector((is_nan & quiet) | (~is_nan & rounded), UnalignedHalves);
+#endif
 }
 MIDL_INLINE void store_as(float* p, float value) { *p = value; }
 MIDL_INLINE void store_as(bf16* p, float value) { *p = to_bf16(value); }

@@ -16,6 +16,13 @@ namespace {
 constexpr int kTileRegisterRows = 16;
 constexpr int kTileDepth = 32;
 
+// Where in its row each step of the depth begins, or null where it goes on without a gap; elements of the last one. Rows that
+// lie `distance` bytes apart are read in place, 0 says that they don't.
+struct TileSteps {
+  const std::int64_t* starts;
+  std::int64_t count, last, distance = 0;
+};
+
 #ifdef MIDL_TILES
 static_assert(L == 16);
 #ifdef __AMX_BF16__
@@ -102,13 +109,6 @@ constexpr std::int64_t kTileAhead = 3, kTileRing = 4;
 constexpr std::int64_t kTileBytesAhead = 8192;
 // Rows that go with N tiles of neurons: four tiles of sums.
 constexpr int tile_rows(int n) { return 64 / n; }
-
-// Where in its row each step of the depth begins, or null where it goes on without a gap; elements of the last one. Rows that
-// lie `distance` bytes apart are read in place, 0 says that they don't.
-struct TileSteps {
-  const std::int64_t* starts;
-  std::int64_t count, last, distance = 0;
-};
 
 MIDL_INLINE void copy_step(const bf16* from, std::int64_t length, char* to) {
   if (length == kTileDepth) {
@@ -217,7 +217,7 @@ void multiply_slice(const bf16* const* rows, std::int64_t m, TileSteps steps, st
   }
 }
 
-// Bytes of a packed slice of N tiles' neurons, for one pass.
+// Steps and bytes of a slice of N tiles' neurons that one pass goes over.
 template <int N>
 constexpr std::int64_t kSliceSteps = kTilePassSteps * 2 / N;
 constexpr std::int64_t kSliceBytes = kTilePassSteps * kTileDepth * 2 * L * 2;
@@ -264,10 +264,6 @@ static_assert(kSliceBytes + kTileRing * 4 * kTileRegisterRows * 64 <= slice_floa
 
 #else
 class TileRegisters {};
-struct TileSteps {
-  const std::int64_t* starts;
-  std::int64_t count, last, distance = 0;
-};
 inline void multiply_tiles(const bf16* const*, std::int64_t, const Neurons<bf16>&, std::int64_t, TileSteps, const float*, float*,
                            float*, std::int64_t) {}
 template <int N>
