@@ -14,8 +14,6 @@ __all__ = ["architecture_for"]
 
 _HIDDEN = {"digits": (512, 512), "mnist": (1024, 1024), "adult": (256, 256)}
 _PHOTOGRAPHS = (3, 32, 32)
-# Wide enough to learn CIFAR-10 with some redundancy; groups of 16: 3, 7 and 14 of them, of which 45 % are 1, 3 and 6.
-_WIDTHS = {"cifar10": (32, 48, 112, 224)}
 
 
 def architecture_for(dataset: str, input_shape: tuple[int, ...], num_classes: int) -> Architecture:
@@ -31,5 +29,5 @@ def architecture_for(dataset: str, input_shape: tuple[int, ...], num_classes: in
     if dataset == "imdb":
         return Transformer(imdb.VOCABULARY, imdb.TOKENS, num_classes, padding=imdb.PADDING)
     if tuple(input_shape) == _PHOTOGRAPHS:
-        return ResNet(num_classes, _WIDTHS[dataset]) if dataset in _WIDTHS else ResNet(num_classes)
+        return ResNet(num_classes)
     return MLP(torch.Size(input_shape).numel(), _HIDDEN.get(dataset, (512, 512)), num_classes)

@@ -96,7 +96,8 @@ class Profile:
 
 # The control "distilled" where converted networks still gain by further training.
 _METHODS = tuple(method for method in METHODS if method != "distilled")
-_PAPER_SETS = ("mnist", "adult", "imdb", "cifar10", "cifar100", "svhn")
+_PHOTOGRAPHS: tuple[str, ...] = ("cifar10", "cifar100", "svhn")
+_PAPER_SETS = ("mnist", "adult", "imdb", *_PHOTOGRAPHS)
 
 # Where one training takes minutes, tuning takes fewer rows.
 _BRIEF = Grid(lr_factors=(0.33, 1.0, 3.0), weight_decays=(0.01, 0.1), rows=0.2, epochs=0.5)
@@ -123,11 +124,11 @@ PROFILES = {
         datasets=_PAPER_SETS,
         seeds=(0, 1, 2),
         grid=Grid(lr_factors=(0.33, 1.0, 3.0), weight_decays=(0.01, 0.1), rows=0.4, epochs=0.5),
-        grids=dict.fromkeys(("imdb", "cifar10", "cifar100", "svhn"), _BRIEF),
-        precisions={"cifar10": "bf16"},
+        grids=dict.fromkeys(("imdb", *_PHOTOGRAPHS), _BRIEF),
+        precisions=dict.fromkeys(_PHOTOGRAPHS, "bf16"),
         methods={
             "cifar10": tuple(METHODS),
-            "cifar100": ("dense", "narrow", "low_rank", "scratch", "converted", "adapted"),
+            "cifar100": ("dense", "narrow", "low_rank", "scratch", "converted", "elastic", "adapted"),
         },
         studied=("mnist", "adult"),
     ),
