@@ -8,6 +8,7 @@ from midl.lab.methods import (
     distilled,
     dropout,
     elastic,
+    gated,
     k_winners,
     low_rank,
     magnitude,
@@ -18,7 +19,9 @@ from midl.lab.methods.method import NETWORK_RATIO, Budget, Method, count_neurons
 
 __all__ = ["METHODS", "NETWORK_RATIO", "Budget", "Method", "count_neurons", "find", "load"]
 
-_MODULES = (dense, distilled, dropout, narrow, low_rank, magnitude, k_winners, scratch, converted, elastic, adapted)
+_MODULES = (
+    dense, distilled, dropout, narrow, low_rank, magnitude, k_winners, scratch, converted, elastic, adapted, gated,
+)  # fmt: skip
 METHODS: dict[str, Method] = {module.METHOD.name: module.METHOD for module in _MODULES}
 
 

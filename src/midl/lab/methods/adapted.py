@@ -15,21 +15,25 @@ from midl.adaptation import adapt
 from midl.lab.methods.method import NETWORK_RATIO, Budget, Method
 from midl.lab.models import Architecture
 
-__all__ = ["METHOD"]
-
-_CHOICES: dict[str, Any] = {"samples": 2048, "seed": 0}
+__all__ = ["METHOD", "method"]
 
 
 def _build(architecture: Architecture, budget: Budget, teacher: nn.Module | None) -> nn.Module:
     return teacher or architecture.build()
 
 
-def _fit(model: nn.Module, architecture: Architecture, budget: Budget, batches: Sequence[Tensor]) -> None:
-    names = architecture.layer_names
-    adapt(
-        model, batches, NETWORK_RATIO, group_size=budget.group_size,
-        filter_fn=lambda module, name: name in names, **_CHOICES,
-    )  # fmt: skip
+def method(name: str, title: str, **choices: Any) -> Method:
+    """Return the method that adapts the dense network, with further arguments of ``midl.adapt``."""
+    choices = {"samples": 2048, "seed": 0, **choices}
+
+    def fit(model: nn.Module, architecture: Architecture, budget: Budget, batches: Sequence[Tensor]) -> None:
+        names = architecture.layer_names
+        adapt(
+            model, batches, NETWORK_RATIO, group_size=budget.group_size,
+            filter_fn=lambda module, name: name in names, **choices,
+        )  # fmt: skip
+
+    return Method(name, title, _build, teacher=True, fit=fit, settings={**choices, "version": 1})
 
 
-METHOD = Method("adapted", "MID-L adapted", _build, teacher=True, fit=_fit, settings={**_CHOICES, "version": 1})
+METHOD = method("adapted", "MID-L adapted")

@@ -94,8 +94,9 @@ class Profile:
         return [(fraction, 0.0) for fraction in self.fractions] + [(1.0, noise) for noise in self.noises]
 
 
-# The control "distilled" where converted networks still gain by further training.
-_METHODS = tuple(method for method in METHODS if method != "distilled")
+# The control "distilled" where converted networks still gain by further training, "gated" where `adapted` makes nearly
+# every layer its light path alone and the others lose much.
+_METHODS = tuple(method for method in METHODS if method not in ("distilled", "gated"))
 _PHOTOGRAPHS: tuple[str, ...] = ("cifar10", "cifar100", "svhn")
 _PAPER_SETS = ("mnist", "adult", "imdb", *_PHOTOGRAPHS)
 
@@ -127,8 +128,8 @@ PROFILES = {
         grids=dict.fromkeys(("imdb", *_PHOTOGRAPHS), _BRIEF),
         precisions=dict.fromkeys(_PHOTOGRAPHS, "bf16"),
         methods={
-            "cifar10": tuple(METHODS),
-            "cifar100": ("dense", "narrow", "low_rank", "scratch", "converted", "elastic", "adapted"),
+            "cifar10": tuple(method for method in METHODS if method != "gated"),
+            "cifar100": ("dense", "narrow", "low_rank", "scratch", "converted", "elastic", "adapted", "gated"),
         },
         studied=("mnist", "adult"),
     ),
