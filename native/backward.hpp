@@ -155,7 +155,7 @@ MIDL_INLINE float split_neurons(const E* grad_y, const float* light, std::int64_
 // Split grad_y of one group's members into the shares of full and light path, and sum grad_y * l over the group. The
 // others' share is the light path's alone: grad_light begins as a copy.
 template <class E>
-void split_gradient(const BackwardPlan<E>& plan, BackwardMemory<E>& memory, std::int64_t group) {
+void split_members(const BackwardPlan<E>& plan, BackwardMemory<E>& memory, std::int64_t group) {
   const auto& c = plan.call;
   const std::int64_t size = plan.group_size, first = group * size;
   const std::int64_t end = plan.members.first[group + 1];
@@ -668,7 +668,7 @@ void run_backward(const midl::LinearBackward& call) {
       __builtin_memcpy(plan.grad_light + r * call.neurons, plan.grad_y + r * call.neurons,
                        std::size_t(call.neurons) * sizeof(E));
 #pragma omp for schedule(dynamic, 1)
-    for (std::int64_t g = 0; g < call.groups; ++g) split_gradient(plan, memory, g);
+    for (std::int64_t g = 0; g < call.groups; ++g) split_members(plan, memory, g);
     if (call.grad_x) {
 #pragma omp for schedule(dynamic, 1)
       for (std::int64_t s = 0; s < kDepthShares; ++s) grad_input(plan, memory, s);
@@ -680,6 +680,65 @@ void run_backward(const midl::LinearBackward& call) {
       for (std::int64_t s = 0; s < kDepthShares; ++s) grad_neurons(plan, memory, s);
     }
   }
+}
+
+// One group's share of a row: grad_full, grad_light and the sum of grad_y * difference.
+template <class E>
+MIDL_INLINE float split_group(const E* grad_y, const E* difference, std::int64_t width, float weight, E* grad_full, E* grad_light) {
+  Vec lanes = {};
+  std::int64_t j = 0;
+  for (; j + L <= width; j += L) {
+    const Vec grad = load(grad_y + j);
+    if (difference) lanes += grad * load(difference + j);
+    store_as(grad_full + j, grad * weight);
+    store_as(grad_light + j, grad * (1 - weight));
+  }
+  float total = 0;
+  if (j > 0 && difference)
+    for (int lane = 0; lane < L; ++lane) total += lanes[lane];
+  for (; j < width; ++j) {
+    const float grad = to_float(grad_y[j]);
+    if (difference) total += grad * to_float(difference[j]);
+    store_as(grad_full + j, grad * weight);
+    store_as(grad_light + j, grad * (1 - weight));
+  }
+  return total;
+}
+
+template <class E>
+void run_split(const midl::GradientSplit& c) {
+  const Blocks blocks(c.rows, c.positions, c.span);
+  const std::int64_t k = c.selected_groups, size = c.neurons / c.groups;
+  const int threads = double(c.rows) * double(c.neurons) < kThreadWorth / 8 ? 1 : c.threads;
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+  for (std::int64_t b = 0; b < blocks.count; ++b) {
+    const std::int64_t end = b + 1 == blocks.count ? c.rows : blocks.first_row(b + 1);
+    const std::int32_t* selected = c.selected + b * k;
+    const float* gate = c.gate + b * k;
+    float* logits = c.grad_logits ? c.grad_logits + b * k : nullptr;
+    for (std::int64_t i = 0; logits && i < k; ++i) logits[i] = 0;
+    for (std::int64_t r = blocks.first_row(b); r < end; ++r) {
+      const E* grad_y = static_cast<const E*>(c.grad_y) + r * c.neurons;
+      const E* difference = logits ? static_cast<const E*>(c.difference) + r * c.difference_stride : nullptr;
+      E* grad_full = static_cast<E*>(c.grad_full) + r * c.grad_full_stride;
+      E* grad_light = static_cast<E*>(c.grad_light) + r * c.neurons;
+      __builtin_memset(grad_full, 0, std::size_t(c.neurons) * sizeof(E));
+      __builtin_memcpy(grad_light, grad_y, std::size_t(c.neurons) * sizeof(E));
+      for (std::int64_t i = 0; i < k; ++i) {
+        if (selected[i] < 0) continue;
+        const std::int64_t at = selected[i] * size;
+        const float sum = split_group(grad_y + at, difference ? difference + at : nullptr, size, c.hard ? 1.0f : gate[i],
+                                      grad_full + at, grad_light + at);
+        if (logits) logits[i] += sum;
+      }
+    }
+    for (std::int64_t i = 0; logits && i < k; ++i) logits[i] *= gate[i] * (1 - gate[i]);
+  }
+}
+
+void split_gradient(const midl::GradientSplit& call) {
+  if (call.storage == midl::Storage::bfloat16) return run_split<bf16>(call);
+  run_split<float>(call);
 }
 
 void linear_backward(const midl::LinearBackward& call) {

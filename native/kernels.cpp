@@ -9,7 +9,7 @@
 namespace midl {
 
 const Kernels MIDL_TABLE = {
-    MIDL_STRING(MIDL_NAME), L, kDotPairs, linear_forward, linear_backward, projection, projection_backward,
+    MIDL_STRING(MIDL_NAME), L, kDotPairs, linear_forward, linear_backward, split_gradient, projection, projection_backward,
     convolution_forward, convolution_code, convolution_backward, packed_sizes, wants_weight_panels, pack, topk, ffn_forward, packed_ffn_size,
     pack_ffn,
 };

@@ -96,6 +96,24 @@ struct LinearBackward {
   int threads;
 };
 
+// What a backward call does between dense products: grad_y divided between the paths, and the gradient of the logits. Memory
+// for grad_full need not be that of one matrix: its rows lie `grad_full_stride` elements apart.
+struct GradientSplit {
+  Storage storage;             // of grad_y, difference, grad_full and grad_light
+  const void* grad_y;          // (rows, neurons)
+  const void* difference;      // (rows, neurons), full path less light path; null with grad_logits
+  std::int64_t difference_stride;
+  std::int64_t rows, neurons, groups, selected_groups, positions, span;
+  const std::int32_t* selected;  // (blocks, selected_groups), -1 in slots without a group
+  const float* gate;           // (blocks, selected_groups): sigmoid of the selected logits
+  bool hard;
+  void* grad_full;             // (rows, neurons), zero where a neuron was not selected
+  std::int64_t grad_full_stride;
+  void* grad_light;            // (rows, neurons), without the gate's share
+  float* grad_logits;          // (blocks, selected_groups), of slots with a group; null where not needed
+  int threads;
+};
+
 // y = x . weight^T.
 struct Projection {
   Storage storage;             // of x and weight; bfloat16 only where the kernels say dot_pairs
@@ -185,6 +203,7 @@ struct Kernels {
   bool dot_pairs;              // whether bfloat16 is multiplied by instructions of its own
   void (*linear_forward)(const LinearForward&);
   void (*linear_backward)(const LinearBackward&);
+  void (*split_gradient)(const GradientSplit&);
   void (*projection)(const Projection&);
   void (*projection_backward)(const ProjectionBackward&);
   void (*convolution_forward)(const ConvolutionForward&);

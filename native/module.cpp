@@ -60,6 +60,20 @@ void linear_backward(bool bfloat16, std::uintptr_t grad_y, std::uintptr_t x, int
   });
 }
 
+void split_gradient(bool bfloat16, std::uintptr_t grad_y, std::uintptr_t difference, int64_t difference_stride, int64_t rows,
+                    int64_t neurons, int64_t groups, int64_t selected_groups, int64_t positions, int64_t span,
+                    std::uintptr_t selected, std::uintptr_t gate, bool hard, std::uintptr_t grad_full,
+                    int64_t grad_full_stride, std::uintptr_t grad_light, std::uintptr_t grad_logits, int threads) {
+  midl::current().split_gradient({
+      .storage = storage_of(bfloat16), .grad_y = pointer<const void>(grad_y), .difference = pointer<const void>(difference),
+      .difference_stride = difference_stride, .rows = rows, .neurons = neurons, .groups = groups,
+      .selected_groups = selected_groups, .positions = positions, .span = span,
+      .selected = pointer<const std::int32_t>(selected), .gate = pointer<const float>(gate), .hard = hard,
+      .grad_full = pointer<void>(grad_full), .grad_full_stride = grad_full_stride,
+      .grad_light = pointer<void>(grad_light), .grad_logits = pointer<float>(grad_logits), .threads = threads,
+  });
+}
+
 void projection(bool bfloat16, std::uintptr_t x, int64_t x_stride, int64_t rows, int64_t depth, int64_t neurons,
                 std::uintptr_t weight, std::uintptr_t y, int threads) {
   midl::current().projection({storage_of(bfloat16), pointer<const void>(x), x_stride, rows, depth, neurons,
@@ -207,6 +221,9 @@ NB_MODULE(_native, m) {
         "neurons"_a, "rank"_a, "groups"_a, "selected_groups"_a, "positions"_a, "span"_a, "weight"_a, "code"_a,
         "light_up"_a, "selected"_a, "gate"_a, "hard"_a, "grad_light"_a, "grad_x"_a, "grad_logits"_a, "grad_weight"_a,
         "threads"_a);
+  m.def("split_gradient", &split_gradient, released, "bfloat16"_a, "grad_y"_a, "difference"_a, "difference_stride"_a, "rows"_a,
+        "neurons"_a, "groups"_a, "selected_groups"_a, "positions"_a, "span"_a, "selected"_a, "gate"_a, "hard"_a, "grad_full"_a,
+        "grad_full_stride"_a, "grad_light"_a, "grad_logits"_a, "threads"_a);
   m.def("projection", &projection, released, "bfloat16"_a, "x"_a, "x_stride"_a, "rows"_a, "depth"_a, "neurons"_a, "weight"_a,
         "y"_a, "threads"_a);
   m.def("projection_backward", &projection_backward, released, "bfloat16"_a, "grad_y"_a, "x"_a, "x_stride"_a, "rows"_a,

@@ -284,10 +284,10 @@ void test_forward(const Kernels& kernels, const Case& c) {
 
 // The gradients of a layer whose output has the gradient grad_y.
 struct Gradients {
-  vector<double> light, x, weight, logits;
+  vector<double> full, light, x, weight, logits;
 
   Gradients(const Layer& layer, const Tensor& grad_y)
-      : light(layer.light.size()), x(std::size_t(layer.s.rows * layer.s.depth)),
+      : full(layer.light.size()), light(layer.light.size()), x(std::size_t(layer.s.rows * layer.s.depth)),
         weight(std::size_t(layer.s.neurons() * layer.s.depth)), logits(layer.selected.size()) {
     const Shape& s = layer.s;
     for (int64_t r = 0; r < s.rows; ++r)
@@ -295,7 +295,7 @@ struct Gradients {
         const std::size_t at = std::size_t(r * s.neurons() + j);
         const int64_t group = j / s.group_size, block = r / s.span;
         const double a = layer.weight_of(r, group), g = grad_y[int64_t(at)];
-        light[at] = g * (1 - a);
+        full[at] = g * a, light[at] = g * (1 - a);
         for (int64_t i = 0; i < s.depth; ++i) {
           x[std::size_t(r * s.depth + i)] += g * a * layer.weight[j * s.depth + i];
           weight[std::size_t(j * s.depth + i)] += g * a * layer.x[r * s.depth + i];
@@ -348,6 +348,44 @@ void test_backward(const Kernels& kernels, const Case& c) {
       .grad_light = t.grad_light.data(), .grad_x = t.grad_x.as<float>(), .grad_logits = t.grad_logits.as<float>(),
       .grad_weight = t.grad_weight.as<float>(), .threads = 1});
   t.compare_with(kernels, layer, Gradients(layer, grad_y), c.storage, c.describe());
+}
+
+// What lies between dense products; rows of the full path's gradient and of the difference lie apart.
+void test_split(const Kernels& kernels, const Case& c) {
+  const std::uint64_t before = state;  // the other tests keep their numbers
+  Layer layer(c);
+  const Shape& s = c.shape;
+  const int64_t n = s.neurons(), stride = n + 5;
+  Tensor grad_y = Tensor::random(c.storage, s.rows * n), difference(c.storage, s.rows * stride);
+  for (int64_t i = 0; i < s.rows * n; ++i)
+    difference.set(i / n * stride + i % n, float(layer.full[std::size_t(i)] - layer.light[std::size_t(i)]));
+  const Gradients expected(layer, grad_y);
+  BackwardTensors t(layer, c.storage, s.rows * s.depth);
+  for (const bool logits : {true, false}) {
+    Tensor full(c.storage, s.rows * stride), light(c.storage, s.rows * n);
+    kernels.split_gradient({
+        .storage = c.storage, .grad_y = grad_y.data(), .difference = logits ? difference.data() : nullptr,
+        .difference_stride = stride, .rows = s.rows, .neurons = n, .groups = s.groups, .selected_groups = s.k,
+        .positions = s.rows, .span = s.span, .selected = layer.selected.data(), .gate = t.gate.as<float>(), .hard = c.hard,
+        .grad_full = full.data(), .grad_full_stride = stride, .grad_light = light.data(),
+        .grad_logits = logits ? t.grad_logits.as<float>() : nullptr, .threads = 1});
+    Tensor dense(c.storage, s.rows * n);
+    bool between = true;  // nobody wrote there
+    for (int64_t i = 0; i < s.rows * stride; ++i) {
+      if (i % stride < n)
+        dense.set(i / stride * n + i % stride, full[i]);
+      else
+        between = between && std::isnan(full[i]);
+    }
+    const double limit = kBackwardLimit[int(c.storage)];
+    compare(kernels, dense, expected.full, limit, "split gradient of the full path", c.describe());
+    compare(kernels, light, expected.light, limit, "split gradient of the light path", c.describe());
+    report(between && full.strip_is_whole(), kernels.name, "split wrote between rows", c.describe());
+  }
+  for (int64_t i = 0; i < t.grad_logits.count; ++i)
+    if (layer.selected[std::size_t(i)] < 0) t.grad_logits.set(i, 0);
+  compare(kernels, t.grad_logits, expected.logits, kBackwardLimit[int(c.storage)], "split gradient of the logits", c.describe());
+  state = before;
 }
 
 // A product and its gradients; rows of x lie `gap` elements apart.
@@ -577,6 +615,7 @@ void test(const Kernels& kernels) {
           c.threshold = threshold;
           test_forward(kernels, c);
           if (storage == Storage::float32) test_backward(kernels, c);
+          test_split(kernels, c);
         }
       }
   for (const Storage storage : {Storage::float32, Storage::bfloat16})

@@ -19,6 +19,11 @@ def linear_backward(
     selected_groups: int, positions: int, span: int, weight: int, code: int, light_up: int, selected: int, gate: int,
     hard: bool, grad_light: int, grad_x: int, grad_logits: int, grad_weight: int, threads: int,
 ) -> None: ...  # fmt: skip
+def split_gradient(
+    bfloat16: bool, grad_y: int, difference: int, difference_stride: int, rows: int, neurons: int, groups: int,
+    selected_groups: int, positions: int, span: int, selected: int, gate: int, hard: bool, grad_full: int,
+    grad_full_stride: int, grad_light: int, grad_logits: int, threads: int,
+) -> None: ...  # fmt: skip
 def projection(
     bfloat16: bool, x: int, x_stride: int, rows: int, depth: int, neurons: int, weight: int, y: int, threads: int
 ) -> None: ...  # fmt: skip

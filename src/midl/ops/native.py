@@ -44,8 +44,11 @@ __all__ = [
     "wants_weight_panels",
 ]
 
-# Single neurons of convolutions take the reference's dense backward: tiles of one neuron are nearly empty.
-_CONVOLUTION_BACKWARD_GROUP = 2
+# Narrower groups leave the tiles of the backward kernels so empty that products of zeros are faster.
+_BACKWARD_GROUP = {"linear": 3, "conv2d": 2}
+# Up to these sizes dense kernels with tile registers multiply everything before ours have collected what was selected:
+# neurons of a group; of convolutions, times channels of the input.
+_TILES_GROUP, _TILES_WINDOW = 16, 4096
 # Rows of a call from which packing inside the kernel costs next to nothing.
 _ROWS_THAT_PACK_THEMSELVES = 2048
 
@@ -313,7 +316,7 @@ def _linear_backward(
         )  # fmt: skip
     return linear_backward(
         _native, grad_y, selected, x, weight, bias, light_down, light_up, gate_weight, gate_bias, group_size, span,
-        interpolation, needs, padded,
+        interpolation, needs, padded, _backward_densely("linear", x, weight, group_size),
     )  # fmt: skip
 
 
@@ -339,7 +342,7 @@ def _conv2d_backward(
     dilation: list[int], group_size: int, span: int, interpolation: str, ste: str, needs: list[bool],
     padded: bool = False,
 ) -> reference.Grads:  # fmt: skip
-    if ste == "dense" or group_size < _CONVOLUTION_BACKWARD_GROUP or x.numel() == 0:
+    if ste == "dense" or x.numel() == 0:
         return reference.conv2d_backward(
             grad_y, selected, x, weight, bias, light_down, light_up, gate_weight, gate_bias, stride, padding, dilation,
             group_size, span, interpolation, ste, needs,
@@ -347,7 +350,17 @@ def _conv2d_backward(
     return conv2d_backward(
         _native, grad_y, selected, x, weight, bias, light_down, light_up, gate_weight, gate_bias, stride, padding,
         dilation, group_size, span, interpolation, needs, padded,
+        _backward_densely("conv2d", x, weight, group_size),
     )  # fmt: skip
+
+
+def _backward_densely(op: str, x: Tensor, weight: Tensor, group_size: int) -> bool:
+    """Return whether the gradients come faster from products of all neurons than from those of the selected ones."""
+    if group_size < _BACKWARD_GROUP[op]:
+        return True
+    if x.dtype != torch.bfloat16 or not instruction_set().startswith("amx"):
+        return False
+    return group_size <= _TILES_GROUP if op == "linear" else weight.shape[1] * group_size <= _TILES_WINDOW
 
 
 def _ffn(

@@ -2,43 +2,59 @@
 
 Nothing of the forward pass is kept but its inputs and the selection: code and logits are recomputed, the full path is
 not needed (native/backward.hpp says why), and nothing of the size (rows, n) is made but the gradient of the light path.
-Groups of one or two neurons go through dense products instead, whose operands are zero where nothing was selected.
+Where dense products are faster (very narrow groups; half precision that dense kernels multiply by tile registers)
+:func:`by_dense_products` takes them instead.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from midl.ops import huge_pages
 from midl.ops.reference import Grads
 
-__all__ = ["Blocks", "gate_projection", "linear_backward", "repeat_first", "through_gate"]
-
-# Narrower groups leave the kernel's tiles so empty that dense products of zeros are faster.
-_KERNEL_GROUP = 3
+__all__ = [
+    "Blocks",
+    "LinearProducts",
+    "Products",
+    "by_dense_products",
+    "gate_projection",
+    "linear_backward",
+    "only_needed",
+    "repeat_first",
+    "through_gate",
+]
 
 
 def linear_backward(
     kernels: Any, grad_y: Tensor, selected: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, light_down: Tensor,
     light_up: Tensor, gate_weight: Tensor | None, gate_bias: Tensor | None, group_size: int, span: int,
-    interpolation: str, needs: list[bool], padded: bool = False,
+    interpolation: str, needs: list[bool], padded: bool = False, densely: bool = False,
 ) -> Grads:  # fmt: skip
     """Return the gradients for ``ste="selected"``, empty where not needed.
 
     Half precision is multiplied as it is where the kernels have instructions for it, else in float32; sums are float32.
 
-    ``padded``: slots of ``selected`` may be -1.
+    ``padded``: slots of ``selected`` may be -1. ``densely``: through products of all neurons.
     """
     n, depth = weight.shape
     rank, groups, positions, k = light_down.shape[0], n // group_size, x.shape[-2], selected.shape[-1]
     need_x, need_weight, need_bias, need_down, need_up, need_gate, need_gate_bias = needs
-    in_kernel = group_size >= _KERNEL_GROUP
-    dtype = x.dtype if in_kernel and kernels.dot_pairs() else torch.float32
+    dtype = x.dtype if kernels.dot_pairs() else torch.float32
     flat = _rows(x, depth, dtype)
     grad = _rows(grad_y, n, dtype)
+    out: list[Tensor | None]
+    if densely:
+        out = by_dense_products(
+            kernels, LinearProducts(flat), grad, selected, weight, bias, light_down, light_up, gate_weight, gate_bias,
+            group_size, positions, span, interpolation, needs, padded,
+        )  # fmt: skip
+        out[0] = None if out[0] is None else out[0].view(x.shape)
+        return only_needed(out, needs, x)
     down, up = light_down.to(dtype).contiguous(), light_up.float().contiguous()
     code = _project(kernels, flat, down)
 
@@ -51,25 +67,18 @@ def linear_backward(
 
     full_weight = weight.to(dtype).contiguous()
     need_code = need_x or need_down or need_gate or need_gate_bias or need_up or (need_bias and gate_weight is None)
-    grad_x: Tensor | None
-    grad_weight: Tensor | None
-    if not in_kernel:
-        grad_light, grad_x, grad_chosen, grad_weight = _through_dense_products(
-            grad, flat, full_weight, code, up, index, gate, blocks, groups, interpolation, need_code, need_weight
-        )
-    else:
-        grad_light = torch.empty_like(grad)
-        grad_x = huge_pages.empty_where_mapped(flat.shape, gate.dtype) if need_code else None
-        grad_chosen = torch.empty_like(gate)
-        grad_weight = huge_pages.empty_where_mapped(full_weight.shape, torch.float32) if need_weight else None
-        kernels.linear_backward(
-            dtype == torch.bfloat16, grad.data_ptr(), flat.data_ptr(), flat.stride(0), flat.shape[0], depth, n, rank,
-            groups, k, positions, span, full_weight.data_ptr(), code.data_ptr(), up.data_ptr(), chosen.data_ptr(),
-            gate.data_ptr(), interpolation == "hard", grad_light.data_ptr(), 0 if grad_x is None else grad_x.data_ptr(),
-            grad_chosen.data_ptr(), 0 if grad_weight is None else grad_weight.data_ptr(), torch.get_num_threads(),
-        )  # fmt: skip
+    grad_light = torch.empty_like(grad)
+    grad_x = huge_pages.empty_where_mapped(flat.shape, gate.dtype) if need_code else None
+    grad_chosen = torch.empty_like(gate)
+    grad_weight = huge_pages.empty_where_mapped(full_weight.shape, torch.float32) if need_weight else None
+    kernels.linear_backward(
+        dtype == torch.bfloat16, grad.data_ptr(), flat.data_ptr(), flat.stride(0), flat.shape[0], depth, n, rank,
+        groups, k, positions, span, full_weight.data_ptr(), code.data_ptr(), up.data_ptr(), chosen.data_ptr(),
+        gate.data_ptr(), interpolation == "hard", grad_light.data_ptr(), 0 if grad_x is None else grad_x.data_ptr(),
+        grad_chosen.data_ptr(), 0 if grad_weight is None else grad_weight.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
 
-    out: list[Tensor | None] = [None, grad_weight, None, None, None, None, None]
+    out = [None, grad_weight, None, None, None, None, None]
     grad_bias = grad.sum(0, dtype=torch.float32) if need_bias else None
     if grad_x is not None:
         grad_chosen = repeat_first(grad_chosen, chosen) if padded else grad_chosen
@@ -82,27 +91,106 @@ def linear_backward(
         if need_x or need_down:
             _add_gradients(kernels, grad_code.to(dtype), flat, down, grad_x if need_x else None, out[3])
     out[2] = grad_bias
+    return only_needed(out, needs, x)
+
+
+class Products(Protocol):
+    """The products of a layer's input with rows of filters, all of them, by torch."""
+
+    def forward(self, filters: Tensor) -> Tensor:
+        """Filters as the layer's weight -> (rows, number of filters)."""
+
+    def backward(
+        self, grad: Tensor, filters: Tensor, need_x: bool, need_filters: bool
+    ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+        """Return the gradients of the input and of the filters, from that of :meth:`forward`'s result."""
+
+
+class LinearProducts:
+    """Of x (rows, d) with filters (m, d)."""
+
+    def __init__(self, x: Tensor) -> None:
+        self._x = x
+
+    def forward(self, filters: Tensor) -> Tensor:
+        """Return x . filters^T."""
+        return F.linear(self._x, filters)
+
+    def backward(
+        self, grad: Tensor, filters: Tensor, need_x: bool, need_filters: bool
+    ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+        """Return the gradients of x and of the filters."""
+        return grad @ filters if need_x else None, grad.T @ self._x if need_filters else None
+
+
+def by_dense_products(
+    kernels: Any, products: Products, grad: Tensor, selected: Tensor, weight: Tensor, bias: Tensor | None,
+    light_down: Tensor, light_up: Tensor, gate_weight: Tensor | None, gate_bias: Tensor | None, group_size: int,
+    positions: int, span: int, interpolation: str, needs: list[bool], padded: bool,
+) -> list[Tensor | None]:  # fmt: skip
+    """Return the gradients for ``ste="selected"`` through products of all neurons, zeros where one was not selected.
+
+    Of many rows one product gives code and full path less light path, whose filters are ``weight - light_up .
+    light_down``, and one more the gradients of x, weight and light_down; of few rows such filters would cost more than
+    they save. What lies between is a pass over the rows.
+
+    Args:
+        kernels: the extension.
+        products: of the input, in the dtype of ``grad``.
+        grad: of the output, (rows, n).
+        selected: as the forward pass gave it; the parameters are those of the layer as well.
+    """
+    need_x, need_weight, need_bias, need_down, need_up, *_ = needs
+    (rows, n), dtype, rank, k = grad.shape, grad.dtype, light_up.shape[1], selected.shape[-1]
+    up, joined = light_up.float().contiguous(), rows > weight[0].numel()
+    if joined:
+        less_light = weight.float() - (up @ light_down.float().flatten(1)).view(weight.shape)
+        difference = products.forward(torch.cat([less_light, light_down.float()]).to(dtype))
+        code = difference[:, n:].float()
+    else:
+        code = products.forward(light_down.to(dtype))
+        difference = products.forward(weight.to(dtype)).addmm_(code, up.T.to(dtype), alpha=-1)
+        code = code.float()
+    blocks = Blocks(rows, positions, span)
+    block_code = blocks.mean(code)
+    gate_rows, gate_offset = gate_projection(up, bias, gate_weight, gate_bias, group_size)
+    chosen = selected.reshape(-1, k)
+    index = repeat_first(chosen, chosen).long() if padded else chosen.long()
+    gate = torch.addmm(gate_offset, block_code, gate_rows.T).gather(1, index).sigmoid_()
+
+    grads = grad.new_empty(rows, n + rank if joined else n)
+    grad_light, grad_chosen = torch.empty_like(grad), torch.empty_like(gate)
+    kernels.split_gradient(
+        dtype == torch.bfloat16, grad.data_ptr(), difference.data_ptr(), difference.stride(0), rows, n,
+        n // group_size, k,
+        positions, span, chosen.data_ptr(), gate.data_ptr(), interpolation == "hard", grads.data_ptr(),
+        grads.stride(0), grad_light.data_ptr(), grad_chosen.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    out: list[Tensor | None] = [None] * 7
+    out[2] = grad.sum(0, dtype=torch.float32) if need_bias else None
+    grad_code, out[4], out[5], out[6] = through_gate(
+        kernels, grad_light, repeat_first(grad_chosen, chosen) if padded else grad_chosen, index, code, block_code,
+        blocks, up, gate_rows, out[2], projection=gate_weight is not None, need_up=need_up,
+    )  # fmt: skip
+    if joined:
+        grads[:, n:] = grad_code
+        filters = torch.cat([weight, light_down]).to(dtype)
+        out[0], grad_filters = products.backward(grads, filters, need_x, need_weight or need_down)
+        if grad_filters is not None:
+            out[1], out[3] = grad_filters[:n], grad_filters[n:]
+        return out
+    out[0], out[1] = products.backward(grads, weight.to(dtype), need_x, need_weight)
+    grad_x, out[3] = products.backward(grad_code.to(dtype), light_down.to(dtype), need_x, need_down)
+    if grad_x is not None and out[0] is not None:
+        out[0] += grad_x
+    return out
+
+
+def only_needed(grads: list[Tensor | None], needs: list[bool], x: Tensor) -> Grads:
+    """Return the gradients in the dtype of x, empty where not needed."""
     return tuple(  # type: ignore[return-value]
-        x.new_empty(0) if g is None or not need else g.to(x.dtype) for g, need in zip(out, needs, strict=True)
+        x.new_empty(0) if g is None or not need else g.to(x.dtype) for g, need in zip(grads, needs, strict=True)
     )
-
-
-def _through_dense_products(
-    grad: Tensor, flat: Tensor, weight: Tensor, code: Tensor, up: Tensor, index: Tensor, gate: Tensor, blocks: Blocks,
-    groups: int, interpolation: str, need_code: bool, need_weight: bool,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:  # fmt: skip
-    """Return the gradients of light path, x (the full path's share), logits at ``index`` and weight."""
-    share = gate if interpolation == "sigmoid" else torch.ones_like(gate)
-    shares = blocks.repeat(grad.new_zeros(len(index), groups).scatter_(1, index, share))
-    grad_full = (grad.view(len(grad), groups, -1) * shares.unsqueeze(2)).view_as(grad)
-    grad_light = grad - grad_full
-    grad_weight = grad_full.T @ flat if need_weight else None
-    if not need_code:
-        return grad_light, None, gate, grad_weight
-    mixed = (flat @ weight.T).addmm_(code, up.T, alpha=-1).mul_(grad).view(len(grad), groups, -1)
-    per_group = mixed.squeeze(2) if mixed.shape[2] == 1 else mixed.sum(2)
-    grad_chosen = blocks.sum(per_group).gather(1, index).mul_(gate * (1 - gate))
-    return grad_light, grad_full @ weight, grad_chosen, grad_weight
 
 
 def repeat_first(values: Tensor, chosen: Tensor) -> Tensor:

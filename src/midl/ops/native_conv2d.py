@@ -5,10 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from midl.ops import huge_pages
-from midl.ops.native_backward import Blocks, gate_projection, repeat_first, through_gate
+from midl.ops.native_backward import (
+    Blocks,
+    by_dense_products,
+    gate_projection,
+    only_needed,
+    repeat_first,
+    through_gate,
+)
 from midl.ops.native_packing import pack, packed_panels
 from midl.ops.reference import Grads
 
@@ -66,7 +74,7 @@ def conv2d_backward(
     kernels: Any, grad_y: Tensor, selected: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, light_down: Tensor,
     light_up: Tensor, gate_weight: Tensor | None, gate_bias: Tensor | None, stride: list[int], padding: list[int],
     dilation: list[int], group_size: int, span: int, interpolation: str, needs: list[bool],
-    padded: bool = False,
+    padded: bool = False, densely: bool = False,
 ) -> Grads:  # fmt: skip
     """Return the gradients for ``ste="selected"``, empty where not needed.
 
@@ -81,6 +89,13 @@ def conv2d_backward(
     groups, rows, positions = n // group_size, batch * height * width, width if span else height * width
     need_x, need_weight, need_bias, need_down, need_up, need_gate, need_gate_bias = needs
     grad = grad_y.permute(0, 2, 3, 1).reshape(rows, n).to(dtype).contiguous()
+    out: list[Tensor | None]
+    if densely:
+        out = by_dense_products(
+            kernels, _Convolutions(image, stride, padding, dilation), grad, selected, weight, bias, light_down,
+            light_up, gate_weight, gate_bias, group_size, positions, span or positions, interpolation, needs, padded,
+        )  # fmt: skip
+        return only_needed(out, needs, x)
     filters, down, up = _matrix(weight, dtype), _matrix(light_down, dtype), light_up.float().contiguous()
     threads = torch.get_num_threads()
     code = up.new_empty(rows, rank)
@@ -107,7 +122,7 @@ def conv2d_backward(
         _address(grad_weight), threads,
     )  # fmt: skip
 
-    out: list[Tensor | None] = [None, _filters(grad_weight, weight), None, None, None, None, None]
+    out = [None, _filters(grad_weight, weight), None, None, None, None, None]
     out[2] = grad.sum(0, dtype=torch.float32) if need_bias else None
     if grad_x is not None:
         grad_chosen = repeat_first(grad_chosen, chosen) if padded else grad_chosen
@@ -123,9 +138,29 @@ def conv2d_backward(
             )  # fmt: skip
         out[0] = grad_x.permute(0, 3, 1, 2) if need_x else None
         out[3] = _filters(grad_down, light_down)
-    return tuple(  # type: ignore[return-value]
-        x.new_empty(0) if g is None or not need else g.to(x.dtype) for g, need in zip(out, needs, strict=True)
-    )
+    return only_needed(out, needs, x)
+
+
+class _Convolutions:
+    """The products of an image's windows with filters (m, C, kh, kw)."""
+
+    def __init__(self, image: Tensor, stride: list[int], padding: list[int], dilation: list[int]) -> None:
+        self._image, self._window = image, (stride, padding, dilation)
+
+    def forward(self, filters: Tensor) -> Tensor:
+        y = F.conv2d(self._image, filters.contiguous(memory_format=torch.channels_last), None, *self._window)
+        return y.permute(0, 2, 3, 1).reshape(-1, len(filters))
+
+    def backward(
+        self, grad: Tensor, filters: Tensor, need_x: bool, need_filters: bool
+    ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+        _, height, width = image_geometry(self._image, filters, *self._window)
+        grads = torch.ops.aten.convolution_backward(
+            grad.view(-1, height, width, len(filters)).permute(0, 3, 1, 2), self._image,
+            filters.contiguous(memory_format=torch.channels_last), None, *self._window, False, [0, 0], 1,
+            [need_x, need_filters, False],
+        )  # fmt: skip
+        return grads[0], grads[1]
 
 
 def image_geometry(
