@@ -129,7 +129,7 @@ PROFILES = {
         precisions=dict.fromkeys(_PHOTOGRAPHS, "bf16"),
         methods={
             "cifar10": tuple(method for method in METHODS if method != "gated"),
-            "cifar100": ("dense", "narrow", "low_rank", "scratch", "converted", "elastic", "adapted", "gated"),
+            "cifar100": ("dense", "narrow", "scratch", "converted", "elastic", "adapted", "gated"),
         },
         studied=("mnist", "adult"),
     ),
