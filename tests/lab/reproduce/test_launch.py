@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from sweeping import results, run
 
 from midl.errors import MIDLError
+from midl.lab.environment import describe_command
 from midl.lab.reproduce.plan import Request
 from midl.lab.reproduce.sweep import Options
 
@@ -19,6 +21,9 @@ def test_two_workers_share_the_work_and_do_nothing_twice(tmp_path: Path) -> None
     run(tmp_path / "one", SMALL)
     run(tmp_path / "two", SMALL, Options(workers=2, threads=1, latency=False))
     assert results(tmp_path / "two") == results(tmp_path / "one")
+    found = [json.loads(file.read_text()) for file in (tmp_path / "two").glob("*/*/result.json")]
+    # The command that a person gave, not what one process told the other.
+    assert {result["environment"]["command"] for result in found} == {describe_command(sys.argv)}
 
 
 def test_without_ray_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

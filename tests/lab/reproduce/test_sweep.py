@@ -188,6 +188,18 @@ def test_latency_is_measured_once_for_all_methods(undisturbed: Path) -> None:
     assert file.read_bytes() == before
 
 
+def test_latency_is_measured_with_the_threads_asked_for(undisturbed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr(
+        "midl.lab.reproduce.sweep.measure_latencies", lambda plan, out, dataset: seen.append(torch.get_num_threads())
+    )
+    before = torch.get_num_threads()
+    for threads in (1, 2):
+        run(undisturbed, options=Options(threads=threads))
+    assert seen == [1, 2]
+    assert torch.get_num_threads() == before
+
+
 @pytest.fixture
 def _no_settings_kept() -> Iterator[None]:
     setting_for.cache_clear()

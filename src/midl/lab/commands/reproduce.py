@@ -32,7 +32,8 @@ def reproduce(
     launcher: Annotated[str, typer.Option(help="Where workers run: local, or ray for a Ray cluster.")] = "local",
     workers: Annotated[int, typer.Option(help="Runs side by side.")] = 1,
     threads: Annotated[
-        int | None, typer.Option(help="Threads of each worker.  [default: torch's, divided among the workers]")
+        int | None,
+        typer.Option(help="Threads of each worker and of timings.  [default: torch's, divided among the workers]"),
     ] = None,
     precision: Annotated[
         str | None, typer.Option(help="no: float32. bf16: mixed precision. Default: as the profile has it.")

@@ -36,6 +36,7 @@ def run_child(arguments: str) -> None:
     """Be a worker that another process of this machine started; ``arguments`` is what it said, as JSON."""
     end_with_parent()
     told = json.loads(arguments)
+    sys.argv = told["command"]  # what results say they were made by
     fields: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in told["request"].items()}
     _run_worker(Request(**fields), told["out"], told["since"], told["workers"], told["threads"])
 
@@ -60,6 +61,7 @@ def _local(request: Request, plan: Plan, out: Path, since: float, workers: int, 
     """Run the workers as processes of this machine; a single one in this very process."""
     told = {
         "request": dataclasses.asdict(request), "out": str(out), "since": since, "workers": workers, "threads": threads,
+        "command": sys.argv,
     }  # fmt: skip
     # Not by multiprocessing, which would import the caller's main script again.
     program = "import sys; from midl.lab.reproduce.launch import run_child; run_child(sys.argv[1])"

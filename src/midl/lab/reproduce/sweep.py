@@ -28,7 +28,7 @@ class Options:
     Args:
         launcher: ``"local"``: workers are processes of this machine. ``"ray"``: of a Ray cluster.
         workers: side by side.
-        threads: of each worker; None: torch's, divided among the workers.
+        threads: of each worker, and of the timings; None: torch's, divided among the workers, all of them for timings.
         latency: measure latency when all runs are done.
     """
 
@@ -77,11 +77,18 @@ def sweep(request: Request, out: Path, options: Options, say: Callable[[str], No
     prepare(plan, out)
     threads = options.threads or max(1, torch.get_num_threads() // options.workers)
     outcome = LAUNCHERS[options.launcher](request, plan, out, since, options.workers, threads, say)
-    latencies = []
-    if options.latency:
+    latencies = _measure_latencies(plan, out, options.threads, say) if options.latency else []
+    return Sweep(plan, outcome, tuple(latencies))
+
+
+def _measure_latencies(plan: Plan, out: Path, threads: int | None, say: Callable[[str], None]) -> list[Path]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    files = []
+    try:
         for dataset in dict.fromkeys(task.spec["dataset"] for task in plan.tasks):
             say(f"{dataset}: measuring latency")
-            file = measure_latencies(plan, out, dataset)
-            if file is not None:
-                latencies.append(file)
-    return Sweep(plan, outcome, tuple(latencies))
+            files.append(measure_latencies(plan, out, dataset))
+    finally:
+        torch.set_num_threads(before)
+    return [file for file in files if file is not None]
