@@ -29,7 +29,7 @@ def distillation_loss(
 
     def loss(inputs: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
         with torch.no_grad():
-            target = teacher.to(inputs.device)(inputs)
+            target = teacher.to(inputs.device)(inputs).float()
         value = divergence(logits, target)
         return value if kd_ratio == 1 else kd_ratio * value + (1 - kd_ratio) * hard(inputs, logits, labels)
 

@@ -21,7 +21,8 @@ from midl.lab.processes import accelerator, share_rows
 __all__ = ["Loss", "Precision", "Recipe", "cross_entropy", "seed_for", "train"]
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Called with inputs (rows, ...), the model's logits (rows, classes) and labels (rows,); returns a scalar."""
+"""Called with inputs (rows, ...), the model's logits (rows, classes), float32, and labels (rows,); returns a scalar.
+Networks that it runs itself run in the recipe's precision."""
 
 
 Precision = Literal["no", "bf16"]
@@ -161,8 +162,7 @@ def train(
                 mine, weight = share_rows(batch, place)
                 inputs, labels = (t.to(place.device) for t in dataset.training_batch(mine))
                 with mixed:
-                    logits = network(inputs)
-                value = loss(inputs, logits.float(), labels) * weight
+                    value = loss(inputs, network(inputs).float(), labels) * weight
                 optimizer.zero_grad(set_to_none=True)
                 place.backward(value)
                 optimizer.step()

@@ -13,6 +13,7 @@ from midl.lab.methods import (
     low_rank,
     magnitude,
     narrow,
+    narrow_distilled,
     scratch,
 )
 from midl.lab.methods.method import NETWORK_RATIO, Budget, Method, count_neurons, load
@@ -20,7 +21,8 @@ from midl.lab.methods.method import NETWORK_RATIO, Budget, Method, count_neurons
 __all__ = ["METHODS", "NETWORK_RATIO", "Budget", "Method", "count_neurons", "find", "load"]
 
 _MODULES = (
-    dense, distilled, dropout, narrow, low_rank, magnitude, k_winners, scratch, converted, elastic, adapted, gated,
+    dense, distilled, dropout, narrow, narrow_distilled, low_rank, magnitude, k_winners, scratch, converted, elastic,
+    adapted, gated,
 )  # fmt: skip
 METHODS: dict[str, Method] = {module.METHOD.name: module.METHOD for module in _MODULES}
 

@@ -15,7 +15,9 @@ __all__ = ["Axis", "Point", "heat_map", "histogram", "intervals", "lines", "mark
 
 WIDTH, HEIGHT = 360, 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 10, 40
-_SHAPES = ("circle", "ring", "square", "diamond", "cross", "down", "up", "star", "plus", "bow", "hourglass", "hexagon")
+_SHAPES = (
+    "circle", "ring", "square", "diamond", "cross", "down", "up", "star", "plus", "bow", "hourglass", "hexagon", "house",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +77,7 @@ def mark(shape: int, x: float, y: float, key: str, label: str = "") -> str:
         "bow": "M-5,-4.5L5,4.5V-4.5L-5,4.5Z",
         "hourglass": "M-4.5,-5L4.5,5H-4.5L4.5,-5Z",
         "hexagon": "M-5.2,0L-2.6,-4.5H2.6L5.2,0L2.6,4.5H-2.6Z",
+        "house": "M-4,4.5V-1L0,-5.5L4,-1V4.5Z",
         "star": "M0,-6L1.6,-1.9L5.8,-1.9L2.4,0.8L3.6,5L0,2.4L-3.6,5L-2.4,0.8L-5.8,-1.9L-1.6,-1.9Z",
     }[kind]
     return f'<path {name} transform="translate({x},{y})" d="{path}">{title}</path>'

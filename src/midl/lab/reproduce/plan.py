@@ -218,10 +218,14 @@ class _Planner:
 
     def _recipe(self, method: str) -> Recipe:
         recipes = recipes_for(self._setting.dataset.name)
-        teacher = find(method).teacher
-        recipe = recipes.distill if teacher else recipes.train
-        if self._profile.epochs is not None:
-            recipe = dataclasses.replace(recipe, epochs=self._profile.epochs[teacher])
+        chosen = find(method)
+        epochs = self._profile.epochs_for(self._setting.dataset.name, recipes)
+        if chosen.afresh:
+            recipe = dataclasses.replace(recipes.train, epochs=sum(epochs))
+        elif chosen.teacher:
+            recipe = dataclasses.replace(recipes.distill, epochs=epochs[1])
+        else:
+            recipe = dataclasses.replace(recipes.train, epochs=epochs[0])
         return dataclasses.replace(recipe, precision=self._precision)
 
     def _add(
@@ -232,6 +236,8 @@ class _Planner:
         kd_ratio = recipes_for(dataset.name).kd_ratio
         if find(spec["method"]).teacher and kd_ratio < 1:
             settings = {**settings, "kd_ratio": kd_ratio}
+        if find(spec["method"]).teacher and self._precision != "no":
+            settings = {**settings, "teacher": self._precision}  # it ran in float32 before
         if not data.in_random_order(dataset.train.y):
             settings = {**settings, "rows": "random"}  # see rows_for_all
         spec = {
