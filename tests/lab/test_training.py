@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from midl.errors import CheckpointError, MIDLError
 from midl.lab.data import Dataset
 from midl.lab.data.dataset import Arrays
 from midl.lab.distillation import distillation_loss
-from midl.lab.training import Recipe, train
+from midl.lab.training import Precision, Recipe, train
 
 RECIPE = Recipe(epochs=3, batch_size=16)
 STEPS = 3 * 4  # 50 rows: three full batches and one of two rows per epoch
@@ -134,3 +135,17 @@ def test_a_loss_that_explodes_is_an_error(dataset: Dataset) -> None:
 def test_recipe_refuses_wrong_values(field: str, value: float, message: str) -> None:
     with pytest.raises(MIDLError, match=message):
         Recipe(**{"epochs": 1, field: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("no", torch.float32), ("bf16", torch.bfloat16)])
+def test_a_teacher_runs_in_the_precision_of_the_recipe(
+    dataset: Dataset, precision: Precision, dtype: torch.dtype
+) -> None:
+    seen = set()
+    teacher = nn.Linear(8, 2).eval()
+    teacher.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
+    recipe = dataclasses.replace(RECIPE, epochs=1, precision=precision)
+    losses = train(build(), dataset, recipe, seed=0, loss=distillation_loss(teacher, kd_ratio=0.5))
+    assert seen == {dtype}
+    assert all(parameter.dtype == torch.float32 for parameter in teacher.parameters())
+    assert 0 < losses[0] < 2

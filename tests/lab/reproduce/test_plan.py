@@ -11,8 +11,11 @@ from lab_rows import Rows, adult_rows
 
 from midl.errors import DataError, MIDLError
 from midl.lab import methods
+from midl.lab.recipes import recipes_for
 from midl.lab.reproduce import plan as planning
 from midl.lab.reproduce.plan import Plan, Request, make_plan
+from midl.lab.reproduce.profiles import profile_named
+from midl.lab.training import Precision
 
 DIGITS = Request("smoke", ("digits",), ("dense", "converted"), (0,))
 
@@ -45,6 +48,31 @@ def test_a_method_brings_what_it_needs() -> None:
     assert {task.spec["method"] for task in plan.tasks} == {"converted", "dense"}
     variants = {(t.spec["train_fraction"], t.spec["label_noise"]) for t in plan.tasks if t.kind == "run"}
     assert variants == {(1.0, 0.0), (0.1, 0.0), (1.0, 0.4)}
+
+
+def test_a_control_with_a_teacher_trains_for_as_long_as_both_phases() -> None:
+    wanted = ("dense", "distilled", "narrow_distilled")
+    plan = make_plan(Request("smoke", ("digits",), wanted))
+    runs = {t.spec["method"]: t for t in plan.tasks if t.kind == "run" and t.spec["train_fraction"] == 1}
+    assert [runs[method].recipe.epochs for method in wanted] == [2, 1, 3]
+    assert [runs[method].teacher is not None for method in wanted] == [False, True, True]
+    assert runs["narrow_distilled"].recipe.lr == runs["dense"].recipe.lr
+
+
+def test_photographs_distil_for_longer_than_their_recipe() -> None:
+    paper = profile_named("paper")
+    assert paper.epochs_for("cifar100", recipes_for("cifar100")) == (12, 6)
+    assert paper.epochs_for("mnist", recipes_for("mnist")) == (8, 2)
+    assert profile_named("smoke").epochs_for("cifar100", recipes_for("cifar100")) == (2, 1)
+
+
+def test_a_teacher_in_another_precision_moves_its_pupils() -> None:
+    def where(precision: Precision | None) -> list[dict[str, object]]:
+        request = Request("smoke", ("digits",), ("converted",), precision=precision)
+        return [task.settings for task in make_plan(request).tasks if task.spec["method"] == "converted"]
+
+    assert all("teacher" not in settings for settings in where(None))
+    assert all(settings["teacher"] == "bf16" for settings in where("bf16"))
 
 
 def test_a_changed_method_moves_its_own_folders_and_those_that_need_it(monkeypatch: pytest.MonkeyPatch) -> None:

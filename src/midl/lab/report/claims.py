@@ -85,8 +85,8 @@ def _test_accuracy(results: Results, dataset: str) -> tuple[str, Verdict]:
     return _against(results, dataset, route, "dense", judge_not_worse)
 
 
-def _test_narrow(results: Results, dataset: str) -> tuple[str, Verdict]:
-    return _against(results, dataset, results.best_route(dataset), "narrow", judge_better)
+def _test_better_than(other: str) -> Callable[[Results, str], tuple[str, Verdict]]:
+    return lambda results, dataset: _against(results, dataset, results.best_route(dataset), other, judge_better)
 
 
 def _against(
@@ -258,5 +258,11 @@ CLAIMS = (
     Claim("Smaller train/test gap with few or false labels", "“improved robustness under overfitting”", _test_gap),
     Claim("More accurate with few or false labels", "“improved robustness under overfitting”", _test_little_data),
     Claim("More accurate on corrupted inputs", "“improved robustness under … noisy data conditions”", _test_robustness),
-    Claim("Better than a narrow dense network of the same FLOPs", "", _test_narrow, ("narrow",)),
+    Claim("Better than a narrow dense network of the same FLOPs", "", _test_better_than("narrow"), ("narrow",)),
+    Claim(
+        "Better than that network with the same teacher and as many epochs",
+        "",
+        _test_better_than("narrow_distilled"),
+        ("narrow_distilled",),
+    ),
 )

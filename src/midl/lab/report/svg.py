@@ -16,7 +16,8 @@ __all__ = ["Axis", "Point", "heat_map", "histogram", "intervals", "lines", "mark
 WIDTH, HEIGHT = 360, 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 10, 40
 _SHAPES = (
-    "circle", "ring", "square", "diamond", "cross", "down", "up", "star", "plus", "bow", "hourglass", "hexagon", "house",
+    "circle", "ring", "square", "diamond", "cross", "down", "up", "star", "plus", "bow", "hourglass", "hexagon",
+    "house",
 )  # fmt: skip
 
 
