@@ -689,16 +689,16 @@ MIDL_INLINE float split_group(const E* grad_y, const E* difference, std::int64_t
   std::int64_t j = 0;
   for (; j + L <= width; j += L) {
     const Vec grad = load(grad_y + j);
-    if (difference) lanes += grad * load(difference + j);
+    lanes += grad * load(difference + j);
     store_as(grad_full + j, grad * weight);
     store_as(grad_light + j, grad * (1 - weight));
   }
   float total = 0;
-  if (j > 0 && difference)
+  if (j > 0)
     for (int lane = 0; lane < L; ++lane) total += lanes[lane];
   for (; j < width; ++j) {
     const float grad = to_float(grad_y[j]);
-    if (difference) total += grad * to_float(difference[j]);
+    total += grad * to_float(difference[j]);
     store_as(grad_full + j, grad * weight);
     store_as(grad_light + j, grad * (1 - weight));
   }
@@ -715,11 +715,11 @@ void run_split(const midl::GradientSplit& c) {
     const std::int64_t end = b + 1 == blocks.count ? c.rows : blocks.first_row(b + 1);
     const std::int32_t* selected = c.selected + b * k;
     const float* gate = c.gate + b * k;
-    float* logits = c.grad_logits ? c.grad_logits + b * k : nullptr;
-    for (std::int64_t i = 0; logits && i < k; ++i) logits[i] = 0;
+    float* logits = c.grad_logits + b * k;
+    for (std::int64_t i = 0; i < k; ++i) logits[i] = 0;
     for (std::int64_t r = blocks.first_row(b); r < end; ++r) {
       const E* grad_y = static_cast<const E*>(c.grad_y) + r * c.neurons;
-      const E* difference = logits ? static_cast<const E*>(c.difference) + r * c.difference_stride : nullptr;
+      const E* difference = static_cast<const E*>(c.difference) + r * c.difference_stride;
       E* grad_full = static_cast<E*>(c.grad_full) + r * c.grad_full_stride;
       E* grad_light = static_cast<E*>(c.grad_light) + r * c.neurons;
       __builtin_memset(grad_full, 0, std::size_t(c.neurons) * sizeof(E));
@@ -727,12 +727,10 @@ void run_split(const midl::GradientSplit& c) {
       for (std::int64_t i = 0; i < k; ++i) {
         if (selected[i] < 0) continue;
         const std::int64_t at = selected[i] * size;
-        const float sum = split_group(grad_y + at, difference ? difference + at : nullptr, size, c.hard ? 1.0f : gate[i],
-                                      grad_full + at, grad_light + at);
-        if (logits) logits[i] += sum;
+        logits[i] += split_group(grad_y + at, difference + at, size, c.hard ? 1.0f : gate[i], grad_full + at, grad_light + at);
       }
     }
-    for (std::int64_t i = 0; logits && i < k; ++i) logits[i] *= gate[i] * (1 - gate[i]);
+    for (std::int64_t i = 0; i < k; ++i) logits[i] *= gate[i] * (1 - gate[i]);
   }
 }
 

@@ -101,7 +101,7 @@ struct LinearBackward {
 struct GradientSplit {
   Storage storage;             // of grad_y, difference, grad_full and grad_light
   const void* grad_y;          // (rows, neurons)
-  const void* difference;      // (rows, neurons), full path less light path; null with grad_logits
+  const void* difference;      // (rows, neurons), full path less light path
   std::int64_t difference_stride;
   std::int64_t rows, neurons, groups, selected_groups, positions, span;
   const std::int32_t* selected;  // (blocks, selected_groups), -1 in slots without a group
@@ -110,7 +110,7 @@ struct GradientSplit {
   void* grad_full;             // (rows, neurons), zero where a neuron was not selected
   std::int64_t grad_full_stride;
   void* grad_light;            // (rows, neurons), without the gate's share
-  float* grad_logits;          // (blocks, selected_groups), of slots with a group; null where not needed
+  float* grad_logits;          // (blocks, selected_groups), of slots with a group
   int threads;
 };
 

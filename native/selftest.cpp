@@ -361,30 +361,28 @@ void test_split(const Kernels& kernels, const Case& c) {
     difference.set(i / n * stride + i % n, float(layer.full[std::size_t(i)] - layer.light[std::size_t(i)]));
   const Gradients expected(layer, grad_y);
   BackwardTensors t(layer, c.storage, s.rows * s.depth);
-  for (const bool logits : {true, false}) {
-    Tensor full(c.storage, s.rows * stride), light(c.storage, s.rows * n);
-    kernels.split_gradient({
-        .storage = c.storage, .grad_y = grad_y.data(), .difference = logits ? difference.data() : nullptr,
-        .difference_stride = stride, .rows = s.rows, .neurons = n, .groups = s.groups, .selected_groups = s.k,
-        .positions = s.rows, .span = s.span, .selected = layer.selected.data(), .gate = t.gate.as<float>(), .hard = c.hard,
-        .grad_full = full.data(), .grad_full_stride = stride, .grad_light = light.data(),
-        .grad_logits = logits ? t.grad_logits.as<float>() : nullptr, .threads = 1});
-    Tensor dense(c.storage, s.rows * n);
-    bool between = true;  // nobody wrote there
-    for (int64_t i = 0; i < s.rows * stride; ++i) {
-      if (i % stride < n)
-        dense.set(i / stride * n + i % stride, full[i]);
-      else
-        between = between && std::isnan(full[i]);
-    }
-    const double limit = kBackwardLimit[int(c.storage)];
-    compare(kernels, dense, expected.full, limit, "split gradient of the full path", c.describe());
-    compare(kernels, light, expected.light, limit, "split gradient of the light path", c.describe());
-    report(between && full.strip_is_whole(), kernels.name, "split wrote between rows", c.describe());
+  Tensor full(c.storage, s.rows * stride), light(c.storage, s.rows * n);
+  kernels.split_gradient({
+      .storage = c.storage, .grad_y = grad_y.data(), .difference = difference.data(),
+      .difference_stride = stride, .rows = s.rows, .neurons = n, .groups = s.groups, .selected_groups = s.k,
+      .positions = s.rows, .span = s.span, .selected = layer.selected.data(), .gate = t.gate.as<float>(), .hard = c.hard,
+      .grad_full = full.data(), .grad_full_stride = stride, .grad_light = light.data(),
+      .grad_logits = t.grad_logits.as<float>(), .threads = 1});
+  Tensor dense(c.storage, s.rows * n);
+  bool between = true;  // nobody wrote there
+  for (int64_t i = 0; i < s.rows * stride; ++i) {
+    if (i % stride < n)
+      dense.set(i / stride * n + i % stride, full[i]);
+    else
+      between = between && std::isnan(full[i]);
   }
+  const double limit = kBackwardLimit[int(c.storage)];
+  compare(kernels, dense, expected.full, limit, "split gradient of the full path", c.describe());
+  compare(kernels, light, expected.light, limit, "split gradient of the light path", c.describe());
+  report(between && full.strip_is_whole(), kernels.name, "split wrote between rows", c.describe());
   for (int64_t i = 0; i < t.grad_logits.count; ++i)
     if (layer.selected[std::size_t(i)] < 0) t.grad_logits.set(i, 0);
-  compare(kernels, t.grad_logits, expected.logits, kBackwardLimit[int(c.storage)], "split gradient of the logits", c.describe());
+  compare(kernels, t.grad_logits, expected.logits, limit, "split gradient of the logits", c.describe());
   state = before;
 }
 

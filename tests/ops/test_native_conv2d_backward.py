@@ -18,7 +18,7 @@ from midl.ops.dispatch import unavailable_reason
 if unavailable_reason("native"):
     pytest.skip(f"native kernels: {unavailable_reason('native')}", allow_module_level=True)
 
-from midl.ops import native
+from midl.ops import native, native_conv2d
 
 pytestmark = pytest.mark.usefixtures("native_kernels")
 SETS = instruction_sets_to_test()
@@ -83,6 +83,33 @@ WINDOWS = [
 def test_any_window(instruction_set, channels, kernel, window):
     tensors = random_tensors((2, channels, 9, 11), (32, channels, *kernel), min(4, channels), 16)
     check(tensors, 1, 16, **window)
+
+
+@pytest.mark.parametrize("copied", [1, 1 << 30], ids=["image by image", "all at once"])
+@pytest.mark.parametrize(("kernel", "window"), WINDOWS)
+def test_gradients_of_filters_by_copied_windows(monkeypatch, kernel, window, copied):
+    """Half precision with maps of up to 64 positions; the larger ones here go through the convolution."""
+    monkeypatch.setattr(native_conv2d, "_WINDOW_BYTES", copied)
+    window = [
+        pair({"stride": 1, "padding": 1, "dilation": 1, **window}[name]) for name in ("stride", "padding", "dilation")
+    ]
+    small = []
+    for size in ((4, 4), (9, 11), (13, 17)):
+        image, filters = torch.randn(3, 5, *size).bfloat16(), torch.randn(32, 5, *kernel).bfloat16()
+        if any(size[i] + 2 * window[1][i] <= window[2][i] * (kernel[i] - 1) for i in (0, 1)):
+            continue
+        products = native_conv2d._Convolutions(image.contiguous(memory_format=torch.channels_last), *window)
+        wide = filters.float().requires_grad_()
+        y = torch.nn.functional.conv2d(image.float(), wide, None, *window)
+        grad = torch.randn_like(y).bfloat16()
+        y.backward(grad.float())
+        rows = grad.permute(0, 2, 3, 1).reshape(-1, 32)
+        none, actual = products.backward(rows, filters, need_x=False, need_filters=True)
+        assert none is None or none.numel() == 0
+        assert actual.shape == filters.shape
+        assert error_ratio(actual, wide.grad) < LIMITS[torch.bfloat16]
+        small.append(y[0, 0].numel() <= native_conv2d._SMALL_MAP)
+    assert any(small)
 
 
 @pytest.mark.parametrize("channels", [1, 17, 100, 400])

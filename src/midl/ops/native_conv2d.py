@@ -22,6 +22,11 @@ from midl.ops.reference import Grads
 
 __all__ = ["conv2d", "conv2d_backward", "image_geometry"]
 
+# Positions of a map up to which the gradient of bfloat16 filters is a product with copied windows, and the bytes of a
+# copy: few enough to stay near the core.
+_SMALL_MAP = 64
+_WINDOW_BYTES = 8 << 20
+
 
 def conv2d(
     kernels: Any, x: Tensor, weight: Tensor, bias: Tensor | None, light_down: Tensor, light_up: Tensor,
@@ -155,12 +160,33 @@ class _Convolutions:
         self, grad: Tensor, filters: Tensor, need_x: bool, need_filters: bool
     ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
         _, height, width = image_geometry(self._image, filters, *self._window)
+        by_windows = need_filters and grad.dtype == torch.bfloat16 and height * width <= _SMALL_MAP
         grads = torch.ops.aten.convolution_backward(
             grad.view(-1, height, width, len(filters)).permute(0, 3, 1, 2), self._image,
             filters.contiguous(memory_format=torch.channels_last), None, *self._window, False, [0, 0], 1,
-            [need_x, need_filters, False],
+            [need_x, need_filters and not by_windows, False],
         )  # fmt: skip
-        return grads[0], grads[1]
+        return grads[0], self._filters_by_windows(grad, filters, height, width) if by_windows else grads[1]
+
+    def _filters_by_windows(self, grad: Tensor, filters: Tensor, height: int, width: int) -> Tensor:
+        """Return the gradient of the filters from copies of the windows, a few images at a time.
+
+        Of small maps oneDNN's convolution takes several times as long; sums over images are float32.
+        """
+        (stride, padding, dilation), kernel = self._window, filters.shape[2:]
+        depth = filters[0].numel()
+        images = max(1, _WINDOW_BYTES // (height * width * depth * grad.element_size()))
+        total = grad.new_zeros(len(filters), depth, dtype=torch.float32)
+        for image, rows in zip(self._image.split(images), grad.split(images * height * width), strict=True):
+            (top, left), pixels = padding, image.permute(0, 2, 3, 1)
+            padded = F.pad(pixels, (0, 0, left, left, top, top)).contiguous()
+            batch, down, right, channel = padded.stride()
+            windows = padded.as_strided(
+                (len(image), height, width, *kernel, image.shape[1]),
+                (batch, down * stride[0], right * stride[1], down * dilation[0], right * dilation[1], channel),
+            )
+            total += rows.T @ windows.reshape(len(rows), depth)
+        return total.view(len(filters), *kernel, -1).permute(0, 3, 1, 2)
 
 
 def image_geometry(
