@@ -22,10 +22,11 @@ smoke: $(READY)  ## every data set present and every method on a few rows, and t
 slow: $(READY)  ## the tests that take longer
 	$(BIN)/python -m pytest -m slow
 
-survive: $(READY)  ## the longer tests that CI runs: a sweep killed twenty times, two processes that train as one
+survive: $(READY)  ## the longer tests that CI runs: a sweep killed twenty times, two processes as one, a Ray cluster
+	$(BIN)/pip install --quiet ray
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow -p no:xdist \
 		tests/lab/reproduce/test_sweep.py::test_a_sweep_that_is_killed_twenty_times_ends_as_the_undisturbed_one \
-		tests/lab/reproduce/test_distributed.py
+		tests/lab/reproduce/test_distributed.py tests/lab/reproduce/test_launch.py
 
 lint: $(READY)
 	$(BIN)/ruff format --check .
