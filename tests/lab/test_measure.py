@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 
 import midl
+from midl.lab import measure
+from midl.lab.bench.dense import can_compile
 from midl.lab.data import Dataset
 from midl.lab.data.dataset import Arrays
 from midl.lab.measure import layer_flops, measure_accuracy, measure_latency, peak_bytes, saved_bytes
@@ -83,3 +87,30 @@ def test_latency_tells_a_slow_model_from_a_quick_one() -> None:
     assert latency["quick"]["ratio_high"] < 1 == latency["slow"]["ratio"] == latency["slow"]["ratio_high"]
     assert latency["slow"]["median"] >= 0.004 > latency["quick"]["median"]
     assert latency["slow"]["low"] <= latency["slow"]["median"] <= latency["slow"]["high"]
+
+
+@pytest.mark.parametrize(("seconds", "form"), [(0.0, "compiled"), (0.02, "eager")])
+def test_each_model_is_timed_in_its_faster_form(monkeypatch: pytest.MonkeyPatch, seconds: float, form: str) -> None:
+    class Slow(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            time.sleep(0.004)
+            return x
+
+    def compiled(model: nn.Module, x: Tensor) -> Callable[[Tensor], object]:
+        return lambda x: time.sleep(seconds)
+
+    monkeypatch.setattr(measure, "compile_frozen", compiled)
+    latency = measure_latency({"one": Slow(), "other": Slow()}, torch.zeros(1), rounds=6, compiling=True)
+    assert {times["form"] for times in latency.values()} == {form}
+    assert (latency["one"]["median"] >= 0.004) == (form == "eager")
+    assert "form" not in measure_latency({"one": Slow()}, torch.zeros(1), rounds=6)["one"]
+
+
+@pytest.mark.skipif(not can_compile(), reason="no C++ compiler")
+def test_a_compiled_model_is_timed() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), midl.MIDLinear(8, 32, rank=2)).eval()
+    for times in measure_latency(
+        {"dense": nn.Linear(8, 8), "midl": model}, torch.zeros(3, 8), 6, compiling=True
+    ).values():
+        assert times["median"] > 0
+        assert times["form"] in ("eager", "compiled")

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from midl.analysis import LayerActivity, count_flops, record_activity
+from midl.lab.bench.dense import compile_frozen, free_compiled
 from midl.lab.data import Dataset, Split
 from midl.lab.pairs import Call, time_in_pairs
 from midl.layers import MIDLayer
@@ -23,6 +24,7 @@ from midl.layers import MIDLayer
 __all__ = ["layer_flops", "measure_accuracy", "measure_latency", "measure_step", "peak_bytes", "saved_bytes"]
 
 _BATCH = 500
+_ROUNDS_TO_CHOOSE = 11
 
 
 @torch.no_grad()
@@ -159,12 +161,32 @@ def measure_step(
 
 
 @torch.no_grad()
-def measure_latency(models: Mapping[str, nn.Module], x: Tensor, rounds: int = 31) -> dict[str, dict[str, float]]:
+def measure_latency(
+    models: Mapping[str, nn.Module], x: Tensor, rounds: int = 31, *, compiling: bool = False
+) -> dict[str, dict[str, Any]]:  # fmt: skip
     """Return the latency of each model on ``x`` and its ratio to that of the first, timed in pairs with cold weights.
 
-    :func:`midl.lab.pairs.time_in_pairs` says how, and what is returned.
+    :func:`midl.lab.pairs.time_in_pairs` says how, and what is returned. With ``compiling`` each model runs in the form
+    that is faster for it on ``x``, which its ``form`` names: ``"eager"``, or ``"compiled"`` by torch.compile, with its
+    weights frozen. Needs a C++ compiler.
     """
-    call = functools.partial
-    return time_in_pairs(
-        {name: (call(model, x), call(copy.deepcopy(model), x)) for name, model in models.items()}, rounds
-    )
+    calls = {name: _eager(model, x) for name, model in models.items()}
+    if not compiling:
+        return time_in_pairs(calls, rounds)
+    forms = {}
+    for name, model in models.items():
+        compiled = (_compiled(model, x), _compiled(copy.deepcopy(model), x))
+        times = time_in_pairs({"eager": calls[name], "compiled": compiled}, _ROUNDS_TO_CHOOSE)
+        forms[name] = "compiled" if times["compiled"]["ratio"] < 1 else "eager"
+        calls[name] = compiled if forms[name] == "compiled" else calls[name]
+    measured = time_in_pairs(calls, rounds)
+    free_compiled()
+    return {name: {**times, "form": forms[name]} for name, times in measured.items()}
+
+
+def _eager(model: nn.Module, x: Tensor) -> tuple[Call, Call]:
+    return functools.partial(model, x), functools.partial(copy.deepcopy(model), x)
+
+
+def _compiled(model: nn.Module, x: Tensor) -> Call:
+    return functools.partial(compile_frozen(model, x), x)

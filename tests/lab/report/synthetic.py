@@ -115,11 +115,12 @@ def make_measures(method: str, accuracy: float, generator: np.random.Generator) 
 
 
 def make_latency() -> dict[str, Any]:
-    def times(median: float, method: str) -> dict[str, float]:
+    def times(median: float, method: str, form: str | None = None) -> dict[str, Any]:
         ratio = {"dense": 1.0, "dropout": 1.0}.get(method, 0.6)
         return {
             "median": median * ratio, "low": median * ratio * 0.97, "high": median * ratio * 1.03,
             "ratio": ratio, "ratio_low": ratio * 0.98, "ratio_high": ratio * 1.02,
+            **({} if form is None else {"form": form}),
         }  # fmt: skip
 
     return {
@@ -127,7 +128,11 @@ def make_latency() -> dict[str, Any]:
         "methods": {
             method: {
                 "run": f"{method}-s0-1.0-0.0",
-                "batch": {"1": times(6e-4, method), "32": times(2e-3, method), "256": times(9e-3, method)},
+                "batch": {
+                    "1": times(6e-4, method, "eager"),
+                    "32": times(2e-3, method, "compiled"),
+                    "256": times(9e-3, method),
+                },
                 "step": times(2e-2, method),
             }
             for method in METHODS

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from midl.lab.bench.contest import Contender, Contest
 from midl.lab.bench.parity import Parity, compare_tensors
 
-__all__ = ["add_dense_linears", "compile_frozen", "compile_trainable", "dense_count", "free_compiled"]
+__all__ = ["add_dense_linears", "can_compile", "compile_frozen", "compile_trainable", "dense_count", "free_compiled"]
 
 # One compiled graph per shape and copy, all from the same code object, is what we ask for.
 _RECOMPILE_LIMIT = 256
@@ -68,6 +70,11 @@ def _packed(layer: nn.Linear, batch: int) -> Callable[[Tensor], Tensor]:
     weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight, batch)
     bias = layer.bias
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def can_compile() -> bool:
+    """Return whether torch.compile finds the C++ compiler that it needs on a CPU."""
+    return any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))
 
 
 def compile_frozen(module: nn.Module, example: Tensor) -> Callable[..., Any]:

@@ -138,10 +138,11 @@ def latency_table(results: Results, dataset: str) -> Table | None:
     return Table(f"{dataset}: {what}", columns, rows)
 
 
-def _time(entry: dict[str, float] | None) -> tuple[Cell, Cell]:
+def _time(entry: dict[str, Any] | None) -> tuple[Cell, Cell]:
     if not entry:
         return MISSING, MISSING
     text = seconds(entry["median"], entry["low"], entry["high"])
+    text += f", {entry['form']}" if "form" in entry else ""
     return Cell(text, entry["median"]), Cell(ratio_to_dense(entry), entry["ratio"])
 
 

@@ -30,9 +30,10 @@ RULES = (
     f"As good: holds if the mean paired difference is at least 0 and Student's 95 % interval stays above -{MARGIN} "
     "points; does not hold if the whole interval is below 0. Better: holds if the whole interval is above 0, does not "
     "hold if it is below 0. Faster: the 95 % interval of the median ratio to dense, timed in pairs, lies below 1; does "
-    "not if it lies above. Dense is timed as eager PyTorch runs it: with weights packed for oneDNN, or compiled and "
-    "frozen, it would be faster at some sizes. Counted numbers (active neurons, FLOPs, bytes) need no interval; active "
-    "neurons are rounded to the whole per cent, as groups cannot be cut: 29 of 64, 45.3 %, count as 45 %. "
+    "not if it lies above. Every network is timed in the faster of two forms, eager or compiled with frozen weights; "
+    "where a text says that eager alone was timed, dense would be faster compiled at some sizes. "
+    "Counted numbers (active neurons, FLOPs, bytes) need no interval; active neurons are "
+    " rounded to the whole per cent, as groups cannot be cut: 29 of 64, 45.3 %, count as 45 %. "
     f"Everything between is undecided; fewer than {SEEDS} seeds decide nothing."
 )
 """The rules in words."""

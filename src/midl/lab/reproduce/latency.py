@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from midl.errors import MIDLError
+from midl.lab.bench.dense import can_compile
 from midl.lab.environment import describe_kernels, describe_machine
 from midl.lab.files import read_json, write_json
 from midl.lab.measure import measure_latency, measure_step
@@ -61,7 +62,8 @@ def measure_latencies(plan: Plan, out: Path, dataset: str) -> Path | None:
     measured: dict[str, dict[str, Any]] = {method: {"run": runs[method], "batch": {}, "step": {}} for method in order}
     for batch in profile.batches:
         inputs = setting.dataset.batch(setting.dataset.test, torch.arange(batch) % len(setting.dataset.test))[0]
-        for method, times in measure_latency(models, inputs, profile.rounds).items():
+        compiling = profile.compiling and can_compile()
+        for method, times in measure_latency(models, inputs, profile.rounds, compiling=compiling).items():
             measured[method]["batch"][str(batch)] = times
     size = dense.recipe.batch_size if profile.rows is None else profile.batches[-1]
     inputs, labels = setting.dataset.batch(setting.dataset.train, torch.arange(size) % len(setting.dataset.train))

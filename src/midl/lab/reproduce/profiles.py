@@ -55,6 +55,7 @@ class Profile:
         noises: shares of random labels in the study, beside none.
         batches: sizes at which latency is measured.
         rounds: of the latency measurement.
+        compiling: whether each network may be compiled for the latency measurement, where it is faster so.
         fit_rows: training inputs that ``Method.fit`` is given, at most.
         measured_rows: test rows for each measure; None: each measure's own choice.
     """
@@ -75,6 +76,7 @@ class Profile:
     noises: tuple[float, ...] = (0.2, 0.4)
     batches: tuple[int, ...] = (1, 32, 256)
     rounds: int = 61
+    compiling: bool = True
     fit_rows: int = 2048
     measured_rows: int | None = None
 
@@ -128,6 +130,7 @@ PROFILES = {
         noises=(0.4,),
         batches=(1, 16),
         rounds=3,
+        compiling=False,
         methods={"digits": tuple(METHODS)},
         fit_rows=16,
         measured_rows=60,
