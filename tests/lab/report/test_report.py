@@ -22,7 +22,8 @@ from midl.lab.report.charts import _shape
 from midl.lab.report.claims import judge_claims
 from midl.lab.report.page import BEGIN, END
 from midl.lab.report.records import ROUTES
-from midl.lab.report.tables import accuracy_table, coverage_table, overfitting_table, robustness_table
+from midl.lab.report.table import to_markdown
+from midl.lab.report.tables import accuracy_table, coverage_table, overfitting_table, overview_table, robustness_table
 from midl.lab.report.verdicts import Verdict
 
 
@@ -122,6 +123,14 @@ def test_the_claims_on_known_differences(results: Results) -> None:
     overfitting = verdicts["Smaller train/test gap with few or false labels"]
     assert [evidence.verdict for evidence in overfitting.evidence] == [Verdict.HOLDS, Verdict.MISSING]
     assert overfitting.tally == "on the one that was run"
+
+
+def test_what_was_published_is_what_the_pages_say() -> None:
+    root = Path(__file__).parents[3]
+    overview = to_markdown(overview_table(read_results(root / "results")))
+    assert overview.count("\n") == 1 + 5
+    for page in ("README.md", "docs/results.md"):
+        assert overview in (root / page).read_text(), f"{page}: midl report results --markdown docs/results.md"
 
 
 def test_timings_of_eager_networks_alone_say_so(results: Results) -> None:

@@ -66,6 +66,7 @@ def to_html(results: Results, command: str) -> str:
         undecided=_with_verdict(judged, Verdict.UNDECIDED),
         rules=RULES,
         routes=ROUTES,
+        overview=tables.overview_table(results),
         coverage=tables.coverage_table(results),
         panels=[_panel(results, dataset) for dataset in results.datasets],
         overfitting=_overfitting(results),
@@ -84,6 +85,8 @@ def to_report_markdown(results: Results, command: str) -> str:
         f"Profile `{results.profile}`. {RULES} Differences to dense are paired by seed; bold where "
         "Student's 95 % interval excludes zero." + _left_out(results), "",
     ]  # fmt: skip
+    lines += ["### At a glance", "", tables.overview_table(results).caption + ":", ""]
+    lines += [to_markdown(tables.overview_table(results)), ""]
     for heading, found in (
         ("Does not hold", _with_verdict(judged, Verdict.FAILS)),
         ("Undecided", _with_verdict(judged, Verdict.UNDECIDED)),

@@ -16,7 +16,7 @@ from midl.lab.statistics import Estimate, estimate_mean, paired_difference
 
 __all__ = [
     "accuracy_table", "claims_table", "cost_table", "coverage_table", "latency_table", "overfitting_table",
-    "robustness_table", "smi_table", "title",
+    "overview_table", "robustness_table", "smi_table", "title",
 ]  # fmt: skip
 
 MISSING = Cell("not run", float("-inf"), kind="missing")
@@ -46,6 +46,40 @@ def claims_table(results: Results, judged: Sequence[Judged]) -> Table:
             ]
         )  # fmt: skip
     return Table("Claims", ["claim", "paper", "measured", "verdict", "command"], rows, numeric=False)
+
+
+def overview_table(results: Results) -> Table:
+    """Return a row per data set: its best MID-L network that selects neurons, beside dense and dense narrowed."""
+    rows = []
+    for dataset in results.datasets:
+        route = results.best_route(dataset)
+        dense = results.values(dataset, "dense", "accuracy")
+        if route is None or not dense:
+            continue
+        ours = results.values(dataset, route, "accuracy")
+        records = list(results.seeds(dataset, route).values())
+        active, fewer = (
+            estimate_mean([record[above] / record[below] for record in records]).mean
+            for above, below in (("active_neurons", "neurons"), ("dense_flops", "flops"))
+        )
+        batches = results.latency.get(dataset, {}).get("methods", {}).get(route, {}).get("batch", {})
+        rows.append(
+            [
+                Cell(dataset),
+                Cell(f"{estimate_mean(list(dense.values())).mean:.2f}"),
+                Cell(f"{title(route)} {estimate_mean(list(ours.values())).mean:.2f}"),
+                _difference(paired_difference(ours, dense)),
+                _difference(paired_difference(ours, results.values(dataset, "narrow", "accuracy"))),
+                Cell(f"{100 * active:.1f} %", active),
+                Cell(f"{fewer:.2f}x", fewer),
+                *(Cell(ratio_to_dense(t), t["ratio"]) if t else MISSING for t in map(batches.get, ("1", "32"))),
+            ]
+        )
+    columns = [
+        "data set", "dense, accuracy %", "best MID-L", "vs dense", "vs dense narrowed to its FLOPs", "active",
+        "fewer FLOPs", "time / dense's, batch 1", "batch 32",
+    ]  # fmt: skip
+    return Table("The best MID-L network that selects neurons, of each data set", columns, rows)
 
 
 def coverage_table(results: Results) -> Table:

@@ -33,7 +33,7 @@ RULES = (
     "not if it lies above. Every network is timed in the faster of two forms, eager or compiled with frozen weights; "
     "where a text says that eager alone was timed, dense would be faster compiled at some sizes. "
     "Counted numbers (active neurons, FLOPs, bytes) need no interval; active neurons are "
-    " rounded to the whole per cent, as groups cannot be cut: 29 of 64, 45.3 %, count as 45 %. "
+    "rounded to the whole per cent, as groups cannot be cut: 29 of 64, 45.3 %, count as 45 %. "
     f"Everything between is undecided; fewer than {SEEDS} seeds decide nothing."
 )
 """The rules in words."""
