@@ -129,15 +129,15 @@ struct BackwardMemory {
   }
 };
 
-// Split grad_y of some neurons into the shares of full and light path; the result is the sum of grad_y * l.
-template <class E>
-MIDL_INLINE float split_neurons(const E* grad_y, const float* light, std::int64_t width, float weight, E* scaled,
+// Split grad_y of some neurons into the shares of full and light path; the result is the sum of grad_y * other.
+template <class E, class F>
+MIDL_INLINE float split_neurons(const E* grad_y, const F* other, std::int64_t width, float weight, E* scaled,
                                 E* grad_light) {
   Vec lanes = {};
   std::int64_t j = 0;
   for (; j + L <= width; j += L) {
     const Vec grad = load(grad_y + j);
-    lanes += grad * load(light + j);
+    lanes += grad * load(other + j);
     store_as(scaled + j, grad * weight);
     store_as(grad_light + j, grad * (1 - weight));
   }
@@ -145,7 +145,7 @@ MIDL_INLINE float split_neurons(const E* grad_y, const float* light, std::int64_
   for (int lane = 0; lane < L; ++lane) total += lanes[lane];
   for (; j < width; ++j) {
     const float grad = to_float(grad_y[j]);
-    total += grad * light[j];
+    total += grad * to_float(other[j]);
     store_as(scaled + j, grad * weight);
     store_as(grad_light + j, grad * (1 - weight));
   }
@@ -682,29 +682,6 @@ void run_backward(const midl::LinearBackward& call) {
   }
 }
 
-// One group's share of a row: grad_full, grad_light and the sum of grad_y * difference.
-template <class E>
-MIDL_INLINE float split_group(const E* grad_y, const E* difference, std::int64_t width, float weight, E* grad_full, E* grad_light) {
-  Vec lanes = {};
-  std::int64_t j = 0;
-  for (; j + L <= width; j += L) {
-    const Vec grad = load(grad_y + j);
-    lanes += grad * load(difference + j);
-    store_as(grad_full + j, grad * weight);
-    store_as(grad_light + j, grad * (1 - weight));
-  }
-  float total = 0;
-  if (j > 0)
-    for (int lane = 0; lane < L; ++lane) total += lanes[lane];
-  for (; j < width; ++j) {
-    const float grad = to_float(grad_y[j]);
-    total += grad * to_float(difference[j]);
-    store_as(grad_full + j, grad * weight);
-    store_as(grad_light + j, grad * (1 - weight));
-  }
-  return total;
-}
-
 template <class E>
 void run_split(const midl::GradientSplit& c) {
   const Blocks blocks(c.rows, c.positions, c.span);
@@ -727,7 +704,8 @@ void run_split(const midl::GradientSplit& c) {
       for (std::int64_t i = 0; i < k; ++i) {
         if (selected[i] < 0) continue;
         const std::int64_t at = selected[i] * size;
-        logits[i] += split_group(grad_y + at, difference + at, size, c.hard ? 1.0f : gate[i], grad_full + at, grad_light + at);
+        logits[i] +=
+            split_neurons(grad_y + at, difference + at, size, c.hard ? 1.0f : gate[i], grad_full + at, grad_light + at);
       }
     }
     for (std::int64_t i = 0; i < k; ++i) logits[i] *= gate[i] * (1 - gate[i]);
