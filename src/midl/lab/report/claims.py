@@ -134,7 +134,8 @@ def _test_latency(batch: str) -> Callable[[Results, str], tuple[str, Verdict]]:
         ours = times[route]["batch"].get(batch)
         if not ours:
             return _NOT_RUN
-        forms = f"{ours['form']}, dense {times['dense']['batch'][batch]['form']}" if "form" in ours else "eager alone"
+        dense = times["dense"]["batch"].get(batch, {}).get("form", "eager")
+        forms = f"{ours['form']}, dense {dense}" if "form" in ours else "eager alone"
         text = f"{route}: {ratio_to_dense(ours)} dense's time ({seconds(ours['median'])}; {forms})"
         return text, judge_faster(ours)
 

@@ -90,8 +90,9 @@ class Profile:
 
     def epochs_for(self, dataset: str, recipes: Recipes) -> tuple[int, int]:
         """Return for how long training and distillation take on a data set."""
-        train, distill = self.epochs or (recipes.train.epochs, recipes.distill.epochs)
-        return train, distill if self.epochs else self.distilled_epochs.get(dataset, distill)
+        if self.epochs is not None:
+            return self.epochs
+        return recipes.train.epochs, self.distilled_epochs.get(dataset, recipes.distill.epochs)
 
     def precision_for(self, dataset: str) -> Precision:
         """Return how a data set is trained unless asked for otherwise."""
