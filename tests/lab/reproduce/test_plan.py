@@ -50,13 +50,14 @@ def test_a_method_brings_what_it_needs() -> None:
     assert variants == {(1.0, 0.0), (0.1, 0.0), (1.0, 0.4)}
 
 
-def test_a_control_with_a_teacher_trains_for_as_long_as_both_phases() -> None:
-    wanted = ("dense", "distilled", "narrow_distilled")
+def test_long_methods_with_a_teacher_train_for_as_long_as_both_phases() -> None:
+    wanted = ("dense", "distilled", "narrow_distilled", "gated_long")
     plan = make_plan(Request("smoke", ("digits",), wanted))
     runs = {t.spec["method"]: t for t in plan.tasks if t.kind == "run" and t.spec["train_fraction"] == 1}
-    assert [runs[method].recipe.epochs for method in wanted] == [2, 1, 3]
-    assert [runs[method].teacher is not None for method in wanted] == [False, True, True]
-    assert runs["narrow_distilled"].recipe.lr == runs["dense"].recipe.lr
+    assert [runs[method].recipe.epochs for method in wanted] == [2, 1, 3, 3]
+    assert [runs[method].teacher is not None for method in wanted] == [False, True, True, True]
+    assert runs["narrow_distilled"].recipe == runs["gated_long"].recipe
+    assert runs["gated_long"].recipe.lr == runs["dense"].recipe.lr
 
 
 def test_photographs_distil_for_longer_than_their_recipe() -> None:

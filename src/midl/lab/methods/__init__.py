@@ -9,6 +9,7 @@ from midl.lab.methods import (
     dropout,
     elastic,
     gated,
+    gated_long,
     k_winners,
     low_rank,
     magnitude,
@@ -22,7 +23,7 @@ __all__ = ["METHODS", "NETWORK_RATIO", "Budget", "Method", "count_neurons", "fin
 
 _MODULES = (
     dense, distilled, dropout, narrow, narrow_distilled, low_rank, magnitude, k_winners, scratch, converted, elastic,
-    adapted, gated,
+    adapted, gated, gated_long,
 )  # fmt: skip
 METHODS: dict[str, Method] = {module.METHOD.name: module.METHOD for module in _MODULES}
 

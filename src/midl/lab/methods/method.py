@@ -93,7 +93,8 @@ class Method:
         build: the untrained model.
         teacher: starts from the trained dense network and learns its answers, by the brief recipe; else it starts from
             scratch and learns the labels.
-        afresh: has a teacher, but starts from scratch, and trains for as long as dense and the brief recipe together.
+        long: has a teacher, but trains for as long as dense and the brief recipe together, at the learning rates of the
+            former.
         meets_ratio: claims to need ``NETWORK_RATIO`` times fewer FLOPs than dense; checked before training.
         fit: called with what ``build`` made, before training; None: nothing.
         own_modules: trained weights load into what ``build`` makes; else they load into a dense network.
@@ -107,7 +108,7 @@ class Method:
     title: str
     build: Build
     teacher: bool = False
-    afresh: bool = False
+    long: bool = False
     meets_ratio: bool = True
     fit: Fit | None = None
     own_modules: bool = False

@@ -18,4 +18,4 @@ def _build(architecture: Architecture, budget: Budget, teacher: nn.Module | None
     return narrow.METHOD.build(architecture, budget, None)
 
 
-METHOD = Method("narrow_distilled", "narrow distilled", _build, teacher=True, afresh=True, own_modules=True)
+METHOD = Method("narrow_distilled", "narrow distilled", _build, teacher=True, long=True, own_modules=True)

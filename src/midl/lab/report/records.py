@@ -17,7 +17,7 @@ __all__ = ["PAPER_SETS", "ROUTES", "Results", "Run", "read_results"]
 
 PAPER_SETS = ("mnist", "cifar10", "cifar100", "svhn", "adult", "imdb")
 """The data sets of arXiv 2505.11416, in the order of its abstract."""
-ROUTES = ("scratch", "converted", "elastic", "adapted", "gated")
+ROUTES = ("scratch", "converted", "elastic", "adapted", "gated", "gated_long")
 """The methods that are MID-L."""
 
 

@@ -220,7 +220,7 @@ class _Planner:
         recipes = recipes_for(self._setting.dataset.name)
         chosen = find(method)
         epochs = self._profile.epochs_for(self._setting.dataset.name, recipes)
-        if chosen.afresh:
+        if chosen.long:
             recipe = dataclasses.replace(recipes.train, epochs=sum(epochs))
         elif chosen.teacher:
             recipe = dataclasses.replace(recipes.distill, epochs=epochs[1])
