@@ -1,4 +1,4 @@
-"""gated_long: ``gated``, taught by the dense network for as long as ``narrow_distilled``, at the same learning rates."""
+"""gated_long: ``gated``, taught by the dense network for as long as ``narrow_distilled`` and at its learning rates."""
 
 from __future__ import annotations
 
