@@ -41,7 +41,7 @@ PyObject* name_of(const char* text) { return PyUnicode_InternFromString(text); }
 struct Names {
   PyObject *version = name_of("_version"), *data_ptr = name_of("data_ptr"), *is_contiguous = name_of("is_contiguous"),
            *stride = name_of("stride"), *permute = name_of("permute"), *shape = name_of("shape"), *dtype = name_of("dtype"), *is_cpu = name_of("is_cpu"),
-           *new_empty = name_of("new_empty");
+           *new_empty = name_of("new_empty"), *int32 = name_of("int32"), *dtype_keyword = PyTuple_Pack(1, dtype);
 };
 const Names& names() {
   static const Names all;
@@ -65,18 +65,25 @@ bool is_contiguous(PyObject* tensor) { return method(tensor, names().is_contiguo
 // One of the layer's parameters as it was when the call was prepared.
 struct Parameter {
   nb::object name, reference;  // key in the module's dict; weak reference, or None where the layer has no such parameter
-  nb::object strides;
+  nb::object shape, strides, dtype;
   std::uintptr_t address = 0;
   int64_t version = 0, bytes = 0;
   std::uint64_t values = 0;
   bool copied = false;  // into panels, so that its values count; others are read at every call
 
-  bool unchanged(PyObject* now) const {
-    if (reference.is_none()) return now == Py_None;
+  // Whether the call may take `now` for it; `at` becomes the address to read.
+  bool fits(PyObject* now, std::uintptr_t& at) const {
+    at = 0;
+    if (reference.is_none() || now == Py_None) return reference.is_none() && now == Py_None;
+    at = address_of(now);
+    if (!equal(method(now, names().stride), strides)) return false;
     // Identity by weak reference: a mere address may be used again.
-    if (checked(PyObject_CallNoArgs(reference.ptr())).ptr() != now) return false;
-    if (address_of(now) != address || !equal(method(now, names().stride), strides)) return false;
-    return !copied || (nb::cast<int64_t>(attribute(now, names().version)) == version && sample(address, bytes) == values);
+    const bool same = checked(PyObject_CallNoArgs(reference.ptr())).ptr() == now && at == address;
+    if (copied)
+      return same && nb::cast<int64_t>(attribute(now, names().version)) == version && sample(address, bytes) == values;
+    // A compiled graph makes the smallest parameters anew in every call.
+    return same || (equal(attribute(now, names().shape), shape) && attribute(now, names().dtype).ptr() == dtype.ptr() &&
+                    attribute(now, names().is_cpu).ptr() == Py_True);
   }
 };
 
@@ -99,7 +106,9 @@ class Parameters {
       }
       p.reference = checked(PyWeakref_NewRef(tensor.ptr(), nullptr));
       p.address = address_of(tensor.ptr());
+      p.shape = attribute(tensor.ptr(), names().shape);
       p.strides = method(tensor.ptr(), names().stride);
+      p.dtype = attribute(tensor.ptr(), names().dtype);
       if (states.contains(p.name)) {
         // As read when the panels were made, not now: another thread may have changed the parameter since.
         nb::tuple state = nb::cast<nb::tuple>(states[p.name]);
@@ -112,13 +121,19 @@ class Parameters {
     }
   }
 
-  using Held = std::array<nb::object, kParameters>;
+  // Those of one call, kept alive: other threads may drop them.
+  struct Held {
+    std::array<nb::object, kParameters> objects;
+    std::array<std::uintptr_t, kParameters> addresses;
 
-  // Whether those in the dict are these, unchanged; `held` keeps them alive, for other threads may drop them.
-  bool unchanged(nb::dict parameters, Held& held) const {
+    const void* address(std::size_t i) const { return reinterpret_cast<const void*>(addresses[i]); }
+  };
+
+  // Whether the call may take those in the dict for these.
+  bool fit(nb::dict parameters, Held& held) const {
     for (std::size_t i = 0; i < kParameters; ++i) {
-      held[i] = nb::borrow(PyDict_GetItem(parameters.ptr(), all_[i].name.ptr()));
-      if (!held[i] || !all_[i].unchanged(held[i].ptr())) return false;
+      held.objects[i] = nb::borrow(PyDict_GetItem(parameters.ptr(), all_[i].name.ptr()));
+      if (!held.objects[i] || !all_[i].fits(held.objects[i].ptr(), held.addresses[i])) return false;
     }
     return true;
   }
@@ -141,6 +156,13 @@ nb::object new_output(PyObject* x, PyObject* shape, int64_t elements, Storage st
   return checked(PyObject_VectorcallMethod(names().new_empty, arguments, 2, nullptr));
 }
 
+// Where the selection goes.
+nb::object new_selection(PyObject* x, PyObject* shape) {
+  static const nb::object* int32 = new nb::object(attribute(nb::module_::import_("torch").ptr(), names().int32));
+  PyObject* arguments[] = {x, shape, int32->ptr()};
+  return checked(PyObject_VectorcallMethod(names().new_empty, arguments, 2, names().dtype_keyword));
+}
+
 class PreparedLinear {
  public:
   PreparedLinear(nb::dict parameters, nb::dict states, nb::object dtype, bool bfloat16, int64_t depth, int64_t neurons,
@@ -160,11 +182,12 @@ class PreparedLinear {
     };
   }
 
-  // y, or None where this call was not prepared for x or for the parameters as they are now.
-  nb::object run(nb::handle x, nb::dict parameters, int threads) const {
+  // y, or with `selection` y and the groups selected, or None where this call was not prepared for x or for the
+  // parameters as they are now.
+  nb::object run(nb::handle x, nb::dict parameters, int threads, bool selection) const {
     if (&current() != kernels_) return nb::none();
     Parameters::Held held;
-    if (!parameters_.unchanged(parameters, held)) return nb::none();
+    if (!parameters_.fit(parameters, held)) return nb::none();
     if (attribute(x.ptr(), names().dtype).ptr() != dtype_.ptr() || !is_contiguous(x.ptr()) ||
         attribute(x.ptr(), names().is_cpu).ptr() != Py_True)
       return nb::none();
@@ -186,20 +209,29 @@ class PreparedLinear {
       PyTuple_SET_ITEM(y_shape.ptr(), i, size.release().ptr());
     }
     nb::object y = new_output(x.ptr(), y_shape.ptr(), call.rows * call.neurons, call.storage);
+    nb::object selected;
+    if (selection) {
+      nb::list sizes(shape);
+      sizes[axes - 1] = call.selected_groups;
+      selected = new_selection(x.ptr(), nb::tuple(sizes).ptr());
+      call.selected = reinterpret_cast<std::int32_t*>(address_of(selected.ptr()));
+    }
     nb::object full;
     if (!dense_product_.is_none()) {
-      full = dense_product_(x, held[0]);
+      full = dense_product_(x, held.objects[0]);
       call.full = reinterpret_cast<const void*>(address_of(full.ptr()));
     }
     call.x = reinterpret_cast<const void*>(address_of(x.ptr()));
     call.y = reinterpret_cast<void*>(address_of(y.ptr()));
     call.positions = call.rows;
+    call.bias = held.address(1);
+    call.gate_bias = held.address(5);
     call.threads = threads;
     {
       nb::gil_scoped_release released;
       kernels_->linear_forward(call);
     }
-    return y;
+    return selection ? nb::make_tuple(y, selected) : y;
   }
 
  private:
@@ -213,12 +245,12 @@ class PreparedLinear {
 class PreparedConvolution {
  public:
   PreparedConvolution(nb::dict parameters, nb::dict states, nb::object x, bool bfloat16, nb::object y_shape,
-                      const std::array<int64_t, 17>& images, int64_t rows, int64_t neurons, int64_t rank,
+                      nb::object selected_shape, const std::array<int64_t, 17>& images, int64_t rows, int64_t neurons, int64_t rank,
                       int64_t groups, int64_t selected_groups, float threshold, int64_t positions, int64_t span,
                       bool hard, nb::object packed_light, nb::object packed_weight, nb::object dense_product)
       : x_shape_(attribute(x.ptr(), names().shape)), x_strides_(method(x.ptr(), names().stride)),
         dtype_(attribute(x.ptr(), names().dtype)), y_shape_(std::move(y_shape)),
-        packed_light_(std::move(packed_light)), packed_weight_(std::move(packed_weight)),
+        selected_shape_(std::move(selected_shape)), packed_light_(std::move(packed_light)), packed_weight_(std::move(packed_weight)),
         dense_product_(std::move(dense_product)), kernels_(&current()), parameters_(parameters, states) {
     static_assert(sizeof(Images) == sizeof images);
     const void* light = panels_at(packed_light_);
@@ -237,23 +269,30 @@ class PreparedConvolution {
     };
   }
 
-  // y (B, n, H, W), or None where this call was not prepared for x or for the parameters as they are now.
-  nb::object run(nb::handle x, nb::dict parameters, int threads) const {
+  // y (B, n, H, W) and the rest as PreparedLinear.
+  nb::object run(nb::handle x, nb::dict parameters, int threads, bool selection) const {
     Parameters::Held held;
-    if (&current() != kernels_ || !parameters_.unchanged(parameters, held)) return nb::none();
+    if (&current() != kernels_ || !parameters_.fit(parameters, held)) return nb::none();
     if (attribute(x.ptr(), names().dtype).ptr() != dtype_.ptr() ||
         attribute(x.ptr(), names().is_cpu).ptr() != Py_True ||
         !equal(attribute(x.ptr(), names().shape), x_shape_) || !equal(method(x.ptr(), names().stride), x_strides_))
       return nb::none();
     nb::object y = new_output(x.ptr(), y_shape_.ptr(), call_.rows.rows * call_.rows.neurons, call_.storage);
     ConvolutionForward call = call_;
+    nb::object selected;
+    if (selection) {
+      selected = new_selection(x.ptr(), selected_shape_.ptr());
+      call.rows.selected = reinterpret_cast<std::int32_t*>(address_of(selected.ptr()));
+    }
     nb::object full;  // (B, n, H, W), channels last
     if (!dense_product_.is_none()) {
-      full = dense_product_(x, held[0]);
+      full = dense_product_(x, held.objects[0]);
       call.rows.full = reinterpret_cast<const void*>(address_of(full.ptr()));
     }
     call.rows.x = reinterpret_cast<const void*>(address_of(x.ptr()));
     call.rows.y = reinterpret_cast<void*>(address_of(y.ptr()));
+    call.rows.bias = held.address(1);
+    call.rows.gate_bias = held.address(5);
     call.rows.threads = threads;
     {
       nb::gil_scoped_release released;
@@ -261,11 +300,12 @@ class PreparedConvolution {
     }
     static const nb::object* channels_first = new nb::object(nb::make_tuple(0, 3, 1, 2));
     PyObject* order[] = {y.ptr(), channels_first->ptr()};
-    return checked(PyObject_VectorcallMethod(names().permute, order, 2, nullptr));
+    y = checked(PyObject_VectorcallMethod(names().permute, order, 2, nullptr));
+    return selection ? nb::make_tuple(y, selected) : y;
   }
 
  private:
-  nb::object x_shape_, x_strides_, dtype_, y_shape_, packed_light_, packed_weight_, dense_product_;
+  nb::object x_shape_, x_strides_, dtype_, y_shape_, selected_shape_, packed_light_, packed_weight_, dense_product_;
   const Kernels* kernels_;
   Parameters parameters_;
   ConvolutionForward call_;
@@ -280,14 +320,14 @@ void bind_prepared(nb::module_& m) {
                     nb::object, nb::object, nb::object>(),
            "parameters"_a, "states"_a, "dtype"_a, "bfloat16"_a, "depth"_a, "neurons"_a, "rank"_a, "groups"_a,
            "selected_groups"_a, "threshold"_a, "hard"_a, "packed_light"_a.none(), "packed_weight"_a.none(), "dense_product"_a.none())
-      .def("run", &PreparedLinear::run, "x"_a, "parameters"_a, "threads"_a);
+      .def("run", &PreparedLinear::run, "x"_a, "parameters"_a, "threads"_a, "selection"_a = false);
   nb::class_<PreparedConvolution>(m, "PreparedConvolution")
-      .def(nb::init<nb::dict, nb::dict, nb::object, bool, nb::object, const std::array<int64_t, 17>&, int64_t, int64_t,
+      .def(nb::init<nb::dict, nb::dict, nb::object, bool, nb::object, nb::object, const std::array<int64_t, 17>&, int64_t, int64_t,
                     int64_t, int64_t, int64_t, float, int64_t, int64_t, bool, nb::object, nb::object, nb::object>(),
-           "parameters"_a, "states"_a, "x"_a, "bfloat16"_a, "y_shape"_a, "images"_a, "rows"_a, "neurons"_a, "rank"_a, "groups"_a,
+           "parameters"_a, "states"_a, "x"_a, "bfloat16"_a, "y_shape"_a, "selected_shape"_a, "images"_a, "rows"_a, "neurons"_a, "rank"_a, "groups"_a,
            "selected_groups"_a, "threshold"_a, "positions"_a, "span"_a, "hard"_a, "packed_light"_a,
            "packed_weight"_a.none(), "dense_product"_a.none())
-      .def("run", &PreparedConvolution::run, "x"_a, "parameters"_a, "threads"_a);
+      .def("run", &PreparedConvolution::run, "x"_a, "parameters"_a, "threads"_a, "selection"_a = false);
 }
 
 }  // namespace midl

@@ -74,16 +74,20 @@ class PreparedLinear:
         depth: int, neurons: int, rank: int, groups: int, selected_groups: int, threshold: float, hard: bool,
         packed_light: Tensor, packed_weight: Tensor | None, dense_product: Callable[..., Tensor] | None,
     ) -> None: ...  # fmt: skip
-    def run(self, x: Tensor, parameters: dict[str, Any], threads: int) -> Tensor | None: ...
+    def run(
+        self, x: Tensor, parameters: dict[str, Any], threads: int, selection: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor] | None: ...
 
 class PreparedConvolution:
     def __init__(
         self, parameters: dict[str, Any], states: dict[str, tuple[int, int, int]], x: Tensor, bfloat16: bool,
-        y_shape: tuple[int, int, int, int], images: list[int], rows: int, neurons: int, rank: int, groups: int,
-        selected_groups: int, threshold: float, positions: int, span: int, hard: bool, packed_light: Tensor,
-        packed_weight: Tensor | None, dense_product: Callable[..., Tensor] | None,
+        y_shape: tuple[int, ...], selected_shape: tuple[int, ...], images: list[int], rows: int, neurons: int,
+        rank: int, groups: int, selected_groups: int, threshold: float, positions: int, span: int, hard: bool,
+        packed_light: Tensor, packed_weight: Tensor | None, dense_product: Callable[..., Tensor] | None,
     ) -> None: ...  # fmt: skip
-    def run(self, x: Tensor, parameters: dict[str, Any], threads: int) -> Tensor | None: ...
+    def run(
+        self, x: Tensor, parameters: dict[str, Any], threads: int, selection: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor] | None: ...
 
 def use_instruction_set(name: str) -> None: ...
 def dot_pairs() -> bool: ...

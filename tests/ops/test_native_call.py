@@ -19,7 +19,7 @@ if unavailable_reason("native"):
     pytest.skip(f"native kernels: {unavailable_reason('native')}", allow_module_level=True)
 
 from midl.ops import native, native_packing
-from midl.ops.native_call import call_prepared
+from midl.ops.native_call import call_op_prepared, call_prepared
 
 LIMITS = {torch.float32: 2e-6, torch.bfloat16: 5e-3}
 
@@ -292,6 +292,74 @@ def test_convolutions_of_other_kinds_take_the_general_path():
             assert error_ratio(layer(image), reference(layer, image)) < LIMITS[image.dtype]
     with pytest.raises(MIDLError, match="MIDConv2d: input"):
         single(torch.randn(2, 5, 7, 7))
+
+
+def op_arguments(layer, x):
+    """The op's tensors behind x, its choices and its window, as a compiled graph passes them."""
+    c, convolution = layer.config, x.dim() == 4
+    tensors = layer.weight, layer.bias, layer.light_down, layer.light_up, layer.gate_weight, layer.gate_bias
+    span = 0 if convolution and c.select == "image" else c.span
+    choices = native.Choices(layer.num_slots, c.group_size, span, c.interpolation, c.threshold)
+    return tensors, choices, (layer.stride, tuple(layer._op_padding), layer.dilation) if convolution else None
+
+
+def layers_and_inputs():
+    yield make(), torch.randn(9, 40)
+    yield make(threshold=0.0, most=0.75), torch.randn(2, 3, 40)
+    for choices in ({}, {"span": 3}, {"select": "image"}):
+        yield midl.MIDConv2d(6, 32, 3, active=0.5, rank=4, group_size=16, padding=1, **choices), torch.randn(2, 6, 7, 7)
+
+
+@pytest.mark.parametrize("kernels", ["native", "dense"])
+def test_a_prepared_op_returns_what_the_op_returns(kernels):
+    for layer, x in layers_and_inputs():
+        tensors, choices, window = op_arguments(layer, x)
+        op = torch.ops.midl.conv2d if window else torch.ops.midl.linear
+        rest = (*(window or ()), choices.k, choices.group_size, choices.span, choices.interpolation, "selected")
+        with midl.kernels(kernels):
+            native_packing.clear_packed()
+            assert call_op_prepared(x, tensors, choices, window) is None
+            expected = op(x, *tensors, None, *rest, threshold=choices.threshold)
+            warm(layer, x)
+            prepared = call_op_prepared(x, tensors, choices, window)
+            again = op(x, *tensors, None, *rest, threshold=choices.threshold)
+        for results in (prepared, again):
+            for result, general in zip(results, expected, strict=True):
+                assert result.dtype == general.dtype
+                assert result.stride() == general.stride()
+                assert error_ratio(result, general) < LIMITS[torch.float32]
+
+
+def test_a_prepared_op_takes_biases_made_anew_and_no_other_parameter():
+    for layer, x in layers_and_inputs():
+        warm(layer, x)
+        tensors, *rest = op_arguments(layer, x)
+        assert call_op_prepared(x, tensors, *rest) is not None
+        for i, tensor in enumerate(tensors):
+            anew = (*tensors[:i], tensor.clone(), *tensors[i + 1 :])
+            assert (call_op_prepared(x, anew, *rest) is not None) == (i in (1, 5))
+        layer.bias.copy_(torch.randn_like(layer.bias))
+        layer.gate_bias.copy_(torch.randn_like(layer.gate_bias))
+        biases = [t.clone() if i in (1, 5) else t for i, t in enumerate(tensors)]
+        for given in (tensors, biases):
+            y, _ = call_op_prepared(x, given, *rest)
+            assert error_ratio(y, reference(layer, x)) < LIMITS[torch.float32]
+        for wrong in (biases[1].double(), biases[1][:16], torch.stack([biases[1]] * 2, 1)[:, 0]):
+            assert call_op_prepared(x, (tensors[0], wrong, *tensors[2:]), *rest) is None
+
+
+@pytest.mark.parametrize("parameter", ["weight", "bias", "light_down", "light_up", "gate_weight", "gate_bias"])
+@pytest.mark.parametrize("change", [change_by_copy, change_one_value, change_data, change_through_data])
+def test_a_changed_parameter_of_an_op_is_seen_at_once(parameter, change):
+    layer, x = make(), torch.randn(10, 40)
+    tensors, c, _ = op_arguments(layer, x)
+    for _ in range(3):
+        torch.ops.midl.linear(x, *tensors, None, c.k, c.group_size, c.span, c.interpolation, "selected")
+    assert call_op_prepared(x, tensors, c) is not None
+    change(getattr(layer, parameter))
+    for _ in range(4):
+        y, _ = torch.ops.midl.linear(x, *tensors, None, c.k, c.group_size, c.span, c.interpolation, "selected")
+        assert error_ratio(y, reference(layer, x)) < LIMITS[torch.float32]
 
 
 def test_parameters_with_gaps_in_memory_are_not_prepared():

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from midl.ops import reference
+from midl.ops import native, reference
 from midl.ops.dispatch import invoke, is_plain_inference, resolve
 from midl.ops.eager import make_eager
 from midl.ops.linear import fake_backward, lay_out, option, refuse_second_derivative
+from midl.ops.native_call import call_op_prepared
 
 __all__ = ["conv2d"]
 
@@ -54,7 +55,17 @@ def _forward(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return y, selected
 
 
-torch.library.impl("midl::conv2d", "CompositeExplicitAutograd", _forward)
+def _forward_dispatched(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    *tensors, noise, stride, padding, dilation, k, group_size, span, interpolation, _ste = args[:15]
+    if noise is None:
+        choices = native.Choices(k, group_size, span, interpolation, option(args, 15))
+        prepared = call_op_prepared(x, tensors, choices, (tuple(stride), tuple(padding), tuple(dilation)))
+        if prepared is not None:
+            return prepared
+    return _forward(x, *args)
+
+
+torch.library.impl("midl::conv2d", "CompositeExplicitAutograd", _forward_dispatched)
 
 
 def _backward(grad_y: Tensor, selected: Tensor, x: Tensor, weight: Tensor, *args: Any) -> reference.Grads:

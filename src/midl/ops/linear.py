@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from midl.errors import KernelError
-from midl.ops import reference
+from midl.ops import native, reference
 from midl.ops.dispatch import invoke, is_plain_inference, resolve
 from midl.ops.eager import make_eager
+from midl.ops.native_call import call_op_prepared
 
 __all__ = ["linear"]
 
@@ -42,7 +43,17 @@ def _forward(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return y, selected
 
 
-torch.library.impl("midl::linear", "CompositeExplicitAutograd", _forward)
+def _forward_dispatched(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    *tensors, noise, k, group_size, span, interpolation, _ste = args[:12]
+    if noise is None:
+        choices = native.Choices(k, group_size, span, interpolation, option(args, 12))
+        prepared = call_op_prepared(x, tensors, choices)
+        if prepared is not None:
+            return prepared
+    return _forward(x, *args)
+
+
+torch.library.impl("midl::linear", "CompositeExplicitAutograd", _forward_dispatched)
 
 
 def _backward(grad_y: Tensor, selected: Tensor, x: Tensor, weight: Tensor, *args: Any) -> reference.Grads:

@@ -12,13 +12,12 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from midl.config import MIDConfig
 from midl.errors import KernelError
 from midl.ops import huge_pages, reference, reference_ffn
 from midl.ops.dispatch import Implementation, register
@@ -28,6 +27,7 @@ from midl.ops.native_ffn import ffn, prefers_ffn
 from midl.ops.native_packing import Packed, State, cast_kept, packed_panels, tensor_states
 
 __all__ = [
+    "Choices",
     "cast_parameter",
     "convolution",
     "extension",
@@ -223,32 +223,42 @@ def wants_weight_panels(dtype: torch.dtype, rows: int, groups: int, k: int, grou
     return _native.wants_weight_panels(dtype == torch.bfloat16, rows, groups, k, group_size)
 
 
-def prepare_linear(
-    packed: Packed, parameters: dict[str, Any], k: int, config: MIDConfig, *, wide: bool, dense: bool
-) -> _native.PreparedLinear | None:
-    """Return an object whose ``run(x, parameters, threads)`` is the layer's inference call; see native/prepared.cpp.
+class Choices(NamedTuple):
+    """What an op is told beside tensors, for inference: see :mod:`midl.ops`."""
 
-    None where the panels are not those of the parameters as they are. ``run`` returns None for inputs it cannot take
-    and when the parameters are no longer what they were.
+    k: int
+    group_size: int
+    span: int
+    interpolation: str
+    threshold: float | None
+
+
+def prepare_linear(
+    packed: Packed, parameters: dict[str, Any], choices: Choices, *, wide: bool, dense: bool
+) -> _native.PreparedLinear | None:
+    """Return an object whose ``run(x, parameters, threads, selection=False)`` is a layer's inference call.
+
+    None where the panels are not those of the parameters as they are. ``run`` returns y, with ``selection`` also what
+    is selected; None for inputs it cannot take and when the parameters are no longer what they were
+    (native/prepared.cpp).
 
     Args:
         packed: the panels.
         parameters: of the layer, by name.
-        k: groups to select.
-        config: of the layer.
+        choices: with ``span=1``.
         wide: use the weight's panels.
         dense: compute every neuron by torch.
     """
-    states = _states_of(packed, parameters, config.group_size)
+    states = _states_of(packed, parameters, choices.group_size)
     if states is None or not all(p is None or p.is_contiguous() for p in parameters.values()):
         return None
     weight, rank = parameters["weight"], parameters["light_down"].shape[0]
     n, depth = weight.shape
     assert packed.light is not None
     return _native.PreparedLinear(
-        parameters, states, weight.dtype, weight.dtype == torch.bfloat16, depth, n, rank, n // config.group_size, k,
-        _least(config.threshold), config.interpolation == "hard", packed.light, packed.weight if wide else None,
-        F.linear if dense else None,
+        parameters, states, weight.dtype, weight.dtype == torch.bfloat16, depth, n, rank, n // choices.group_size,
+        choices.k, _least(choices.threshold), choices.interpolation == "hard", packed.light,
+        packed.weight if wide else None, F.linear if dense else None,
     )  # fmt: skip
 
 
@@ -256,8 +266,7 @@ def prepare_conv2d(
     packed: Packed,
     parameters: dict[str, Any],
     x: Tensor,
-    k: int,
-    config: MIDConfig,
+    choices: Choices,
     window: tuple[Any, Any, Any],
     *,
     dense: Callable[[Tensor, Tensor], Tensor] | None,
@@ -270,27 +279,28 @@ def prepare_conv2d(
         packed: the panels, those of the weight among them unless it is dense.
         parameters: of the layer, by name.
         x: an input; those of another size or memory format want another call.
-        k: groups to select.
-        config: of the layer.
+        choices: ``span=0`` for one selection per image.
         window: stride, padding and dilation, pairs of ints.
         dense: computes every neuron, channels-last, from x and weight; None for the selected ones by the kernels.
     """
-    states = _states_of(packed, parameters, config.group_size)
+    states = _states_of(packed, parameters, choices.group_size)
     weight, gate_weight = parameters["weight"], parameters["gate_weight"]
     vectors = (parameters["bias"], parameters["light_up"], gate_weight, parameters["gate_bias"])
     if states is None or not all(p is None or p.is_contiguous() for p in vectors):
         return None
     images, height, width = image_geometry(x, weight, *map(list, window))
-    positions = height * width if config.select == "image" else width
-    n, (rank, *_) = weight.shape[0], parameters["light_down"].shape
     if height < 1 or width < 1:
         return None
+    k, span = choices.k, choices.span
+    positions = width if span else height * width
+    selected = (x.shape[0], height, -(-width // span), k) if span else (x.shape[0], 1, k)
+    n, (rank, *_) = weight.shape[0], parameters["light_down"].shape
     assert packed.light is not None
     return _native.PreparedConvolution(
-        parameters, states, x, x.dtype == torch.bfloat16, (x.shape[0], height, width, n), images,
-        x.shape[0] * height * width, n, rank, n // config.group_size, k, _least(config.threshold), positions,
-        positions if config.select == "image" else config.span, config.interpolation == "hard", packed.light,
-        packed.weight if dense is None else None, dense,
+        parameters, states, x, x.dtype == torch.bfloat16, (x.shape[0], height, width, n), selected, images,
+        x.shape[0] * height * width, n, rank, n // choices.group_size, k, _least(choices.threshold), positions,
+        span or positions, choices.interpolation == "hard", packed.light, packed.weight if dense is None else None,
+        dense,
     )  # fmt: skip
 
 

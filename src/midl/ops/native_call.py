@@ -1,4 +1,4 @@
-"""Inference calls of a layer, prepared: small layers are over before a general call has looked at its arguments.
+"""Inference calls, prepared: small layers are over before a general call has looked at its arguments.
 
 What is prepared belongs to the panels that :mod:`midl.ops.native_packing` keeps and dies with them. Every call checks
 again that the parameters are the same and unchanged (native/prepared.cpp) and that nobody wants to see the op.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from midl.ops import dense, dispatch, native
 from midl.ops.native_conv2d import image_geometry
 from midl.ops.native_packing import Packed, packed_for
 
-__all__ = ["call_prepared"]
+__all__ = ["call_op_prepared", "call_prepared"]
 
 # Sizes of inputs that a layer keeps calls for.
 _MOST_CALLS = 64
@@ -31,7 +31,7 @@ Window = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
 class _Call(NamedTuple):
     settings: tuple[Any, ...]
-    run: Callable[..., Tensor | None]
+    run: Callable[..., Any]
 
 
 def call_prepared(
@@ -58,89 +58,126 @@ def call_prepared(
     settings = config, dispatch.selected_kernels(), window
     call = packed.calls.get(key)
     if call is None or call.settings != settings:
-        run = _prepare_linear(packed, x, parameters, config) if window is None else None
-        if window is not None:
-            run = _prepare_conv2d(packed, x, parameters, config, window)
-        if run is None:
+        call = _prepare(key, settings, packed, x, parameters, _choices(parameters, config), window)
+        if call is None:
             return None
-        if len(packed.calls) >= _MOST_CALLS:
-            packed.calls.clear()
-        call = packed.calls[key] = _Call(settings, run)
     return call.run(x, parameters, threads)
 
 
-_PARAMETERS = {"weight", "bias", "light_down", "light_up", "gate_weight", "gate_bias"}
+def call_op_prepared(
+    x: Tensor, tensors: Sequence[Tensor | None], choices: native.Choices, window: Window | None = None
+) -> tuple[Tensor, Tensor] | None:
+    """Return ``(y, selected)`` of an op without noise, or None where the call must take the general path.
+
+    For compiled graphs: their calls come by torch's dispatcher, with tensors of which they may have made some anew.
+
+    Args:
+        x: of the op.
+        tensors: the next arguments of the op, from weight to gate_bias.
+        choices: the op's.
+        window: stride, padding and dilation of a convolution; None for a linear layer.
+    """
+    packed = packed_for(tensors[0])
+    if packed is None or packed.light is None or type(x) is not Tensor or torch.is_autocast_enabled("cpu"):
+        return None
+    parameters = dict(zip(_PARAMETERS, tensors, strict=True))
+    threads = torch.get_num_threads()
+    key = "op", threads, x.numel() if window is None else (x.shape, x.stride())
+    settings = choices, dispatch.selected_kernels(), window
+    call = packed.calls.get(key)
+    if call is None or call.settings != settings:
+        call = _prepare(key, settings, packed, x, parameters, choices, window)
+        if call is None:
+            return None
+    return call.run(x, parameters, threads, True)
 
 
-def _prepare_linear(packed: Packed, x: Tensor, parameters: dict[str, Any], config: MIDConfig) -> Any:
-    if not parameters.keys() >= _PARAMETERS:  # pruned, parametrized, a buffer: what it is now is seen by name alone
+_PARAMETERS = ("weight", "bias", "light_down", "light_up", "gate_weight", "gate_bias")
+
+
+def _choices(parameters: dict[str, Any], config: MIDConfig) -> native.Choices:
+    groups = len(parameters["weight"]) // config.group_size
+    span = 0 if config.select == "image" else config.span
+    return native.Choices(config.num_slots(groups), config.group_size, span, config.interpolation, config.threshold)
+
+
+def _prepare(
+    key: Any, settings: tuple[Any, ...], packed: Packed, x: Tensor, parameters: dict[str, Any],
+    choices: native.Choices, window: Window | None,
+) -> _Call | None:  # fmt: skip
+    """Return the call and keep it under ``key``; None where the general path must be taken."""
+    if not parameters.keys() >= set(_PARAMETERS):  # pruned, parametrized, a buffer: seen by name alone
         return None
-    if not _fit(parameters, config):
+    if choices.k == 0 or not _fit(parameters, choices.group_size) or not _may_be_native():
         return None
+    if x.dtype != parameters["weight"].dtype:
+        return None
+    if window is None:
+        prepared = _prepare_linear(packed, x, parameters, choices)
+    else:
+        prepared = _prepare_conv2d(packed, x, parameters, choices, window)
+    if prepared is None:
+        return None
+    if len(packed.calls) >= _MOST_CALLS:
+        packed.calls.clear()
+    call = packed.calls[key] = _Call(settings, prepared.run)
+    return call
+
+
+def _prepare_linear(packed: Packed, x: Tensor, parameters: dict[str, Any], choices: native.Choices) -> Any:
     weight = parameters["weight"]
     n, depth = weight.shape
-    if config.span != 1 or not _may_be_native() or x.dtype != weight.dtype:
+    if choices.span != 1 or x.dim() == 0 or x.shape[-1] != depth:
         return None
-    if x.dim() == 0 or x.shape[-1] != depth:
-        return None
-    rows, groups = x.numel() // depth, n // config.group_size
-    k = config.num_slots(groups)
-    if k == 0:
-        return None
+    rows, groups = x.numel() // depth, n // choices.group_size
     run = dispatch.resolve(
-        "linear", x, weight=weight, k=k, group_size=config.group_size, span=1, threshold=config.threshold
+        "linear", x, weight=weight, k=choices.k, group_size=choices.group_size, span=1, threshold=choices.threshold
     )
     if run not in (native.linear, dense.linear):
         return None
-    wide = run is native.linear and native.wants_weight_panels(x.dtype, rows, groups, k, config.group_size)
+    wide = run is native.linear and native.wants_weight_panels(x.dtype, rows, groups, choices.k, choices.group_size)
     if wide and packed.weight is None:
         return None
-    prepared = native.prepare_linear(packed, parameters, k, config, wide=wide, dense=run is dense.linear)
-    return None if prepared is None else prepared.run
+    return native.prepare_linear(packed, parameters, choices, wide=wide, dense=run is dense.linear)
 
 
-def _prepare_conv2d(packed: Packed, x: Tensor, parameters: dict[str, Any], config: MIDConfig, window: Window) -> Any:
-    if not parameters.keys() >= _PARAMETERS or not _fit(parameters, config):
-        return None
+def _prepare_conv2d(
+    packed: Packed, x: Tensor, parameters: dict[str, Any], choices: native.Choices, window: Window
+) -> Any:
     weight = parameters["weight"]
     n, channels, *_ = weight.shape
-    if x.dtype != weight.dtype or not _may_be_native() or not native.multiplies_as_is(x.dtype):
+    if not native.multiplies_as_is(x.dtype):
         return None
     if x.dim() != 4 or x.shape[1] != channels or x.numel() == 0 or weight.dim() != 4:
         return None
     positions = image_geometry(x, weight, *map(list, window))[1:]
     if min(positions) < 1:
         return None
-    groups = n // config.group_size
-    k = config.num_slots(groups)
-    if k == 0:
-        return None
-    span = 0 if config.select == "image" else config.span
+    k, group_size = choices.k, choices.group_size
     run = dispatch.resolve(
-        "conv2d", x, weight=weight, k=k, group_size=config.group_size, span=span, threshold=config.threshold,
+        "conv2d", x, weight=weight, k=k, group_size=group_size, span=choices.span, threshold=choices.threshold,
         positions=positions,
     )  # fmt: skip
-    product = None
+    product, rows = None, x.shape[0] * math.prod(positions)
     if run is dense.convolution:
         product = functools.partial(_dense_product, window)
     elif (
         run is not native.convolution
-        or not native.wants_weight_panels(x.dtype, x.shape[0] * math.prod(positions), groups, k, config.group_size)
+        or not native.wants_weight_panels(x.dtype, rows, n // group_size, k, group_size)
         or packed.weight is None
     ):
         return None
-    prepared = native.prepare_conv2d(packed, parameters, x, k, config, window, dense=product)
-    return None if prepared is None else prepared.run
+    return native.prepare_conv2d(packed, parameters, x, choices, window, dense=product)
 
 
 def _dense_product(window: Window, x: Tensor, weight: Tensor) -> Tensor:
     return F.conv2d(x, weight, None, *window).contiguous(memory_format=torch.channels_last)
 
 
-def _fit(parameters: dict[str, Any], config: MIDConfig) -> bool:
+def _fit(parameters: dict[str, Any], group_size: int) -> bool:
     """Return whether the shapes of the parameters go together; what does not is an error of the general path."""
     n, *fan_in = parameters["weight"].shape
-    groups, rank = n // config.group_size, config.rank
+    groups, rank = n // group_size, len(parameters["light_down"])
     shapes = {
         "bias": (n,), "light_down": (rank, *fan_in), "light_up": (n, rank), "gate_weight": (groups, rank),
         "gate_bias": (groups,),

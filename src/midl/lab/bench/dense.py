@@ -78,12 +78,15 @@ def can_compile() -> bool:
 
 
 def compile_frozen(module: nn.Module, example: Tensor) -> Callable[..., Any]:
-    """Return ``module`` compiled for inference on inputs like ``example``, its weights frozen into the graph."""
+    """Return ``module`` compiled for inference on inputs like ``example``, its weights frozen into the graph.
+
+    It checks nothing of what it is called with, which must be like ``example``, in the same grad mode.
+    """
     return _compile(module, example, freezing=True)
 
 
 def compile_trainable(module: nn.Module, example: Tensor) -> Callable[..., Any]:
-    """Return ``module`` compiled for training on inputs like ``example``."""
+    """Return ``module`` compiled for training on inputs like ``example``; checked as little as `compile_frozen`'s."""
     return _compile(module, example, freezing=False)
 
 
@@ -91,9 +94,18 @@ def _compile(module: nn.Module, example: Tensor, *, freezing: bool) -> Callable[
     import torch._dynamo.config as dynamo
     import torch._inductor.config as inductor
 
+    def call(x: Tensor) -> Any:
+        return module(x)
+
+    # TorchDynamo keeps a code object's graphs in one list, and each call checks the guards of one after the other: with
+    # code of its own none pays for the others, and without guards, like a program that was exported for serving, none
+    # pays for its own.
+    call.__code__ = call.__code__.replace()
+    skip = getattr(torch.compiler, "skip_all_guards_unsafe", None)  # torch 2.6 and 2.7 have none
+    options = {"guard_filter_fn": skip} if skip else None
     # One compile thread: worker processes would compete with what is timed.
     with inductor.patch(freezing=freezing, compile_threads=1), dynamo.patch(recompile_limit=_RECOMPILE_LIMIT):
-        compiled: Callable[..., Any] = torch.compile(module, dynamic=False)
+        compiled: Callable[..., Any] = torch.compile(call, dynamic=False, options=options)
         compiled(example)
     return compiled
 
