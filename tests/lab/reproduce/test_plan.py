@@ -51,12 +51,12 @@ def test_a_method_brings_what_it_needs() -> None:
 
 
 def test_long_methods_with_a_teacher_train_for_as_long_as_both_phases() -> None:
-    wanted = ("dense", "distilled", "narrow_distilled", "gated_long")
+    wanted = ("dense", "distilled", "distilled_long", "narrow_distilled", "gated_long")
     plan = make_plan(Request("smoke", ("digits",), wanted))
     runs = {t.spec["method"]: t for t in plan.tasks if t.kind == "run" and t.spec["train_fraction"] == 1}
-    assert [runs[method].recipe.epochs for method in wanted] == [2, 1, 3, 3]
-    assert [runs[method].teacher is not None for method in wanted] == [False, True, True, True]
-    assert runs["narrow_distilled"].recipe == runs["gated_long"].recipe
+    assert [runs[method].recipe.epochs for method in wanted] == [2, 1, 3, 3, 3]
+    assert [runs[method].teacher is not None for method in wanted] == [False, True, True, True, True]
+    assert runs["narrow_distilled"].recipe == runs["distilled_long"].recipe == runs["gated_long"].recipe
     assert runs["gated_long"].recipe.lr == runs["dense"].recipe.lr
 
 

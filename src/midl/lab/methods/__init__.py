@@ -6,6 +6,7 @@ from midl.lab.methods import (
     converted,
     dense,
     distilled,
+    distilled_long,
     dropout,
     elastic,
     gated,
@@ -22,8 +23,8 @@ from midl.lab.methods.method import NETWORK_RATIO, Budget, Method, count_neurons
 __all__ = ["METHODS", "NETWORK_RATIO", "Budget", "Method", "count_neurons", "find", "load"]
 
 _MODULES = (
-    dense, distilled, dropout, narrow, narrow_distilled, low_rank, magnitude, k_winners, scratch, converted, elastic,
-    adapted, gated, gated_long,
+    dense, distilled, distilled_long, dropout, narrow, narrow_distilled, low_rank, magnitude, k_winners, scratch,
+    converted, elastic, adapted, gated, gated_long,
 )  # fmt: skip
 METHODS: dict[str, Method] = {module.METHOD.name: module.METHOD for module in _MODULES}
 

@@ -80,9 +80,8 @@ def judge_claims(results: Results) -> list[Judged]:
 _NOT_RUN = ("not run", Verdict.MISSING)
 
 
-def _test_accuracy(results: Results, dataset: str) -> tuple[str, Verdict]:
-    route = results.best_route(dataset)
-    return _against(results, dataset, route, "dense", judge_not_worse)
+def _test_as_good_as(other: str) -> Callable[[Results, str], tuple[str, Verdict]]:
+    return lambda results, dataset: _against(results, dataset, results.best_route(dataset), other, judge_not_worse)
 
 
 def _test_better_than(other: str) -> Callable[[Results, str], tuple[str, Verdict]]:
@@ -239,7 +238,7 @@ def _test_robustness(results: Results, dataset: str) -> tuple[str, Verdict]:
 
 
 CLAIMS = (
-    Claim("As accurate as dense", "“maintains or exceeds baseline accuracy”", _test_accuracy),
+    Claim("As accurate as dense", "“maintains or exceeds baseline accuracy”", _test_as_good_as("dense")),
     Claim("At most 45 % of the neurons active", "“up to 55 % reduction in active neurons”", _test_active),
     Claim("1.7x fewer FLOPs, whole network", "“1.7x FLOPs savings”", _test_flops),
     Claim("Faster than dense at batch 1", "“favorable inference latency”", _test_latency("1")),
@@ -266,5 +265,11 @@ CLAIMS = (
         "",
         _test_better_than("narrow_distilled"),
         ("narrow_distilled",),
+    ),
+    Claim(
+        "As accurate as dense with the same teacher and as many epochs",
+        "",
+        _test_as_good_as("distilled_long"),
+        ("distilled_long",),
     ),
 )

@@ -17,7 +17,7 @@ WIDTH, HEIGHT = 360, 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 10, 40
 _SHAPES = (
     "circle", "ring", "square", "diamond", "cross", "down", "up", "star", "plus", "bow", "hourglass", "hexagon",
-    "house",
+    "house", "left", "right",
 )  # fmt: skip
 
 
@@ -75,6 +75,8 @@ def mark(shape: int, x: float, y: float, key: str, label: str = "") -> str:
         "diamond": "M0,-5.5L5.5,0L0,5.5L-5.5,0Z",
         "down": "M-5,-4H5L0,5Z",
         "up": "M-5,4H5L0,-5Z",
+        "left": "M4,-5V5L-5,0Z",
+        "right": "M-4,-5V5L5,0Z",
         "bow": "M-5,-4.5L5,4.5V-4.5L-5,4.5Z",
         "hourglass": "M-4.5,-5L4.5,5H-4.5L4.5,-5Z",
         "hexagon": "M-5.2,0L-2.6,-4.5H2.6L5.2,0L2.6,4.5H-2.6Z",

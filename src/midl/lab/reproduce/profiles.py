@@ -107,7 +107,7 @@ class Profile:
 
 # On photographs converted networks train for long, so that the controls "distilled" and "narrow_distilled" tell what
 # that alone gives, and "gated" keeps the gates where `adapted` makes nearly every layer its light path alone.
-_ON_PHOTOGRAPHS = ("distilled", "narrow_distilled", "gated", "gated_long")
+_ON_PHOTOGRAPHS = ("distilled", "distilled_long", "narrow_distilled", "gated", "gated_long")
 _METHODS = tuple(method for method in METHODS if method not in _ON_PHOTOGRAPHS)
 _PHOTOGRAPHS: tuple[str, ...] = ("cifar10", "cifar100", "svhn")
 _PAPER_SETS = ("mnist", "adult", "imdb", *_PHOTOGRAPHS)
