@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from midl.lab.reproduce.execute import MODEL
 from midl.lab.reproduce.plan import Plan, Task, setting_for
 from midl.lab.reproduce.profiles import profile_named
 from midl.lab.reproduce.state import FINISHED, read_state
+from midl.serving import fuse_batch_norm_
 
 __all__ = ["join", "latency_of", "measure_latencies", "of_runs", "timed_on"]
 
@@ -29,7 +31,7 @@ def measure_latencies(plan: Plan, out: Path, dataset: str) -> Path | None:
 
     The first seed's networks without a variant are taken. What was timed before stays, timed again with the rest where
     a method is new, as long as the network is one of this plan's settings. None where the dense network, to which all
-    are compared, is not trained.
+    are compared, is not trained. For inference batch normalisation is folded into the layers in front of it.
     """
     trained: dict[str, dict[int, Task]] = {}
     for task in plan.tasks:
@@ -59,11 +61,14 @@ def measure_latencies(plan: Plan, out: Path, dataset: str) -> Path | None:
         method: load(find(method), setting.architecture, setting.budget, folder / runs[method] / MODEL)
         for method in order
     }
+    served = {method: copy.deepcopy(model) for method, model in models.items()}
+    for model in served.values():
+        fuse_batch_norm_(model)
     measured: dict[str, dict[str, Any]] = {method: {"run": runs[method], "batch": {}, "step": {}} for method in order}
     for batch in profile.batches:
         inputs = setting.dataset.batch(setting.dataset.test, torch.arange(batch) % len(setting.dataset.test))[0]
         compiling = profile.compiling and can_compile()
-        for method, times in measure_latency(models, inputs, profile.rounds, compiling=compiling).items():
+        for method, times in measure_latency(served, inputs, profile.rounds, compiling=compiling).items():
             measured[method]["batch"][str(batch)] = times
     size = dense.recipe.batch_size if profile.rows is None else profile.batches[-1]
     inputs, labels = setting.dataset.batch(setting.dataset.train, torch.arange(size) % len(setting.dataset.train))
