@@ -40,7 +40,7 @@ sanitize:  ## the native kernels' self test under AddressSanitizer and UBSan; ne
 
 docs: $(READY)  ## build the documentation into site/
 	$(BIN)/pip install --quiet -e '.[docs]'
-	$(BIN)/mkdocs build --strict --quiet
+	$(BIN)/mkdocs build --strict
 
 $(READY): pyproject.toml constraints.txt $(shell find native -type f 2>/dev/null)
 	$(PYTHON) -m venv $(VENV)

@@ -37,8 +37,15 @@ class MIDConv2d(MIDLayer):
     (n, r) and, for the projection gate, ``gate_weight`` (n / group_size, r) and ``gate_bias`` (n / group_size).
 
     Args:
-        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode: as for
-            nn.Conv2d; padding also "same" or "valid"; groups must be 1.
+        in_channels: this and the next as for nn.Conv2d.
+        out_channels: neurons, n.
+        kernel_size: of the filters.
+        stride: between output positions.
+        padding: also "same" or "valid".
+        dilation: between taps.
+        groups: must be 1.
+        bias: whether there is one.
+        padding_mode: "zeros", "reflect", "replicate" or "circular".
         config: the choices below in one object; ``None`` for the defaults. Keywords override its fields.
         device: of the parameters.
         dtype: of the parameters.
