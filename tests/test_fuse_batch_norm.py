@@ -135,6 +135,18 @@ def test_only_pairs_that_mean_the_same_are_folded():
     assert fuse_batch_norm_(parametrized) == []
 
 
+def test_a_layer_whose_weight_is_also_used_elsewhere_stays():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.norm = nn.Linear(8, 8), nn.BatchNorm1d(8)
+
+        def forward(self, x):
+            return nn.functional.linear(self.norm(self.up(x)), self.up.weight)
+
+    assert fuse_batch_norm_(random_(Tied())) == []
+
+
 def test_a_model_without_norms_needs_no_trace():
     class Untraceable(nn.Module):
         def forward(self, x):

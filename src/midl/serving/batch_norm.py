@@ -40,7 +40,7 @@ def fuse_batch_norm_(model: nn.Module, pairs: Iterable[tuple[str, str]] | None =
     projection that ranks its groups as before. Linear layers are taken to have outputs (rows, features).
 
     Found are pairs of an nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, MIDLinear or MIDConv2d and its nn.BatchNorm, each
-    called once, without hooks or parametrizations, where nothing else takes the layer's output.
+    called once, without hooks or parametrizations, where nothing else takes the layer's output or parameters.
 
     Args:
         model: in ``eval()`` mode, on any device.
@@ -89,6 +89,8 @@ def _find_pairs(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[tupl
         ) from error
     calls = [node for node in graph.nodes if node.op == "call_module"]
     count = Counter(id(modules[node.target]) for node in calls)
+    # A parameter that the forward also takes from outside its module counts as another call of it.
+    count.update(id(modules[node.target.rpartition(".")[0]]) for node in graph.nodes if node.op == "get_attr")
     pairs = []
     for node in calls:
         before = node.args[0] if len(node.args) == 1 else None
