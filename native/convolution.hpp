@@ -21,7 +21,7 @@ constexpr std::int64_t kPassDepth = 576;
 // out[r][0 .. V L) (+)= the segments of rows[r] . a sub-panel's slice; all segments but the depth's last hold whole words.
 template <int R, int V, class E>
 [[gnu::noinline]] void segment_tile(const E* const* rows, const Segment* segments, std::int64_t count, const E* panel,
-                                    float* out, std::int64_t ldo, bool accumulate) {
+                                    float* out, std::int64_t ldo, bool accumulate, Ahead ahead) {
   constexpr int K = kWord<E>;
   Vec acc[R][V];
 #pragma GCC unroll 16
@@ -37,8 +37,15 @@ template <int R, int V, class E>
     std::int64_t i = 0;
     if constexpr (L >= 16) {
       constexpr int U = V == 1 ? 4 : 2;
-      for (; i + U * K <= depth; i += U * K, panel += U * V * L * K)
-        add_words<U>(acc, a, i, [&](int u, int v) { return panel + (u * V + v) * L * K; });
+      const auto add = [&] { add_words<U>(acc, a, i, [&](int u, int v) { return panel + (u * V + v) * L * K; }); };
+      if (ahead.from) {
+        for (; i + U * K <= depth; i += U * K, panel += U * V * L * K) {
+          ahead.fetch<U>();
+          add();
+        }
+      } else {
+        for (; i + U * K <= depth; i += U * K, panel += U * V * L * K) add();
+      }
     }
     const auto column = [&](int v) { return panel + v * L * K; };
     for (; i + K <= depth; i += K, panel += V * L * K) add_word<R, V, E, E>(acc, a, i, true, column);
@@ -225,11 +232,18 @@ class Pixels {
     const std::int64_t depth = round_up(padded_.depth, kPadding<Element>);
     [[maybe_unused]] const std::int64_t words = at / kWord<Element>;
     const int wide = wide_neurons<Element>(neurons.count);
+    std::int64_t length = 0;
+    for (std::int64_t i = 0; i < count; ++i) length += segments[i].length;
+    const bool last = at + length >= padded_.depth;
+    const Element* next = last ? neurons.next : neurons.panel;
+    const auto fetch = [&](int column, int lanes, std::int64_t tile, std::int64_t tiles) {
+      return fetch_ahead(neurons.panel, next, column * depth, lanes, at, last ? 0 : at + length, length, tile, tiles);
+    };
     for (std::int64_t t = 0, r = 0, tiles = divide_up(m, panel_rows(2)); wide && t < tiles; ++t) {
       const std::int64_t end = m * (t + 1) / tiles;
       for (int c = 0; c < wide; c += 2 * L)
         segment_rows<2>(end - r, rows + r, segments, count, neurons.panel + c * depth + at * (2 * L),
-                        out + r * ldo + c, ldo, at > 0);
+                        out + r * ldo + c, ldo, at > 0, fetch(c, 2 * L, t, tiles));
       r = end;
     }
     if (wide >= neurons.count) return;
@@ -239,11 +253,12 @@ class Pixels {
       const std::int64_t end = m * (t + 1) / tiles;
       if (single)
         segment_rows<1>(end - r, rows + r, segments, count, neurons.panel + wide * depth + at * L, out + r * ldo + wide, ldo,
-                        at > 0);
+                        at > 0, fetch(wide, L, t, tiles));
       if constexpr (kFolds<Element>) {
         if (tail < neurons.count)
           folded_rows(end - r, rows + r, segments, count, neurons.panel + tail * depth + words / 2 * (L * kWord<Element>),
-                      words % 2 != 0, static_cast<const float*>(nullptr), out + r * ldo + tail, ldo, at > 0, Ahead{});
+                      words % 2 != 0, static_cast<const float*>(nullptr), out + r * ldo + tail, ldo, at > 0,
+                      fetch(tail, L / 2, t, tiles));
       }
       r = end;
     }

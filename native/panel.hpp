@@ -35,6 +35,13 @@ struct Neurons {
 struct Ahead {
   const char* from = nullptr;
   std::int64_t step = 0;  // bytes per word
+  // What belongs to U words.
+  template <int U>
+  MIDL_INLINE void fetch() {
+#pragma GCC unroll 16
+    for (int u = 0; u < U; ++u, from += step)
+      for (std::int64_t line = 0; line < step; line += 64) __builtin_prefetch(from + line, 0, 2);
+  }
 };
 
 // Elements of the depth that lie side by side in a panel, one 32-bit word.
@@ -250,9 +257,7 @@ MIDL_INLINE void multiply_tile(const A* const* rows, std::int64_t start, std::in
     const auto add = [&] { add_words<U>(acc, a, i, [&](int u, int v) { return column(i + u * K, v); }); };
     if (ahead.from) {
       for (; i + U * K <= depth; i += U * K) {
-#pragma GCC unroll 16
-        for (int u = 0; u < U; ++u, ahead.from += ahead.step)
-          for (std::int64_t line = 0; line < ahead.step; line += 64) __builtin_prefetch(ahead.from + line, 0, 2);
+        ahead.fetch<U>();
         add();
       }
     } else {
@@ -404,6 +409,18 @@ template <int R, class A, class P>
 // Bytes ahead of a single tile.
 constexpr std::int64_t kSingleTileAhead = 4096;
 
+// What tile `tile` of `tiles` fetches while it goes over a slice of a sub-panel: `length` deep from depth `at` of the `lanes`
+// that begin `column` elements into their panel. A single tile waits for memory: it fetches what comes later in the same
+// panel, and behind it. Several share what comes after the slice, at depth `next_at` of the panel `next`, or null.
+template <class P>
+Ahead fetch_ahead(const P* panel, const P* next, std::int64_t column, int lanes, std::int64_t at, std::int64_t next_at,
+                  std::int64_t length, std::int64_t tile, std::int64_t tiles) {
+  if (tiles < 2) return {reinterpret_cast<const char*>(panel + column + at * lanes) + kSingleTileAhead, 4 * lanes};
+  if (!next) return {};
+  const std::int64_t step = divide_up(4 * lanes, tiles);
+  return {reinterpret_cast<const char*>(next + column + next_at * lanes) + tile * step * (length / kWord<P>), step};
+}
+
 // out (m x round_up(count, L)) (+)= rows[start ..) . panel over one slice of the depth. The sub-panels are `panel_depth`
 // deep and the slice begins at depth `offset` in them, where a word begins. Where several tiles of rows go over the
 // slice, they meanwhile fetch the one that comes after it: at depth `next_offset` of the panel `next`, or null.
@@ -415,15 +432,7 @@ void panel_slice(const A* const* rows, std::int64_t m, const P* panel, std::int6
   const int wide = wide_neurons<P>(count);
   constexpr int R2 = panel_rows(2), R1 = panel_rows(1);
   const auto fetch = [&](int column, int lanes, std::int64_t tile, std::int64_t tiles) {
-    // A single tile waits for memory: what comes later in the same panel, and behind it.
-    if (tiles < 2) {
-      const P* slice = panel + column * panel_depth + offset * lanes;
-      return Ahead{reinterpret_cast<const char*>(slice) + kSingleTileAhead, 4 * lanes};
-    }
-    if (!next) return Ahead{};
-    const std::int64_t step = divide_up(4 * lanes, tiles);
-    const P* slice = next + column * panel_depth + next_offset * lanes;
-    return Ahead{reinterpret_cast<const char*>(slice) + tile * step * (depth / kWord<P>), step};
+    return fetch_ahead(panel, next, column * panel_depth, lanes, offset, next_offset, depth, tile, tiles);
   };
   const std::int64_t tiles = sizeof(A) == sizeof(P) && m <= kTallTile ? 1 : divide_up(m, R2);
   const std::int64_t even = divide_up(m, tiles ? tiles : 1);
