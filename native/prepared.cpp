@@ -9,6 +9,7 @@
 
 #include <array>
 #include <cstring>
+#include <vector>
 
 #include "cpu.hpp"
 
@@ -69,6 +70,7 @@ struct Parameter {
   std::uintptr_t address = 0;
   int64_t version = 0, bytes = 0;
   std::uint64_t values = 0;
+  std::size_t index = 0;
   bool copied = false;  // into panels, so that its values count; others are read at every call
 
   // Whether the call may take `now` for it; `at` becomes the address to read.
@@ -92,13 +94,20 @@ constexpr std::size_t kParameters = 6;
 // The parameters of a layer as they were when a call was prepared.
 class Parameters {
  public:
-  // `states` holds (version, address, sample) of those that panels copy, by name.
-  Parameters(nb::dict parameters, nb::dict states) {
+  // `states` holds (version, address, sample) of those that panels copy, by name. What `parameters` lacks exists as panels
+  // alone, whose address stands for its own.
+  Parameters(nb::dict parameters, nb::dict states, const void* panels) {
     static constexpr const char* kNames[kParameters] = {"weight",   "bias",        "light_down",
                                                         "light_up", "gate_weight", "gate_bias"};
     for (std::size_t i = 0; i < kParameters; ++i) {
-      Parameter& p = all_[i];
-      p.name = nb::steal(name_of(kNames[i]));
+      nb::object name = nb::steal(name_of(kNames[i]));
+      if (!parameters.contains(name)) {
+        addresses_[i] = reinterpret_cast<std::uintptr_t>(panels);
+        continue;
+      }
+      Parameter& p = present_.emplace_back();
+      p.index = i;
+      p.name = std::move(name);
       nb::object tensor = parameters[p.name];
       if (tensor.is_none()) {
         p.reference = nb::none();
@@ -118,6 +127,7 @@ class Parameters {
         p.values = nb::cast<std::uint64_t>(state[2]);
         p.bytes = nb::cast<int64_t>(tensor.attr("nbytes"));
       }
+      addresses_[i] = p.address;
     }
   }
 
@@ -131,16 +141,18 @@ class Parameters {
 
   // Whether the call may take those in the dict for these.
   bool fit(nb::dict parameters, Held& held) const {
-    for (std::size_t i = 0; i < kParameters; ++i) {
-      held.objects[i] = nb::borrow(PyDict_GetItem(parameters.ptr(), all_[i].name.ptr()));
-      if (!held.objects[i] || !all_[i].fits(held.objects[i].ptr(), held.addresses[i])) return false;
+    held.addresses = addresses_;
+    for (const Parameter& p : present_) {
+      nb::object& now = held.objects[p.index] = nb::borrow(PyDict_GetItem(parameters.ptr(), p.name.ptr()));
+      if (!now || !p.fits(now.ptr(), held.addresses[p.index])) return false;
     }
     return true;
   }
-  const void* address(std::size_t i) const { return reinterpret_cast<const void*>(all_[i].address); }
+  const void* address(std::size_t i) const { return reinterpret_cast<const void*>(addresses_[i]); }
 
  private:
-  std::array<Parameter, kParameters> all_;
+  std::array<std::uintptr_t, kParameters> addresses_{};
+  std::vector<Parameter> present_;
 };
 
 const void* panels_at(const nb::object& t) {
@@ -169,7 +181,7 @@ class PreparedLinear {
                  int64_t rank, int64_t groups, int64_t selected_groups, float threshold, bool hard,
                  nb::object packed_light, nb::object packed_weight, nb::object dense_product)
       : dtype_(std::move(dtype)), packed_light_(std::move(packed_light)), packed_weight_(std::move(packed_weight)),
-        dense_product_(std::move(dense_product)), kernels_(&current()), parameters_(parameters, states) {
+        dense_product_(std::move(dense_product)), kernels_(&current()), parameters_(parameters, states, panels_at(packed_light_)) {
     call_ = {
         .storage = bfloat16 ? Storage::bfloat16 : Storage::float32,
         .x = nullptr, .x_stride = depth, .rows = 0, .depth = depth, .neurons = neurons, .rank = rank, .groups = groups,
@@ -251,7 +263,7 @@ class PreparedConvolution {
       : x_shape_(attribute(x.ptr(), names().shape)), x_strides_(method(x.ptr(), names().stride)),
         dtype_(attribute(x.ptr(), names().dtype)), y_shape_(std::move(y_shape)),
         selected_shape_(std::move(selected_shape)), packed_light_(std::move(packed_light)), packed_weight_(std::move(packed_weight)),
-        dense_product_(std::move(dense_product)), kernels_(&current()), parameters_(parameters, states) {
+        dense_product_(std::move(dense_product)), kernels_(&current()), parameters_(parameters, states, panels_at(packed_light_)) {
     static_assert(sizeof(Images) == sizeof images);
     const void* light = panels_at(packed_light_);
     call_.storage = bfloat16 ? Storage::bfloat16 : Storage::float32;

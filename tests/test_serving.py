@@ -18,7 +18,7 @@ if unavailable_reason("native"):
     pytest.skip(f"native kernels: {unavailable_reason('native')}", allow_module_level=True)
 
 from midl.ops import native
-from midl.serving import PackedMIDLinear, pack_, unpack_
+from midl.serving import PackedMIDConv2d, PackedMIDLinear, pack_, unpack_
 
 
 @pytest.fixture(params=instruction_sets_to_test())
@@ -36,9 +36,19 @@ def make(in_features=40, out_features=96, group_size=16, **choices):
     return layer.eval()
 
 
+def make_conv(channels=12, out_channels=48, kernel_size=3, group_size=16, **choices):
+    layer = midl.MIDConv2d(
+        channels, out_channels, kernel_size, active=0.5, rank=7, group_size=group_size, **{"padding": 1, **choices}
+    )
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    return layer.eval()
+
+
 def served_bytes(model):
     held = sum(p.nbytes for p in model.parameters() if not p.is_meta)
-    return held + sum(m._panels.light.nbytes + m._panels.weight.nbytes for m in model if isinstance(m, PackedMIDLinear))
+    packed = (PackedMIDLinear, PackedMIDConv2d)
+    return held + sum(m._panels.light.nbytes + m._panels.weight.nbytes for m in model if isinstance(m, packed))
 
 
 @pytest.mark.usefixtures("_instruction_set", "poisoned_memory")
@@ -61,6 +71,7 @@ def test_a_packed_layer_has_the_same_bits_and_gives_every_weight_back(
     assert pack_(layer) == [""]
     for x, y in zip(inputs, expected, strict=True):
         assert torch.equal(layer(x), y)
+    assert layer(inputs[0][:0]).shape == (0, out_features)
     layer.active = 0.25
     assert not torch.equal(layer(inputs[1]), expected[1])
     layer.active = 0.5
@@ -71,6 +82,75 @@ def test_a_packed_layer_has_the_same_bits_and_gives_every_weight_back(
         assert parameter.requires_grad
     with torch.enable_grad():
         layer.train()(torch.randn(3, in_features).to(dtype)).sum().backward()
+
+
+@pytest.mark.usefixtures("_instruction_set", "poisoned_memory")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {},
+        {"channels": 5, "kernel_size": (3, 2), "stride": 2, "dilation": (1, 2), "group_size": 12, "bias": False},
+        {"out_channels": 150, "group_size": 50, "select": "image"},
+        {"span": 3, "padding": "same", "padding_mode": "reflect"},
+        {"padding": "same", "kernel_size": 2},
+    ],
+)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@torch.no_grad()
+def test_a_packed_convolution_has_the_same_bits_and_gives_every_weight_back(dtype, choices, memory_format):
+    layer = make_conv(dtype=dtype, **choices).to(memory_format=memory_format)
+    parameters = {name: p.clone() for name, p in layer.named_parameters()}
+    strides = {name: p.stride() for name, p in layer.named_parameters()}
+    inputs = [torch.randn(batch, layer.in_channels, *size) for batch, *size in ((1, 9, 7), (3, 6, 8))]
+    inputs = [x.to(dtype) for x in (*inputs, inputs[1].contiguous(memory_format=torch.channels_last), inputs[1][0])]
+    with midl.kernels("native"):
+        for x in inputs * 2:
+            layer(x)
+        expected = [layer(x) for x in inputs]
+    assert pack_(layer) == ([""] if native.multiplies_as_is(dtype) else [])
+    for x, y in zip(inputs * 2, expected * 2, strict=True):
+        with midl.kernels("native"):
+            assert torch.equal(layer(x), y)
+    if not native.multiplies_as_is(dtype):
+        return
+    assert layer(inputs[0][:0]).shape == (0, *expected[0].shape[1:])
+    layer.active = 1.0
+    assert not torch.equal(layer(inputs[1]), expected[1])
+    layer.active = 0.5
+    assert unpack_(layer) == [""]
+    assert type(layer) is midl.MIDConv2d
+    for name, parameter in layer.named_parameters():
+        assert torch.equal(parameter, parameters[name])
+        assert parameter.stride() == strides[name]
+    with torch.enable_grad():
+        layer.train()(inputs[1]).sum().backward()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("layer", "x"), [(make(), torch.randn(5, 40)), (make_conv(), torch.randn(2, 12, 5, 5))])
+def test_biases_stay_alive_and_may_be_replaced(layer, x):
+    def expected():
+        unpack_(layer)
+        with midl.kernels("native"):
+            layer(x)
+            y = layer(x)
+        pack_(layer)
+        return y
+
+    pack_(layer)
+    layer(x)
+    assert layer._panels.calls  # what follows is about prepared calls
+    for change in (
+        lambda: layer.bias.mul_(2),
+        lambda: layer.gate_bias.copy_(torch.randn(len(layer.gate_bias))),
+        lambda: setattr(layer, "bias", nn.Parameter(torch.randn(len(layer.bias)))),
+        lambda: setattr(layer.bias, "data", torch.randn(len(layer.bias))),
+        lambda: setattr(layer, "bias", None),
+    ):
+        change()
+        assert torch.equal(layer(x), layer(x))
+        assert torch.equal(layer(x), expected())
 
 
 @torch.no_grad()
@@ -87,11 +167,12 @@ def test_the_light_gate_and_layers_without_bias():
 
 
 def test_the_plain_weights_are_gone():
-    model = nn.Sequential(make(256, 512, 32))
+    model = nn.Sequential(make(256, 512, 32), make_conv(32, 128, group_size=32))
     plain = sum(p.nbytes for p in model.parameters())
     pack_(model)
     assert served_bytes(model) < 1.2 * plain
-    assert all(getattr(model[0], name).is_meta for name in ("weight", "light_down", "light_up", "gate_weight"))
+    for layer in model:
+        assert all(getattr(layer, name).is_meta for name in ("weight", "light_down", "light_up", "gate_weight"))
 
 
 def test_layers_that_need_their_plain_weights_keep_them():
@@ -132,8 +213,9 @@ def test_what_needs_the_plain_weights_names_the_way_back(what, call):
 
 
 @torch.no_grad()
-def test_copies_pickles_and_watchers_of_a_packed_model():
-    model, x = nn.Sequential(make()).eval(), torch.randn(3, 40)
+@pytest.mark.parametrize(("layer", "x"), [(make(), torch.randn(3, 40)), (make_conv(), torch.randn(2, 12, 5, 5))])
+def test_copies_pickles_and_watchers_of_a_packed_model(layer, x):
+    model = nn.Sequential(layer).eval()
     pack_(model)
     expected = model(x)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -150,9 +232,16 @@ def test_wrong_uses_are_errors():
     with pytest.raises(MIDLError, match=r"\['0'\] are in training mode, expected model\.eval"):
         pack_(model.train())
     pack_(model.eval())
-    for x in (torch.randn(3, 39), torch.randn(3, 40).double(), torch.tensor(1.0)):
+    for x in (torch.randn(3, 39), torch.randn(3, 40).double(), torch.tensor(1.0), None):
         with pytest.raises(MIDLError, match="MIDLinear: input"):
             model(x)
+    convolution = make_conv()
+    pack_(convolution)
+    for x in (torch.randn(3, 11, 5, 5), torch.randn(3, 12, 5, 5).double(), torch.tensor(1.0), torch.randn(5, 5), None):
+        with pytest.raises(MIDLError, match="MIDConv2d: input"):
+            convolution(x)
+    with pytest.raises(MIDLError, match=r"is smaller than kernel_size=\(3, 3\)"):
+        convolution(torch.randn(1, 12, 1, 0))
     with pytest.raises(MIDLError, match="autocast"), torch.autocast("cpu", torch.bfloat16):
         model(torch.randn(3, 40))
     before = native.instruction_set()

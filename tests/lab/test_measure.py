@@ -17,6 +17,7 @@ from midl.lab.data import Dataset
 from midl.lab.data.dataset import Arrays
 from midl.lab.measure import layer_flops, measure_accuracy, measure_latency, peak_bytes, saved_bytes
 from midl.lab.models import MLP
+from midl.ops.dispatch import unavailable_reason
 
 
 def toy_dataset(labels: list[int]) -> Dataset:
@@ -106,6 +107,16 @@ def test_each_model_is_timed_in_its_faster_form(monkeypatch: pytest.MonkeyPatch,
     assert "form" not in measure_latency({"one": Slow()}, torch.zeros(1), rounds=6)["one"]
 
 
+@pytest.mark.skipif(unavailable_reason("native") is not None, reason="no native kernels")
+def test_a_packed_model_is_a_form_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "compile_frozen", lambda model, x: lambda x: time.sleep(0.01))
+    monkeypatch.setattr(measure, "_eager", lambda model, x: (lambda: time.sleep(0.005),) * 2)
+    model = nn.Sequential(midl.MIDLinear(8, 32, rank=2, group_size=16)).eval()
+    latency = measure_latency({"dense": nn.Linear(8, 8), "midl": model}, torch.zeros(3, 8), 6, compiling=True)
+    assert {name: times["form"] for name, times in latency.items()} == {"dense": "eager", "midl": "packed"}
+    assert type(model[0]) is midl.MIDLinear
+
+
 @pytest.mark.skipif(not can_compile(), reason="no C++ compiler")
 def test_a_compiled_model_is_timed() -> None:
     model = nn.Sequential(nn.Linear(8, 8), midl.MIDLinear(8, 32, rank=2)).eval()
@@ -113,4 +124,4 @@ def test_a_compiled_model_is_timed() -> None:
         {"dense": nn.Linear(8, 8), "midl": model}, torch.zeros(3, 8), 6, compiling=True
     ).values():
         assert times["median"] > 0
-        assert times["form"] in ("eager", "compiled")
+        assert times["form"] in ("eager", "packed", "compiled")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 from midl.lab.pairs import time_in_pairs
 
 
-def test_every_call_is_timed_next_to_the_first_one_after_its_own_twin() -> None:
+def test_every_call_is_timed_next_to_the_first_one_after_its_own_twin_and_they_take_turns() -> None:
     seen: list[str] = []
 
     def recorder(name: str) -> tuple[object, object]:
@@ -15,10 +16,17 @@ def test_every_call_is_timed_next_to_the_first_one_after_its_own_twin() -> None:
 
     times = time_in_pairs({name: recorder(name) for name in ("dense", "a", "b")}, rounds=6)  # type: ignore[misc]
     assert set(times) == {"dense", "a", "b"}
-    timed = seen[-6 * 2 * 2 * 2 :]  # rounds, pairs, sides, twin and call
-    assert timed[::2] == [f"{name} twin" for name in timed[1::2]]
+    ran = seen[-6 * 2 * 2 * 2 :]  # rounds, pairs, sides, twin and call
+    before, timed = ran[::2], ran[1::2]
+    other = {name: f"{name} twin" for name in ("dense", "a", "b")}
+    other |= {twin: name for name, twin in other.items()}
+    assert before == [other[name] for name in timed]
     even, odd = ["a", "dense", "b", "dense"], ["dense", "a", "dense", "b"]
-    assert timed[1::2] == (even + odd) * 3
+    assert [name.removesuffix(" twin") for name in timed] == (even + odd) * 3
+    for name in ("dense", "a", "b"):
+        own = [who for who in timed if who.startswith(name)]
+        assert set(own[::2]) == {other[own[1]]}
+        assert set(own[1::2]) == {own[1]}
     assert times["dense"]["ratio"] == times["dense"]["ratio_low"] == times["dense"]["ratio_high"] == 1
     for name in "ab":
         assert times[name]["ratio_low"] <= times[name]["ratio"] <= times[name]["ratio_high"]
@@ -27,14 +35,12 @@ def test_every_call_is_timed_next_to_the_first_one_after_its_own_twin() -> None:
 def test_long_calls_need_no_twin_and_few_rounds_give_no_interval() -> None:
     seen: list[str] = []
 
-    def long() -> None:
-        seen.append("call")
-        time.sleep(0.021)
+    def long(name: str) -> Callable[[], None]:
+        return lambda: (seen.append(name), time.sleep(0.021))[1]
 
-    times = time_in_pairs(
-        {"dense": (long, lambda: seen.append("twin")), "ours": (lambda: None, lambda: None)}, rounds=3
-    )
-    assert seen.count("twin") == 3
+    times = time_in_pairs({"dense": (long("call"), long("twin")), "ours": (lambda: None, lambda: None)}, rounds=4)
+    assert seen[-4:] == ["twin", "call"] * 2
+    assert len(seen) == 3 * 2 + 1 + 4  # to warm up, to see that it is long, one a round
     assert times["dense"]["median"] >= 0.021
     assert set(times["ours"]) == {"median", "low", "high", "ratio"}
     assert times["ours"]["ratio"] < 1

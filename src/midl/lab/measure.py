@@ -20,11 +20,13 @@ from midl.lab.bench.dense import compile_frozen, free_compiled
 from midl.lab.data import Dataset, Split
 from midl.lab.pairs import Call, time_in_pairs
 from midl.layers import MIDLayer
+from midl.ops.dispatch import unavailable_reason
+from midl.serving import pack_
 
 __all__ = ["layer_flops", "measure_accuracy", "measure_latency", "measure_step", "peak_bytes", "saved_bytes"]
 
 _BATCH = 500
-_ROUNDS_TO_CHOOSE = 11
+_ROUNDS_TO_CHOOSE = 21
 
 
 @torch.no_grad()
@@ -166,26 +168,37 @@ def measure_latency(
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
     """Return the latency of each model on ``x`` and its ratio to that of the first, timed in pairs with cold weights.
 
-    :func:`midl.lab.pairs.time_in_pairs` says how, and what is returned. With ``compiling`` each model runs in the form
-    that is faster for it on ``x``, which its ``form`` names: ``"eager"``, or ``"compiled"`` by torch.compile, with its
-    weights frozen. Needs a C++ compiler.
+    :func:`midl.lab.pairs.time_in_pairs` says how, and what is returned. With ``compiling``, which needs a C++ compiler,
+    each model runs in the form that is fastest for it on ``x``, which its ``form`` names: ``"eager"``; ``"packed"``,
+    eager after :func:`midl.serving.pack_`; or ``"compiled"`` by torch.compile, with its weights frozen.
     """
     calls = {name: _eager(model, x) for name, model in models.items()}
     if not compiling:
         return time_in_pairs(calls, rounds)
-    forms = {}
+    chosen = {}
     for name, model in models.items():
-        compiled = (_compiled(model, x), _compiled(copy.deepcopy(model), x))
-        times = time_in_pairs({"eager": calls[name], "compiled": compiled}, _ROUNDS_TO_CHOOSE)
-        forms[name] = "compiled" if times["compiled"]["ratio"] < 1 else "eager"
-        calls[name] = compiled if forms[name] == "compiled" else calls[name]
+        forms = {"eager": calls[name]}
+        if packed := _packed(model, x):
+            forms["packed"] = packed
+        forms["compiled"] = (_compiled(model, x), _compiled(copy.deepcopy(model), x))
+        times = time_in_pairs(forms, _ROUNDS_TO_CHOOSE)
+        chosen[name] = min(times, key=lambda form: times[form]["ratio"])
+        calls[name] = forms[chosen[name]]
     measured = time_in_pairs(calls, rounds)
     free_compiled()
-    return {name: {**times, "form": forms[name]} for name, times in measured.items()}
+    return {name: {**times, "form": chosen[name]} for name, times in measured.items()}
 
 
 def _eager(model: nn.Module, x: Tensor) -> tuple[Call, Call]:
     return functools.partial(model, x), functools.partial(copy.deepcopy(model), x)
+
+
+def _packed(model: nn.Module, x: Tensor) -> tuple[Call, Call] | None:
+    """Return the calls of two packed copies, None where nothing can be packed."""
+    copies = copy.deepcopy(model), copy.deepcopy(model)
+    if unavailable_reason("native") or not all(pack_(model) for model in copies):
+        return None
+    return functools.partial(copies[0], x), functools.partial(copies[1], x)
 
 
 def _compiled(model: nn.Module, x: Tensor) -> Call:

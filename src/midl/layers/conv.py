@@ -182,29 +182,14 @@ class MIDConv2d(MIDLayer):
             prepared = call_prepared(x, self._parameters, self.config, window)
             if prepared is not None:
                 return prepared
-        if isinstance(x, Tensor) and x.dim() not in (3, 4):
-            raise MIDLError(
-                f"MIDConv2d: input of shape {tuple(x.shape)}, expected (B, {self.in_channels}, H, W) or "
-                f"({self.in_channels}, H, W)"
-            )
+        self._check_dimensions(x)
         self._check_input(x, -3, self.in_channels, "channels")
         if x.dim() == 3:
             return self.forward(x.unsqueeze(0)).squeeze(0)
         c = self.config
         tensors = self._op_tensors(x)
-        images = tensors[0]
-        if self._pad_before:
-            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-            images = F.pad(images, self._pad_before, mode=mode)
-        height, width = (
-            output_size(images.shape[2 + i], self.kernel_size[i], self.stride[i], self._op_padding[i], self.dilation[i])
-            for i in (0, 1)
-        )
-        if height < 1 or width < 1:
-            raise MIDLError(
-                f"MIDConv2d: input of shape {tuple(x.shape)} is smaller than kernel_size={self.kernel_size} with "
-                f"dilation={self.dilation} and padding={self.padding!r}"
-            )
+        images = self._pad(tensors[0])
+        height, width = self._output_size(x, images)
         if c.active == 0:
             if observers:
                 self._observe(images.new_empty((len(images), height, width, 0), dtype=torch.int32))
@@ -220,6 +205,32 @@ class MIDConv2d(MIDLayer):
         if observers:
             self._observe(selected)
         return y
+
+    def _check_dimensions(self, x: Any) -> None:
+        if isinstance(x, Tensor) and x.dim() not in (3, 4):
+            raise MIDLError(
+                f"MIDConv2d: input of shape {tuple(x.shape)}, expected (B, {self.in_channels}, H, W) or "
+                f"({self.in_channels}, H, W)"
+            )
+
+    def _pad(self, x: Tensor) -> Tensor:
+        """Return images with the padding that the op does not do."""
+        if not self._pad_before:
+            return x
+        return F.pad(x, self._pad_before, mode="constant" if self.padding_mode == "zeros" else self.padding_mode)
+
+    def _output_size(self, x: Tensor, images: Tensor) -> tuple[int, int]:
+        """Return height and width of the output for x, ``images`` once padded."""
+        height, width = (
+            output_size(images.shape[2 + i], self.kernel_size[i], self.stride[i], self._op_padding[i], self.dilation[i])
+            for i in (0, 1)
+        )
+        if height < 1 or width < 1:
+            raise MIDLError(
+                f"MIDConv2d: input of shape {tuple(x.shape)} is smaller than kernel_size={self.kernel_size} with "
+                f"dilation={self.dilation} and padding={self.padding!r}"
+            )
+        return height, width
 
     def _light_alone(self, images: Tensor) -> Tensor:
         """Return the light path's output on padded images, for layers that select nothing."""

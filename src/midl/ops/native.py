@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -22,14 +22,16 @@ from midl.errors import KernelError
 from midl.ops import huge_pages, reference, reference_ffn
 from midl.ops.dispatch import Implementation, register
 from midl.ops.native_backward import linear_backward
-from midl.ops.native_conv2d import conv2d, conv2d_backward, image_geometry
+from midl.ops.native_conv2d import conv2d, conv2d_backward, conv2d_on_panels, image_geometry
 from midl.ops.native_ffn import ffn, prefers_ffn
 from midl.ops.native_packing import Packed, State, cast_kept, packed_panels, tensor_states
 
 __all__ = [
     "Choices",
+    "Panels",
     "cast_parameter",
     "convolution",
+    "convolution_on_panels",
     "extension",
     "instruction_set",
     "linear",
@@ -191,23 +193,41 @@ def linear(
     return y, selected
 
 
+class Choices(NamedTuple):
+    """What an op is told beside tensors, for inference: see :mod:`midl.ops`."""
+
+    k: int
+    group_size: int
+    span: int
+    interpolation: str
+    threshold: float | None
+
+
+class Panels(Protocol):
+    """Panels that take the place of a layer's parameters."""
+
+    light: Tensor
+    weight: Tensor
+
+
 def linear_on_panels(
-    x: Tensor, light: Tensor, weight: Tensor, shapes: dict[str, torch.Size], bias: Tensor | None,
-    gate_bias: Tensor | None, k: int, group_size: int, span: int, interpolation: str, threshold: float | None,
+    x: Tensor, panels: Panels, parameters: dict[str, Any], choices: Choices
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """:func:`linear` without noise from panels alone; ``shapes`` are those of the parameters, by name."""
+    """:func:`linear` without noise from panels alone, where all ``parameters`` but the biases are mere shapes."""
     x, stride = _rows(x)
-    n, depth = shapes["weight"]
+    n, depth = parameters["weight"].shape
     *batch, positions, _ = x.shape
+    k, group_size, span, interpolation, threshold = choices
     y = huge_pages.empty_where_mapped((*batch, positions, n), x.dtype)
     selected = x.new_empty((*batch, -(-positions // span), k), dtype=torch.int32)
-    bias, gate_bias = _dense(bias), _dense(gate_bias)
+    bias, gate_bias = _dense(parameters["bias"]), _dense(parameters["gate_bias"])
+    light, weight = panels.light.data_ptr(), panels.weight.data_ptr()
     _native.linear_forward(
-        x.dtype == torch.bfloat16, x.data_ptr(), stride, y.numel() // n, depth, n, shapes["light_down"][0],
-        n // group_size, k, _least(threshold), positions, span, weight.data_ptr(), _address(bias),
+        x.dtype == torch.bfloat16, x.data_ptr(), stride, y.numel() // n, depth, n, parameters["light_down"].shape[0],
+        n // group_size, k, _least(threshold), positions, span, weight, _address(bias),
         # Never read: the panels take their place.
-        light.data_ptr(), light.data_ptr(), light.data_ptr() if "gate_weight" in shapes else 0,
-        _address(gate_bias), 0, light.data_ptr(), weight.data_ptr(), 0, interpolation == "hard",
+        light, light, light if parameters["gate_weight"] is not None else 0,
+        _address(gate_bias), 0, light, weight, 0, interpolation == "hard",
         y.data_ptr(), selected.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return y, selected
@@ -223,18 +243,8 @@ def wants_weight_panels(dtype: torch.dtype, rows: int, groups: int, k: int, grou
     return _native.wants_weight_panels(dtype == torch.bfloat16, rows, groups, k, group_size)
 
 
-class Choices(NamedTuple):
-    """What an op is told beside tensors, for inference: see :mod:`midl.ops`."""
-
-    k: int
-    group_size: int
-    span: int
-    interpolation: str
-    threshold: float | None
-
-
 def prepare_linear(
-    packed: Packed, parameters: dict[str, Any], choices: Choices, *, wide: bool, dense: bool
+    packed: Packed | Panels, parameters: dict[str, Any], choices: Choices, *, wide: bool = True, dense: bool = False
 ) -> _native.PreparedLinear | None:
     """Return an object whose ``run(x, parameters, threads, selection=False)`` is a layer's inference call.
 
@@ -243,51 +253,46 @@ def prepare_linear(
     (native/prepared.cpp).
 
     Args:
-        packed: the panels.
+        packed: the panels, of the parameters or in their place: then all but the biases are mere shapes.
         parameters: of the layer, by name.
         choices: with ``span=1``.
         wide: use the weight's panels.
         dense: compute every neuron by torch.
     """
-    states = _states_of(packed, parameters, choices.group_size)
-    if states is None or not all(p is None or p.is_contiguous() for p in parameters.values()):
+    plain, states = _plain(packed, parameters, choices.group_size)
+    if states is None or not all(p is None or p.is_contiguous() for p in plain.values()):
         return None
     weight, rank = parameters["weight"], parameters["light_down"].shape[0]
     n, depth = weight.shape
     assert packed.light is not None
     return _native.PreparedLinear(
-        parameters, states, weight.dtype, weight.dtype == torch.bfloat16, depth, n, rank, n // choices.group_size,
+        plain, states, weight.dtype, weight.dtype == torch.bfloat16, depth, n, rank, n // choices.group_size,
         choices.k, _least(choices.threshold), choices.interpolation == "hard", packed.light,
         packed.weight if wide else None, F.linear if dense else None,
     )  # fmt: skip
 
 
 def prepare_conv2d(
-    packed: Packed,
-    parameters: dict[str, Any],
-    x: Tensor,
-    choices: Choices,
-    window: tuple[Any, Any, Any],
-    *,
-    dense: Callable[[Tensor, Tensor], Tensor] | None,
-) -> _native.PreparedConvolution | None:
+    packed: Packed | Panels, parameters: dict[str, Any], x: Tensor, choices: Choices, window: tuple[Any, Any, Any],
+    *, dense: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> _native.PreparedConvolution | None:  # fmt: skip
     """:func:`prepare_linear` for a convolution of images like x, by panels or densely.
 
     Half precision only where the kernels multiply it as it is.
 
     Args:
-        packed: the panels, those of the weight among them unless it is dense.
+        packed: the panels, those of the weight among them unless it is dense; of the parameters or in their place.
         parameters: of the layer, by name.
         x: an input; those of another size or memory format want another call.
         choices: ``span=0`` for one selection per image.
         window: stride, padding and dilation, pairs of ints.
         dense: computes every neuron, channels-last, from x and weight; None for the selected ones by the kernels.
     """
-    states = _states_of(packed, parameters, choices.group_size)
-    weight, gate_weight = parameters["weight"], parameters["gate_weight"]
-    vectors = (parameters["bias"], parameters["light_up"], gate_weight, parameters["gate_bias"])
+    plain, states = _plain(packed, parameters, choices.group_size)
+    vectors = [plain[name] for name in ("bias", "light_up", "gate_weight", "gate_bias") if name in plain]
     if states is None or not all(p is None or p.is_contiguous() for p in vectors):
         return None
+    weight = parameters["weight"]
     images, height, width = image_geometry(x, weight, *map(list, window))
     if height < 1 or width < 1:
         return None
@@ -297,11 +302,20 @@ def prepare_conv2d(
     n, (rank, *_) = weight.shape[0], parameters["light_down"].shape
     assert packed.light is not None
     return _native.PreparedConvolution(
-        parameters, states, x, x.dtype == torch.bfloat16, (x.shape[0], height, width, n), selected, images,
+        plain, states, x, x.dtype == torch.bfloat16, (x.shape[0], height, width, n), selected, images,
         x.shape[0] * height * width, n, rank, n // choices.group_size, k, _least(choices.threshold), positions,
         span or positions, choices.interpolation == "hard", packed.light, packed.weight if dense is None else None,
         dense,
     )  # fmt: skip
+
+
+def _plain(
+    packed: Packed | Panels, parameters: dict[str, Any], group_size: int
+) -> tuple[dict[str, Any], dict[str, State] | None]:
+    """Return the parameters that a prepared call looks at, and the states of those that the panels were made of."""
+    if isinstance(packed, Packed):
+        return parameters, _states_of(packed, parameters, group_size)
+    return {name: p for name, p in parameters.items() if p is None or not p.is_meta}, {}
 
 
 def _states_of(packed: Packed, parameters: dict[str, Any], group_size: int) -> dict[str, State] | None:
@@ -343,6 +357,18 @@ def convolution(
     return conv2d(
         _native, x, weight, bias, light_down, light_up, gate_weight, gate_bias, noise, stride, padding, dilation, k,
         group_size, span, interpolation, _least(threshold), full,
+    )  # fmt: skip
+
+
+def convolution_on_panels(
+    x: Tensor, panels: Panels, parameters: dict[str, Any], window: tuple[Any, Any, Any], choices: Choices
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """:func:`convolution` without noise from panels alone, as :func:`linear_on_panels`."""
+    k, group_size, span, interpolation, threshold = choices
+    stride, padding, dilation = map(list, window)
+    return conv2d_on_panels(
+        _native, x, panels.light, panels.weight, parameters, stride, padding, dilation, k, group_size, span,
+        interpolation, _least(threshold),
     )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from midl.ops import dense, dispatch, native
 from midl.ops.native_conv2d import image_geometry
 from midl.ops.native_packing import Packed, packed_for
 
-__all__ = ["call_op_prepared", "call_prepared"]
+__all__ = ["PreparedCall", "Window", "call_op_prepared", "call_prepared", "choices_of", "keep_call"]
 
 # Sizes of inputs that a layer keeps calls for.
 _MOST_CALLS = 64
@@ -29,7 +29,9 @@ _MOST_CALLS = 64
 Window = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
 
-class _Call(NamedTuple):
+class PreparedCall(NamedTuple):
+    """A call and what it was prepared for beside sizes."""
+
     settings: tuple[Any, ...]
     run: Callable[..., Any]
 
@@ -58,9 +60,10 @@ def call_prepared(
     settings = config, dispatch.selected_kernels(), window
     call = packed.calls.get(key)
     if call is None or call.settings != settings:
-        call = _prepare(key, settings, packed, x, parameters, _choices(parameters, config), window)
-        if call is None:
+        prepared = _prepare(packed, x, parameters, choices_of(parameters, config), window)
+        if prepared is None:
             return None
+        call = keep_call(packed.calls, key, settings, prepared)
     return call.run(x, parameters, threads)
 
 
@@ -86,26 +89,35 @@ def call_op_prepared(
     settings = choices, dispatch.selected_kernels(), window
     call = packed.calls.get(key)
     if call is None or call.settings != settings:
-        call = _prepare(key, settings, packed, x, parameters, choices, window)
-        if call is None:
+        prepared = _prepare(packed, x, parameters, choices, window)
+        if prepared is None:
             return None
+        call = keep_call(packed.calls, key, settings, prepared)
     return call.run(x, parameters, threads, True)
 
 
 _PARAMETERS = ("weight", "bias", "light_down", "light_up", "gate_weight", "gate_bias")
 
 
-def _choices(parameters: dict[str, Any], config: MIDConfig) -> native.Choices:
+def choices_of(parameters: dict[str, Any], config: MIDConfig) -> native.Choices:
+    """Return what a layer with these parameters tells its op."""
     groups = len(parameters["weight"]) // config.group_size
     span = 0 if config.select == "image" else config.span
     return native.Choices(config.num_slots(groups), config.group_size, span, config.interpolation, config.threshold)
 
 
+def keep_call(calls: dict[Any, PreparedCall], key: Any, settings: tuple[Any, ...], prepared: Any) -> PreparedCall:
+    """Keep what was prepared under ``key``, and return it as a call for these settings."""
+    if len(calls) >= _MOST_CALLS:
+        calls.clear()
+    call = calls[key] = PreparedCall(settings, prepared.run)
+    return call
+
+
 def _prepare(
-    key: Any, settings: tuple[Any, ...], packed: Packed, x: Tensor, parameters: dict[str, Any],
-    choices: native.Choices, window: Window | None,
-) -> _Call | None:  # fmt: skip
-    """Return the call and keep it under ``key``; None where the general path must be taken."""
+    packed: Packed, x: Tensor, parameters: dict[str, Any], choices: native.Choices, window: Window | None
+) -> Any:  # fmt: skip
+    """Return the prepared call; None where the general path must be taken."""
     if not parameters.keys() >= set(_PARAMETERS):  # pruned, parametrized, a buffer: seen by name alone
         return None
     if choices.k == 0 or not _fit(parameters, choices.group_size) or not _may_be_native():
@@ -113,15 +125,8 @@ def _prepare(
     if x.dtype != parameters["weight"].dtype:
         return None
     if window is None:
-        prepared = _prepare_linear(packed, x, parameters, choices)
-    else:
-        prepared = _prepare_conv2d(packed, x, parameters, choices, window)
-    if prepared is None:
-        return None
-    if len(packed.calls) >= _MOST_CALLS:
-        packed.calls.clear()
-    call = packed.calls[key] = _Call(settings, prepared.run)
-    return call
+        return _prepare_linear(packed, x, parameters, choices)
+    return _prepare_conv2d(packed, x, parameters, choices, window)
 
 
 def _prepare_linear(packed: Packed, x: Tensor, parameters: dict[str, Any], choices: native.Choices) -> Any:

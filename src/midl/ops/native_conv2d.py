@@ -20,7 +20,7 @@ from midl.ops.native_backward import (
 from midl.ops.native_packing import pack, packed_panels
 from midl.ops.reference import Grads
 
-__all__ = ["conv2d", "conv2d_backward", "image_geometry"]
+__all__ = ["as_filters", "as_matrix", "conv2d", "conv2d_backward", "conv2d_on_panels", "image_geometry"]
 
 # Positions of a map up to which the gradient of bfloat16 filters is a product with copied windows, and the bytes of a
 # copy: few enough to stay near the core.
@@ -38,20 +38,15 @@ def conv2d(
 
     ``full`` is the full path of every neuron, shaped as y and channels-last, where the caller has computed it.
     """
-    geometry, height, width = image_geometry(x, weight, stride, padding, dilation)
-    batch, n, groups = x.shape[0], weight.shape[0], weight.shape[0] // group_size
-    y = huge_pages.empty_where_mapped((batch, height, width, n), x.dtype)
-    positions = width if span else height * width
-    choices = (batch, height, -(-width // span), k) if span else (batch, 1, k)
-    selected = x.new_empty(choices, dtype=torch.int32)
-    rows = batch * height * width
+    y, selected, geometry, positions = _outputs(x, weight, stride, padding, dilation, k, span)
+    n, groups, rows = weight.shape[0], weight.shape[0] // group_size, y.numel() // weight.shape[0]
     if rows == 0:
         return y.permute(0, 3, 1, 2), selected
 
     dtype = x.dtype if kernels.dot_pairs() else torch.float32
 
     def matrix(t: Tensor) -> Tensor:
-        return _matrix(t, dtype)
+        return as_matrix(t, dtype)
 
     by_panels = full is None and kernels.wants_weight_panels(dtype == torch.bfloat16, rows, groups, k, group_size)
     weight, light_down = _without_gaps(weight), _without_gaps(light_down)
@@ -73,6 +68,37 @@ def conv2d(
         y.data_ptr(), selected.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return y.permute(0, 3, 1, 2), selected
+
+
+def conv2d_on_panels(
+    kernels: Any, x: Tensor, light: Tensor, weight_panels: Tensor, parameters: dict[str, Any], stride: list[int],
+    padding: list[int], dilation: list[int], k: int, group_size: int, span: int, interpolation: str, threshold: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """:func:`conv2d` without noise from panels alone, where all ``parameters`` but the biases are mere shapes."""
+    weight, learned_gate = parameters["weight"], parameters["gate_weight"] is not None
+    y, selected, geometry, positions = _outputs(x, weight, stride, padding, dilation, k, span)
+    n, rows = weight.shape[0], y.numel() // weight.shape[0]
+    bias, gate_bias = _cast(parameters["bias"], x.dtype), _cast(parameters["gate_bias"], x.dtype)
+    if rows > 0:
+        kernels.convolution_forward(
+            x.dtype == torch.bfloat16, x.data_ptr(), geometry, rows, n, len(parameters["light_down"]), n // group_size,
+            # The panels take the place of the weight, which may be null, and of light_up, which may not.
+            k, threshold, positions, span or positions, 0, _address(bias), light.data_ptr(), learned_gate,
+            _address(gate_bias), 0, light.data_ptr(), weight_panels.data_ptr(), 0, interpolation == "hard",
+            y.data_ptr(), selected.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+    return y.permute(0, 3, 1, 2), selected
+
+
+def _outputs(
+    x: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int], k: int, span: int
+) -> tuple[Tensor, Tensor, list[int], int]:
+    """Return y (B, H, W, n) and the selection, to be filled, the fields of ``Images``, and a sequence's positions."""
+    geometry, height, width = image_geometry(x, weight, stride, padding, dilation)
+    batch = x.shape[0]
+    y = huge_pages.empty_where_mapped((batch, height, width, weight.shape[0]), x.dtype)
+    choices = (batch, height, -(-width // span), k) if span else (batch, 1, k)
+    return y, x.new_empty(choices, dtype=torch.int32), geometry, width if span else height * width
 
 
 def conv2d_backward(
@@ -101,7 +127,7 @@ def conv2d_backward(
             light_up, gate_weight, gate_bias, group_size, positions, span or positions, interpolation, needs, padded,
         )  # fmt: skip
         return only_needed(out, needs, x)
-    filters, down, up = _matrix(weight, dtype), _matrix(light_down, dtype), light_up.float().contiguous()
+    filters, down, up = as_matrix(weight, dtype), as_matrix(light_down, dtype), light_up.float().contiguous()
     threads = torch.get_num_threads()
     code = up.new_empty(rows, rank)
     kernels.convolution_code(
@@ -127,7 +153,7 @@ def conv2d_backward(
         _address(grad_weight), threads,
     )  # fmt: skip
 
-    out = [None, _filters(grad_weight, weight), None, None, None, None, None]
+    out = [None, as_filters(grad_weight, weight), None, None, None, None, None]
     out[2] = grad.sum(0, dtype=torch.float32) if need_bias else None
     if grad_x is not None:
         grad_chosen = repeat_first(grad_chosen, chosen) if padded else grad_chosen
@@ -142,7 +168,7 @@ def conv2d_backward(
                 0, 0, 0, 0, True, 0, grad_x.data_ptr() if need_x else 0, True, 0, _address(grad_down), threads,
             )  # fmt: skip
         out[0] = grad_x.permute(0, 3, 1, 2) if need_x else None
-        out[3] = _filters(grad_down, light_down)
+        out[3] = as_filters(grad_down, light_down)
     return only_needed(out, needs, x)
 
 
@@ -206,13 +232,13 @@ def _without_gaps(filters: Tensor) -> Tensor:
     return filters.contiguous()
 
 
-def _matrix(t: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+def as_matrix(t: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return filters (n, C, kh, kw) as rows in the order kernel row, kernel column, channel; matrices as is."""
     return (t.permute(0, 2, 3, 1).flatten(1) if t.dim() == 4 else t).to(dtype).contiguous()
 
 
-def _filters(rows: Tensor | None, like: Tensor) -> Tensor | None:
-    """Inverse of :func:`_matrix` for filters shaped as ``like``."""
+def as_filters(rows: Tensor | None, like: Tensor) -> Tensor | None:
+    """Inverse of :func:`as_matrix` for filters shaped as ``like``."""
     n, channels, *kernel = like.shape
     return None if rows is None else rows.view(n, *kernel, channels).permute(0, 3, 1, 2)
 

@@ -1,4 +1,4 @@
-"""Panels in place of parameters: what :mod:`midl.serving` keeps of a linear layer whose plain weights are freed."""
+"""Panels in place of parameters: what :mod:`midl.serving` keeps of a layer whose plain weights are freed."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from midl.config import MIDConfig
 from midl.errors import KernelError
 from midl.ops import native
+from midl.ops.native_call import PreparedCall, Window, choices_of, keep_call
+from midl.ops.native_conv2d import as_filters, as_matrix
 from midl.ops.native_packing import pack
 
 __all__ = ["Panels", "runs_on_panels"]
@@ -20,7 +23,8 @@ _BASE = 256  # digits of this base are exact in bfloat16 too
 def runs_on_panels(parameters: dict[str, Any], group_size: int) -> bool:
     """Return whether the kernels read nothing but panels of these parameters, at any number of rows.
 
-    Groups must fill panels, and the light gate's group means must be among them, as in float32.
+    Groups must fill panels, the light gate's group means must be among them, as in float32, and filters must be
+    multiplied in their own dtype.
     """
     if any(name not in parameters for name in _COPIED):
         return False
@@ -28,47 +32,91 @@ def runs_on_panels(parameters: dict[str, Any], group_size: int) -> bool:
     tensors = [parameters[name] for name in _COPIED if parameters[name] is not None]
     return (
         native.takes(weight, weight)
-        and all(t.is_contiguous() and t.dtype == weight.dtype and t.device == weight.device for t in tensors)
+        and all(_has_no_gaps(t) and t.dtype == weight.dtype and t.device == weight.device for t in tensors)
         and (parameters["gate_weight"] is not None or weight.dtype == torch.float32)
+        and (weight.dim() == 2 or native.multiplies_as_is(weight.dtype))
         and native.wants_weight_panels(weight.dtype, 1, weight.shape[0] // group_size, 1, group_size)
     )
+
+
+def _has_no_gaps(t: Tensor) -> bool:
+    return t.is_contiguous() or (t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last))
 
 
 class Panels:
     """The panels of one layer for one instruction set, and how to get the parameters back.
 
     Args:
-        parameters: the layer's, by name.
+        parameters: the layer's, by name; matrices, or filters of a convolution.
         group_size: neurons of a group.
     """
 
     def __init__(self, parameters: dict[str, Any], group_size: int) -> None:
         tensors = {name: parameters[name].detach() for name in _COPIED if parameters[name] is not None}
-        self.shapes = {name: t.shape for name, t in tensors.items()}
+        self.forms = {name: (t.shape, t.stride()) for name, t in tensors.items()}
         self.group_size, self.instruction_set = group_size, native.instruction_set()
-        self.light, self.weight = self._pack(*tensors.values())
+        self.light, self.weight = self._pack(*(as_matrix(t, t.dtype) for t in tensors.values()))
+        self.calls: dict[Any, PreparedCall] = {}
 
-    def _pack(self, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "calls": {}}
+
+    def _pack(self, *matrices: Tensor) -> tuple[Tensor, Tensor]:
         light, weight = pack(
-            native.extension(), *tensors, group_size=self.group_size, light=True, wide=True, kept=True, clean=True
+            native.extension(), *matrices, group_size=self.group_size, light=True, wide=True, kept=True, clean=True
         )
         assert light is not None
         assert weight is not None
         return light, weight
 
-    def linear(
-        self, x: Tensor, bias: Tensor | None, gate_bias: Tensor | None, k: int, span: int, interpolation: str,
-        threshold: float | None = None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    def call_prepared(
+        self, x: Tensor, parameters: dict[str, Any], config: MIDConfig, window: Window | None = None
+    ) -> Tensor | None:
+        """Return the layer's output for x, or None where :meth:`linear` or :meth:`conv2d` must be called.
+
+        Args:
+            x: on the CPU, when nobody watches, without autocast and autograd.
+            parameters: the layer's own dict of them, all but the biases without values.
+            config: the layer's.
+            window: stride, padding and dilation of a convolution; None for a linear layer.
+        """
+        threads = torch.get_num_threads()
+        key, settings = (threads, x.numel() if window is None else (x.shape, x.stride())), (config, window)
+        call = self.calls.get(key)
+        if call is None or call.settings != settings:
+            prepared = self._prepare(x, parameters, choices_of(parameters, config), window)
+            if prepared is None:
+                return None
+            call = keep_call(self.calls, key, settings, prepared)
+        return call.run(x, parameters, threads)
+
+    def _prepare(
+        self, x: Tensor, parameters: dict[str, Any], choices: native.Choices, window: Window | None
+    ) -> Any:  # fmt: skip
+        weight = parameters["weight"]
+        if native.instruction_set() != self.instruction_set or x.dtype != weight.dtype or x.numel() == 0:
+            return None
+        if window is not None:
+            takes = x.dim() == 4 and x.shape[1] == weight.shape[1]
+            return native.prepare_conv2d(self, parameters, x, choices, window) if takes else None
+        takes = choices.span == 1 and x.dim() > 0 and x.shape[-1] == weight.shape[1]
+        return native.prepare_linear(self, parameters, choices) if takes else None
+
+    def linear(self, x: Tensor, parameters: dict[str, Any], config: MIDConfig) -> tuple[Tensor, Tensor]:
         """Return ``(y, selected)`` of the linear op without noise for x (..., T, d), as ``midl.ops`` defines it.
 
         Raises:
             KernelError: the instruction set in use is no longer the panels'.
         """
         self._check_instruction_set()
-        return native.linear_on_panels(
-            x, self.light, self.weight, self.shapes, bias, gate_bias, k, self.group_size, span, interpolation, threshold
-        )
+        return native.linear_on_panels(x, self, parameters, choices_of(parameters, config))
+
+    def conv2d(
+        self, x: Tensor, parameters: dict[str, Any], config: MIDConfig, window: Window
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """:meth:`linear` for images (B, C, H, W), padding included."""
+        self._check_instruction_set()
+        return native.convolution_on_panels(x, self, parameters, window, choices_of(parameters, config))
 
     def unpack(self) -> dict[str, Tensor]:
         """Return the parameters by name, bit for bit, on fresh memory.
@@ -80,18 +128,18 @@ class Panels:
             KernelError: the instruction set in use is no longer the panels'.
         """
         self._check_instruction_set()
-        counts = [shape.numel() for shape in self.shapes.values()]
+        counts = [shape.numel() for shape, _ in self.forms.values()]
         numbers = torch.arange(1, sum(counts) + 1)  # 0 is left for padding
         light = torch.zeros(self.light.shape, dtype=torch.int64)
         weight = torch.zeros(self.weight.shape, dtype=torch.int64)
         place = 1
         while place <= sum(counts):
             digits = (numbers // place % _BASE).to(self.light.dtype).split(counts)
-            matrices = [d.view(shape) for d, shape in zip(digits, self.shapes.values(), strict=True)]
-            if "gate_weight" not in self.shapes:
+            matrices = [d.view(shape[0], -1) for d, (shape, _) in zip(digits, self.forms.values(), strict=True)]
+            if "gate_weight" not in self.forms:
                 # In its place the light gate's means would be packed, which are nobody's elements.
-                groups = self.shapes["weight"][0] // self.group_size
-                matrices.append(matrices[0].new_zeros(groups, self.shapes["light_down"][0]))
+                groups = self.forms["weight"][0][0] // self.group_size
+                matrices.append(matrices[0].new_zeros(groups, self.forms["light_down"][0][0]))
             light_digits, weight_digits = self._pack(*matrices)
             light += light_digits.long() * place
             weight += weight_digits.long() * place
@@ -99,8 +147,8 @@ class Panels:
         flat = self.light.new_empty(sum(counts))
         for panels, number in ((self.light, light), (self.weight, weight)):
             flat[number[number > 0] - 1] = panels[number > 0]
-        parts = flat.split(counts)
-        return {name: t.view(shape).clone() for t, (name, shape) in zip(parts, self.shapes.items(), strict=True)}
+        parts = zip(flat.split(counts), self.forms.items(), strict=True)
+        return {name: _restore(rows, shape, stride) for rows, (name, (shape, stride)) in parts}
 
     def _check_instruction_set(self) -> None:
         if native.instruction_set() != self.instruction_set:
@@ -108,3 +156,11 @@ class Panels:
                 f"packed layer: the instruction set is {native.instruction_set()!r}, expected "
                 f"{self.instruction_set!r} as when it was packed"
             )
+
+
+def _restore(rows: Tensor, shape: torch.Size, stride: tuple[int, ...]) -> Tensor:
+    """Return elements in the order of :func:`as_matrix` as the parameter that they were."""
+    t = torch.empty_strided(shape, stride, dtype=rows.dtype)
+    values = as_filters(rows, t) if len(shape) == 4 else rows.view(shape)
+    assert values is not None
+    return t.copy_(values)

@@ -1,6 +1,6 @@
 """Serve with less memory and fewer steps: packed weights, the light path alone, no batch normalisation."""
 
 from midl.serving.batch_norm import fuse_batch_norm_
-from midl.serving.packing import PackedMIDLinear, factor_, pack_, unpack_
+from midl.serving.packing import PackedMIDConv2d, PackedMIDLinear, factor_, pack_, unpack_
 
-__all__ = ["PackedMIDLinear", "factor_", "fuse_batch_norm_", "pack_", "unpack_"]
+__all__ = ["PackedMIDConv2d", "PackedMIDLinear", "factor_", "fuse_batch_norm_", "pack_", "unpack_"]

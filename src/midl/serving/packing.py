@@ -1,14 +1,14 @@
 """Serve with less memory: the packed weights alone, or the light path alone.
 
-A linear layer on the CPU keeps its parameters and, from the second call on, panels made of them for the kernels: as
-much again. :func:`pack_` makes the panels and frees what they copy. Such a layer computes the same bits; what would
-need the plain weights is an error that names the way back, :func:`unpack_`. :func:`factor_` frees, for good, the full
-weights of layers that never use them.
+A layer on the CPU keeps its parameters and, from the second call on, panels made of them for the kernels: as much
+again, and every call looks whether the parameters have changed. :func:`pack_` makes the panels and frees what they
+copy. Such a layer computes the same bits, sooner where it is small; what would need the plain weights is an error that
+names the way back, :func:`unpack_`. :func:`factor_` frees, for good, the full weights of layers that never use them.
 """
 
 from __future__ import annotations
 
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -18,53 +18,55 @@ from midl.conversion.convert import replace_modules
 from midl.conversion.families import has_hooks
 from midl.errors import KernelError, MIDLError
 from midl.layers import Factors, MIDConv2d, MIDLayer, MIDLinear
+from midl.layers.base import observers
 from midl.ops.dispatch import is_plain_inference, unavailable_reason
+from midl.ops.native_call import Window
 from midl.ops.native_panels import Panels, runs_on_panels
 
-__all__ = ["PackedMIDLinear", "factor_", "pack_", "unpack_"]
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["PackedMIDConv2d", "PackedMIDLinear", "factor_", "pack_", "unpack_"]
 
 _COPIED = ("weight", "light_down", "light_up", "gate_weight")
 
 
-class PackedMIDLinear(MIDLinear):
-    """A :class:`midl.MIDLinear` whose large parameters exist as panels alone; made by :func:`pack_`.
-
-    The budget can change, the selection can be watched. ``weight``, ``light_down``, ``light_up`` and ``gate_weight``
-    are meta tensors: shapes without values.
-    """
+class _Packed(MIDLayer):
+    """A layer whose large parameters exist as panels alone."""
 
     may_be_light_alone = False
     _panels: Panels
     _plain: dict[str, nn.Parameter]
     """The parameters, without values, for :func:`unpack_` to fill again."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Return the layer's output, (..., out_features)."""
-        x = input  # the name that nn.Linear has
-        if not is_plain_inference(x, self.weight):
-            raise self._refuse("forward outside of torch.no_grad() or under compilation, tracing or a profiler")
-        self._check_input(x, -1, self.in_features, "features")
-        c = self.config
-        rows = x if x.dim() > 2 and c.span > 1 else x.reshape(-1, self.in_features)
-        y, selected = self._panels.linear(
-            rows, self.bias, self.gate_bias, self.num_slots, c.span, c.interpolation, c.threshold
-        )
-        self._observe(selected)
-        return y.view(*x.shape[:-1], self.out_features)
+    def _call_prepared(self, x: Any, window: Window | None = None) -> Tensor | None:
+        """Return the output, or None where the call must be looked at.
 
-    def train(self, mode: bool = True) -> PackedMIDLinear:
+        Raises:
+            MIDLError: the op would have to be shown to autograd or another observer of operations.
+        """
+        if not is_plain_inference(x, self._parameters["weight"]):
+            if isinstance(x, Tensor):
+                raise self._refuse("forward outside of torch.no_grad() or under compilation, tracing or a profiler")
+            return None
+        if observers or torch.is_autocast_enabled("cpu"):
+            return None
+        return self._panels.call_prepared(x, self._parameters, self.config, window)
+
+    def train(self, mode: bool = True) -> Self:
         """Refuse to train."""
         if mode:
             raise self._refuse("train()")
         return super().train(mode)
 
     def _check_input(self, x: Tensor, axis: int, expected: int, name: str) -> None:
-        if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[axis] != expected:
+        owner = self._plain_class.__name__
+        if not isinstance(x, Tensor) or x.dim() < -axis or x.shape[axis] != expected:
             shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            raise MIDLError(f"MIDLinear: input of shape {shape}, expected (..., {expected}) {name}")
+            raise MIDLError(f"{owner}: input of shape {shape}, expected {expected} {name} at axis {axis}")
         if x.dtype != self.weight.dtype or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
             raise MIDLError(
-                f"MIDLinear: input has dtype {x.dtype} on {x.device}, expected {self.weight.dtype} on the CPU without "
+                f"{owner}: input has dtype {x.dtype} on {x.device}, expected {self.weight.dtype} on the CPU without "
                 "autocast (the layer is packed)"
             )
 
@@ -80,15 +82,65 @@ class PackedMIDLinear(MIDLinear):
     def _load_from_state_dict(self, *args: Any) -> None:
         raise self._refuse("load_state_dict()")
 
+    _plain_class: type[MIDLayer]
+
     def _refuse(self, what: str) -> MIDLError:
         return MIDLError(
-            f"MIDLinear: {what}: the layer is packed for serving and has no plain weights, expected "
+            f"{self._plain_class.__name__}: {what}: the layer is packed for serving and has no plain weights, expected "
             "midl.serving.unpack_(model) first"
         )
 
 
+class PackedMIDLinear(_Packed, MIDLinear):
+    """A :class:`midl.MIDLinear` whose large parameters exist as panels alone; made by :func:`pack_`.
+
+    The budget can change, the selection can be watched. ``weight``, ``light_down``, ``light_up`` and ``gate_weight``
+    are meta tensors: shapes without values.
+    """
+
+    _plain_class = MIDLinear
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the layer's output, (..., out_features)."""
+        x = input  # the name that nn.Linear has
+        prepared = self._call_prepared(x)
+        if prepared is not None:
+            return prepared
+        self._check_input(x, -1, self.in_features, "features")
+        rows = x if x.dim() > 2 and self.config.span > 1 else x.reshape(-1, self.in_features)
+        y, selected = self._panels.linear(rows, self._parameters, self.config)
+        self._observe(selected)
+        return y.view(*x.shape[:-1], self.out_features)
+
+
+class PackedMIDConv2d(_Packed, MIDConv2d):
+    """A :class:`midl.MIDConv2d` packed as :class:`PackedMIDLinear`."""
+
+    _plain_class = MIDConv2d
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the layer's output, (B, n, H', W'), or (n, H', W') for one image."""
+        x = input  # the name that nn.Conv2d has
+        window = self.stride, tuple(self._op_padding), self.dilation
+        images = self._pad(x) if self._pad_before and isinstance(x, Tensor) and x.dim() == 4 else x
+        prepared = self._call_prepared(images, window)
+        if prepared is not None:
+            return prepared
+        self._check_dimensions(x)
+        self._check_input(x, -3, self.in_channels, "channels")
+        if x.dim() == 3:
+            return self.forward(x.unsqueeze(0)).squeeze(0)
+        self._output_size(x, images)
+        y, selected = self._panels.conv2d(images, self._parameters, self.config, window)
+        self._observe(selected)
+        return y
+
+
+_PACKED: dict[type[nn.Module], type[_Packed]] = {MIDLinear: PackedMIDLinear, MIDConv2d: PackedMIDConv2d}
+
+
 def pack_(model: nn.Module) -> list[str]:
-    """Pack the linear layers of ``model`` once and free their plain weights, in place; return the layers' names.
+    """Pack the MID-L layers of ``model`` once and free their plain weights, in place; return the layers' names.
 
     >>> model = nn.Sequential(MIDLinear(64, 128, active=0.25, group_size=16)).eval()
     >>> pack_(model)
@@ -100,8 +152,10 @@ def pack_(model: nn.Module) -> list[str]:
     ['0']
 
     Layers stay as they are, and are not named, where the kernels read the plain weights (groups of few neurons; the
-    light gate in bfloat16), where there are no kernels (other devices and dtypes), and where others may need the
-    weights (parametrizations, parameters that modules share), and where they are their light path alone.
+    light gate in bfloat16), where there are no kernels (other devices and dtypes; FFNs), and where others may need the
+    weights (parametrizations, parameters that modules share), and where they are their light path alone. A packed
+    layer always multiplies what was selected, also where :func:`midl.kernels` ``("auto")`` would find it faster to
+    multiply everything.
 
     Args:
         model: in ``eval()`` mode. Its layers stay the same objects; their parameters come back with :func:`unpack_`,
@@ -114,7 +168,7 @@ def pack_(model: nn.Module) -> list[str]:
     check_module("pack_", model)
     if reason := unavailable_reason("native"):
         raise KernelError(f"pack_: {reason}")
-    layers = {name: module for name, module in model.named_modules() if type(module) is MIDLinear}
+    layers = {name: module for name, module in model.named_modules() if _is_plain(module)}
     if training := [name for name, layer in layers.items() if layer.training]:
         raise MIDLError(f"pack_: layers {training} are in training mode, expected model.eval()")
     users: dict[int, int] = {}
@@ -137,7 +191,7 @@ def unpack_(model: nn.Module) -> list[str]:
         model: as :func:`pack_` left it; a model without packed layers stays as it is.
     """
     check_module("unpack_", model)
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, PackedMIDLinear)}
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, _Packed)}
     for layer in layers.values():
         for name, values in layer._panels.unpack().items():
             placeholder, parameter = layer._parameters[name], layer._plain[name]
@@ -146,7 +200,7 @@ def unpack_(model: nn.Module) -> list[str]:
             parameter.requires_grad_(placeholder.requires_grad)
             layer._parameters[name] = parameter
         del layer._panels, layer._plain
-        layer.__class__ = MIDLinear  # type: ignore[assignment]
+        layer.__class__ = layer._plain_class  # type: ignore[assignment]
     return list(layers)
 
 
@@ -182,15 +236,17 @@ def factor_(model: nn.Module) -> list[str]:
     return list(layers)
 
 
-def _is_light_alone(module: nn.Module) -> TypeGuard[MIDLayer]:
+def _is_plain(module: nn.Module) -> TypeGuard[MIDLayer]:
     # The type of a parametrized layer is another.
-    if not isinstance(module, MIDLayer) or type(module) not in (MIDLinear, MIDConv2d):
-        return False
-    return module.active == 0 and not has_hooks(module)
+    return type(module) in _PACKED
+
+
+def _is_light_alone(module: nn.Module) -> TypeGuard[MIDLayer]:
+    return _is_plain(module) and module.active == 0 and not has_hooks(module)
 
 
 @torch.no_grad()
-def _pack(layer: MIDLinear) -> None:
+def _pack(layer: MIDLayer) -> None:
     layer._panels = Panels(layer._parameters, layer.config.group_size)  # type: ignore[assignment]
     plain: dict[str, nn.Parameter] = {}
     for name in _COPIED:
@@ -200,4 +256,4 @@ def _pack(layer: MIDLinear) -> None:
             parameter.data = parameter.new_empty(0)
             plain[name] = parameter
     layer._plain = plain  # type: ignore[assignment]
-    layer.__class__ = PackedMIDLinear
+    layer.__class__ = _PACKED[type(layer)]  # type: ignore[assignment]
