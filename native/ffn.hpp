@@ -1,6 +1,6 @@
 // The sparse part of an FFN: per group of hidden units and the rows that chose it, the up-projection, the activation and
-// the group's share of the output. Hidden units live in scratch memory for one panel at a time; code, gate and light
-// path are the caller's, which hands over y with the light path in it.
+// the group's share of the output. Hidden units live in scratch memory, for one panel at a time where a thread has rows of
+// its own; code, gate and light path are the caller's, which hands over y with the light path in it.
 #pragma once
 
 #include "forward.hpp"
@@ -9,6 +9,8 @@ namespace {
 
 // Rows that share the packing of a panel; their outputs should stay in cache.
 constexpr std::int64_t kFfnRows = 256;
+// Fewer rows per thread than this are computed by all threads together, or each would read most weights for a few rows.
+constexpr std::int64_t kFfnOwnRows = 64;
 
 // Maximal error 1.5e-7: Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26.
 MIDL_INLINE Vec error_function(Vec x) {
@@ -79,66 +81,49 @@ struct FfnLayout {
   }
 };
 
-class FfnChunk {
+// What one thread needs to compute with.
+class FfnThread {
  public:
-  explicit FfnChunk(const midl::FfnForward& call)
+  explicit FfnThread(const midl::FfnForward& call)
       : call_(call), layout_(call.depth, call.outputs, call.groups, call.hidden, call.value_weight) {}
 
   void carve(Carver& memory, std::int64_t rows) {
-    by_group_.starts = memory.take<std::int32_t>(call_.groups + 1);
-    by_group_.rows = memory.take<std::int32_t>(rows * call_.selected_groups);
-    by_group_.shares = memory.take<float>(rows * call_.selected_groups);
     inputs_ = memory.take<const float*>(rows);
     units_ = memory.take<const float*>(rows);
-    hidden_ = memory.take<float>(rows * kPanelWidth);
     value_ = memory.take<float>(rows * kPanelWidth);
     out_ = memory.take<float>(rows * kPanelWidth);
     slice_ = memory.take<float>(slice_floats());
     for (float*& vector : vectors_) vector = memory.take<float>(kPanelWidth);
   }
 
-  void run(Range chunk) {
-    sort_rows(call_, chunk, by_group_);
-    const std::int64_t size = call_.hidden / call_.groups;
-    for (std::int64_t g = 0; g < call_.groups; ++g) {
-      const std::int64_t begin = by_group_.starts[g], m = by_group_.starts[g + 1] - begin;
-      if (m == 0) continue;
-      for (std::int64_t r = 0; r < m; ++r) {
-        inputs_[r] = call_.x + (chunk.begin + by_group_.rows[begin + r]) * call_.x_stride;
-        units_[r] = hidden_ + r * kPanelWidth;
-      }
-      for (std::int64_t first = g * size; first < (g + 1) * size; first += kPanelWidth) {
-        const int count = int(lesser((g + 1) * size - first, kPanelWidth));
-        compute_units(m, first, count, by_group_.shares + begin);
-        add_outputs(chunk.begin, m, first, count, by_group_.rows + begin);
-      }
-    }
-  }
-
- private:
-  // hidden (m x count) = share * (act(x . weight) [* x . value] - light)
-  void compute_units(std::int64_t m, std::int64_t first, int count, const float* shares) {
+  // Of `count` units from `first` on, for those m rows of a chunk: hidden (m x count, row stride kPanelWidth) =
+  // share * (act(x . weight) [* x . value] - light)
+  void compute_units(std::int64_t chunk_begin, const std::int32_t* rows, const float* shares, std::int64_t m,
+                     std::int64_t first, int count, float* hidden) {
+    for (std::int64_t r = 0; r < m; ++r) inputs_[r] = call_.x + (chunk_begin + rows[r]) * call_.x_stride;
     const auto project = [&](const float* weight, std::int64_t panel, const float* bias, float* padded, float* out) {
       pad_panel(bias ? bias + first : nullptr, count, padded);
       const Neurons<float> units{weight + first * call_.depth, call_.depth, panel_at(panel), count};
       multiply_neurons(inputs_, m, units, call_.depth, padded, slice_, out, kPanelWidth);
     };
-    project(call_.weight, layout_.up_panel(first), call_.bias, vectors_[0], hidden_);
+    project(call_.weight, layout_.up_panel(first), call_.bias, vectors_[0], hidden);
     if (call_.value_weight)
       project(call_.value_weight, layout_.value_panel(first), call_.value_bias, vectors_[1], value_);
     pad_panel(call_.light_hidden + first, count, vectors_[2]);
     for (std::int64_t r = 0; r < m; ++r)
       for (int v = 0; v < count; v += L) {
-        float* unit = hidden_ + r * kPanelWidth + v;
+        float* unit = hidden + r * kPanelWidth + v;
         Vec h = activate(load(unit), call_.activation);
         if (call_.value_weight) h *= load(value_ + r * kPanelWidth + v);
         store(unit, (h - load(vectors_[2] + v)) * shares[r]);
       }
   }
 
-  // y (the m rows) += hidden . down^T
-  void add_outputs(std::int64_t chunk_begin, std::int64_t m, std::int64_t first, int count, const std::int32_t* rows) {
-    for (std::int64_t o = 0; o < call_.outputs; o += kPanelWidth) {
+  // y (those rows, outputs in the range) += hidden . down^T
+  void add_outputs(std::int64_t chunk_begin, const std::int32_t* rows, std::int64_t m, std::int64_t first, int count,
+                   const float* hidden, Range range) {
+    for (std::int64_t r = 0; r < m; ++r) units_[r] = hidden + r * kPanelWidth;
+    for (std::int64_t o = range.begin; o < range.end; o += kPanelWidth) {
       const int outputs = int(lesser(call_.outputs - o, kPanelWidth));
       const Neurons<float> columns{call_.down_weight + o * call_.hidden + first, call_.hidden,
                                    panel_at(layout_.down_panel(first, count, o)), outputs};
@@ -153,31 +138,120 @@ class FfnChunk {
     }
   }
 
+ private:
   const float* panel_at(std::int64_t offset) const { return call_.panels ? call_.panels + offset : nullptr; }
 
   const midl::FfnForward& call_;
   const FfnLayout layout_;
-  RowsByGroup by_group_{};
   const float **inputs_ = nullptr, **units_ = nullptr;
-  float *hidden_ = nullptr, *value_ = nullptr, *out_ = nullptr, *slice_ = nullptr, *vectors_[3] = {};
+  float *value_ = nullptr, *out_ = nullptr, *slice_ = nullptr, *vectors_[3] = {};
 };
+
+// The hidden units of each group in parts that a panel holds.
+struct UnitParts {
+  std::int64_t group_size, per_group;
+  explicit UnitParts(const midl::FfnForward& call)
+      : group_size(call.hidden / call.groups), per_group(divide_up(group_size, kPanelWidth)) {}
+  std::int64_t first(std::int64_t group, std::int64_t part) const { return group * group_size + part * kPanelWidth; }
+  int count(std::int64_t part) const { return int(lesser(group_size - part * kPanelWidth, kPanelWidth)); }
+};
+
+inline void carve_rows(const midl::FfnForward& call, std::int64_t rows, Carver& memory, RowsByGroup& by_group) {
+  by_group.starts = memory.take<std::int32_t>(call.groups + 1);
+  by_group.rows = memory.take<std::int32_t>(rows * call.selected_groups);
+  by_group.shares = memory.take<float>(rows * call.selected_groups);
+}
+
+// Each thread has rows of its own.
+inline void ffn_by_rows(const midl::FfnForward& call, int threads) {
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    const Range own = part_of(call.rows, omp_get_thread_num(), omp_get_num_threads(), 1);
+    const std::int64_t room = lesser(own.end - own.begin, kFfnRows);
+    const UnitParts parts(call);
+    FfnThread thread(call);
+    RowsByGroup by_group{};
+    float* hidden = nullptr;
+    const auto carve = [&](Carver memory) {
+      carve_rows(call, room, memory, by_group);
+      hidden = memory.take<float>(room * kPanelWidth);
+      thread.carve(memory, room);
+      return memory.used();
+    };
+    carve(Carver(midl::scratch(carve(Carver(nullptr)))));
+    const Range all{0, call.outputs};
+    for (std::int64_t begin = own.begin; begin < own.end; begin += kFfnRows) {
+      sort_rows(call, {begin, lesser(own.end, begin + kFfnRows)}, by_group);
+      for (std::int64_t g = 0; g < call.groups; ++g) {
+        const std::int64_t at = by_group.starts[g], m = by_group.starts[g + 1] - at;
+        if (m == 0) continue;
+        for (std::int64_t p = 0; p < parts.per_group; ++p) {
+          thread.compute_units(begin, by_group.rows + at, by_group.shares + at, m, parts.first(g, p), parts.count(p), hidden);
+          thread.add_outputs(begin, by_group.rows + at, m, parts.first(g, p), parts.count(p), hidden, all);
+        }
+      }
+    }
+  }
+}
+
+// All threads share the rows: they take the groups in turns for the hidden units, then each has outputs of its own. Every
+// sum is taken in the same order as there.
+inline void ffn_together(const midl::FfnForward& call, int threads) {
+  const UnitParts parts(call);
+  const std::int64_t room = lesser(call.rows, kFfnRows), panels = divide_up(call.outputs, kPanelWidth);
+  RowsByGroup by_group{};
+  float* hidden = nullptr;
+  const auto carve = [&](Carver& memory) {
+    carve_rows(call, room, memory, by_group);
+    hidden = memory.take<float>(room * call.selected_groups * parts.per_group * kPanelWidth);
+  };
+  Carver common(nullptr), each(nullptr);
+  carve(common);
+  FfnThread(call).carve(each, room);
+  char* base = midl::scratch(common.used() + each.used() * std::size_t(threads));
+  Carver memory(base);
+  carve(memory);
+  const auto hidden_of = [&](std::int64_t at, std::int64_t m, std::int64_t part) {
+    return hidden + (at * parts.per_group + part * m) * kPanelWidth;
+  };
+#pragma omp parallel num_threads(threads)
+  {
+    // The runtime may give fewer threads than asked for, in a nested region for instance.
+    const std::int64_t team = omp_get_num_threads(), own = omp_get_thread_num();
+    FfnThread thread(call);
+    Carver mine(base + common.used() + each.used() * std::size_t(own));
+    thread.carve(mine, room);
+    const Range range = part_of(panels, own, team, 1);
+    const Range outputs{range.begin * kPanelWidth, lesser(range.end * kPanelWidth, call.outputs)};
+    for (std::int64_t begin = 0; begin < call.rows; begin += kFfnRows) {
+#pragma omp single
+      sort_rows(call, {begin, lesser(call.rows, begin + kFfnRows)}, by_group);
+#pragma omp for schedule(dynamic, 1)
+      for (std::int64_t i = 0; i < call.groups * parts.per_group; ++i) {
+        const std::int64_t g = i / parts.per_group, p = i % parts.per_group;
+        const std::int64_t at = by_group.starts[g], m = by_group.starts[g + 1] - at;
+        if (m > 0)
+          thread.compute_units(begin, by_group.rows + at, by_group.shares + at, m, parts.first(g, p), parts.count(p),
+                               hidden_of(at, m, p));
+      }
+      for (std::int64_t g = 0; g < call.groups; ++g) {
+        const std::int64_t at = by_group.starts[g], m = by_group.starts[g + 1] - at;
+        for (std::int64_t p = 0; m > 0 && p < parts.per_group; ++p)
+          thread.add_outputs(begin, by_group.rows + at, m, parts.first(g, p), parts.count(p), hidden_of(at, m, p), outputs);
+      }
+#pragma omp barrier
+    }
+  }
+}
 
 void ffn_forward(const midl::FfnForward& call) {
   const double work = double(call.rows) * double(call.selected_groups) * double(call.hidden / call.groups) *
                       double((call.value_weight ? 2 : 1) * call.depth + call.outputs);
-  const int wanted = int(lesser(call.threads, std::int64_t(work / kThreadWorth) + 1));
-#pragma omp parallel num_threads(wanted) if (wanted > 1)
-  {
-    const Range own = part_of(call.rows, omp_get_thread_num(), omp_get_num_threads(), 1);
-    const std::int64_t room = lesser(own.end - own.begin, kFfnRows);
-    FfnChunk chunk(call);
-    Carver sizes(nullptr);
-    chunk.carve(sizes, room);
-    Carver memory(midl::scratch(sizes.used()));
-    chunk.carve(memory, room);
-    for (std::int64_t begin = own.begin; begin < own.end; begin += kFfnRows)
-      chunk.run({begin, lesser(own.end, begin + kFfnRows)});
-  }
+  const int threads = int(lesser(call.threads, std::int64_t(work / kThreadWorth) + 1));
+  if (threads > 1 && call.rows < threads * kFfnOwnRows)
+    ffn_together(call, threads);
+  else
+    ffn_by_rows(call, threads);
 }
 
 FfnLayout layout_of(const midl::FfnPack& call) {

@@ -109,14 +109,17 @@ def test_activations_hold_far_from_zero():
         torch.testing.assert_close(y, reference_ffn.activate(x, activation), rtol=1e-5, atol=1e-6)
 
 
-def test_any_number_of_threads_gives_the_same_output():
-    tensors = random_ffn((600, 64), 256, 64, 4, 16, dtype=torch.float32)
+# Rows of their own for every thread, the same rows for all, and those in two chunks.
+@pytest.mark.parametrize(("rows", "counts"), [(600, (2, 3)), (1, (2, 3)), (100, (2, 5)), (300, (7,))])
+@pytest.mark.parametrize("group_size", [16, 40])
+def test_any_number_of_threads_gives_the_same_output(rows, counts, group_size):
+    tensors = random_ffn((rows, 64), 16 * group_size, 200, 4, group_size, dtype=torch.float32)
     threads = torch.get_num_threads()
     outputs = []
     try:
-        for count in (1, 2, 3):
+        for count in (1, *counts):
             torch.set_num_threads(count)
-            outputs.append(ffn(*tensors.values(), None, 7, 16, "silu", "hard", "selected")[0])
+            outputs.append(ffn(*tensors.values(), None, 7, group_size, "silu", "hard", "selected")[0])
     finally:
         torch.set_num_threads(threads)
     assert all(error_ratio(y, outputs[0]) < 1e-6 for y in outputs)
