@@ -40,17 +40,20 @@ def ffn(
     code = F.linear(rows, light_down)
     logits = F.linear(code, gate_weight, gate_bias)
     selected = choose(logits if noise is None else logits + noise.to(logits.dtype).view_as(logits), k, threshold)
+    offset = light_bias if down_bias is None else light_bias + down_bias
     shares: Tensor | None = None
-    light_share: Tensor | float = 1 - k / groups
     if interpolation == "sigmoid":
-        shares = logits.gather(-1, selected.long().clamp_(min=0)).sigmoid()
+        chosen = selected.long()
+        shares = logits.gather(-1, chosen if threshold is None else chosen.clamp_(min=0)).sigmoid()
         if threshold is not None:
             shares = torch.where(selected < 0, 0, shares)
-        light_share = 1 - shares.sum(-1, keepdim=True) / groups
+        light_share = torch.sub(1, shares.sum(-1, keepdim=True), alpha=1 / groups)
+        y = F.linear(code * light_share, light_up, offset)
     elif threshold is not None:
-        light_share = 1 - (selected >= 0).sum(-1, keepdim=True) / groups
-    offset = light_bias if down_bias is None else light_bias + down_bias
-    y = torch.addcmul(offset, F.linear(code, light_up), torch.as_tensor(light_share, dtype=x.dtype, device=x.device))
+        light_share = torch.sub(1, (selected >= 0).sum(-1, keepdim=True, dtype=x.dtype), alpha=1 / groups)
+        y = F.linear(code * light_share, light_up, offset)
+    else:
+        y = torch.addmm(offset, code, light_up.t(), alpha=1 - k / groups)
     # Kept alive by name until the call returns: only addresses go to the kernel.
     panels = _panels(kernels, weight, value_weight, down_weight, groups)
     parameters = [
