@@ -27,6 +27,7 @@ __all__ = ["layer_flops", "measure_accuracy", "measure_latency", "measure_step",
 
 _BATCH = 500
 _ROUNDS_TO_CHOOSE = 21
+_SECONDS_TO_CHOOSE = 5
 
 
 @torch.no_grad()
@@ -181,7 +182,7 @@ def measure_latency(
         if packed := _packed(model, x):
             forms["packed"] = packed
         forms["compiled"] = (_compiled(model, x), _compiled(copy.deepcopy(model), x))
-        times = time_in_pairs(forms, _ROUNDS_TO_CHOOSE)
+        times = time_in_pairs(forms, _ROUNDS_TO_CHOOSE, least=5, seconds=_SECONDS_TO_CHOOSE)
         chosen[name] = min(times, key=lambda form: times[form]["ratio"])
         calls[name] = forms[chosen[name]]
     measured = time_in_pairs(calls, rounds)

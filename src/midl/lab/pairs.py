@@ -15,23 +15,25 @@ __all__ = ["Call", "time_in_pairs"]
 
 Call = Callable[[], object]
 
-_LEAST_ROUNDS = 11
-_SECONDS = 90.0
 _WARMUP = 3  # layers without gradients pack their weights when they are seen unchanged
 _SHORT = 0.02  # seconds; a longer call loses nothing that can be measured by a cold start
 
 
-def time_in_pairs(calls: Mapping[str, tuple[Call, Call]], rounds: int) -> dict[str, dict[str, float]]:
+def time_in_pairs(
+    calls: Mapping[str, tuple[Call, Call]], rounds: int, *, least: int = 11, seconds: float = 90
+) -> dict[str, dict[str, float]]:  # fmt: skip
     """Return the times of calls, and their ratios to the first.
 
     In each round every other call is timed in a pair with the first, each in front every second time. Weights are
     cold: before a call shorter than 20 ms twice the last-level cache is read, then its twin runs, which does the same
     with weights of its own, so that code, but not weights, is warm. Call and twin take turns: where in memory the
-    weights of one happen to lie can make it 10 % slower. After 11 rounds and 90 seconds no round begins.
+    weights of one happen to lie can make it 10 % slower.
 
     Args:
         calls: name to a call and its twin.
         rounds: at most.
+        least: after so many rounds and ``seconds`` no round begins.
+        seconds: see ``least``.
 
     Returns:
         Name to ``median``, ``low`` and ``high`` (quartiles; seconds), and ``ratio``, ``ratio_low`` and ``ratio_high``:
@@ -45,7 +47,7 @@ def time_in_pairs(calls: Mapping[str, tuple[Call, Call]], rounds: int) -> dict[s
     ratios: dict[str, list[float]] = {name: [] for name in others}
     begun = time.perf_counter()
     for i in range(rounds):
-        if i >= _LEAST_ROUNDS and time.perf_counter() - begun > _SECONDS:
+        if i >= least and time.perf_counter() - begun > seconds:
             break
         for name in others or [first]:
             pair = {n: timers[n]() for n in ((first, name) if i % 2 else (name, first))}
