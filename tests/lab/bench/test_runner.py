@@ -15,8 +15,7 @@ from midl.ops.dispatch import selected_kernels
 GROUPS = {
     "forward/float32", "forward/bfloat16", "efficiency/float32", "training/float32", "training/convolution",
     "selection/float32", "convolution/float32", "convolution/bfloat16", "scaling/density", "scaling/width",
-    "scaling/group_size",
-    "scaling/threads", "overhead", "memory/float32",
+    "scaling/group_size", "scaling/threads", "overhead", "memory/float32", "ffn/float32",
 }  # fmt: skip
 
 
@@ -52,7 +51,13 @@ def test_only_takes_parts_of_names_patterns_and_lists() -> None:
 
 @pytest.mark.parametrize(
     "only",
-    ["overhead", "selection/float32/1x32", "memory/float32/1024x1024/batch512", "convolution/float32/64x32x32/batch1"],
+    [
+        "overhead",
+        "selection/float32/1x32",
+        "memory/float32/1024x1024/batch512",
+        "convolution/float32/64x32x32/batch1",
+        "ffn/float32/768x3072x768/batch1",
+    ],
 )
 def test_a_run_writes_rows_that_read_back(only: str, tmp_path: Path) -> None:
     out = tmp_path / "bench.json"

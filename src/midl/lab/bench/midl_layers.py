@@ -17,7 +17,10 @@ from midl.layers.base import MIDLayer, observers
 from midl.ops.conv2d import output_positions
 from midl.ops.dispatch import resolve
 
-__all__ = ["check_forward", "contender_name", "count_flops", "implementation", "make_conv2d", "make_linear", "traffic"]
+__all__ = [
+    "check_ffn", "check_forward", "contender_name", "count_flops", "implementation", "make_conv2d", "make_ffn",
+    "make_linear", "traffic",
+]  # fmt: skip
 
 
 def make_linear(in_features: int, out_features: int, dtype: torch.dtype, **choices: Any) -> midl.MIDLinear:
@@ -35,6 +38,11 @@ def make_conv2d(
         in_channels, out_channels, kernel_size, padding=padding, device="meta", dtype=dtype, **choices
     )
     return _randomise(layer.to_empty(device="cpu"))
+
+
+def make_ffn(features: int, hidden: int, **choices: Any) -> midl.MIDFFN:
+    """Return a MIDFFN with random weights; see :func:`make_linear`."""
+    return _randomise(midl.MIDFFN(features, hidden, device="meta", **choices).to_empty(device="cpu"))
 
 
 def _randomise(layer: Any) -> Any:
@@ -65,11 +73,11 @@ def implementation(layer: MIDLayer, x: Tensor, kernel: str, *, backward: bool = 
         kernel: a name for :func:`midl.kernels`.
         backward: name that of the backward pass too, where it is another.
     """
-    op = "linear" if isinstance(layer, midl.MIDLinear) else "conv2d"
+    op = "linear" if isinstance(layer, midl.MIDLinear) else "conv2d" if isinstance(layer, midl.MIDConv2d) else "ffn"
     c = layer.config
-    call: dict[str, Any] = {
-        "weight": layer.weight, "k": layer.num_selected, "group_size": c.group_size, "span": c.span
-    }  # fmt: skip
+    call: dict[str, Any] = {"weight": layer.weight, "k": layer.num_selected, "group_size": c.group_size}
+    if op != "ffn":
+        call["span"] = c.span
     if isinstance(layer, midl.MIDConv2d):
         call["positions"] = output_positions(x, layer.weight, layer.stride, layer.padding, layer.dilation)
     with midl.kernels(kernel):
@@ -114,6 +122,18 @@ def check_forward(layer: MIDLayer, x: Tensor, kernel: str) -> Parity:
         neurons = neurons.permute(0, 3, 1, 2)
     error = error_ratio(output * neurons, expected * neurons)
     return Parity(error, LIMITS[x.dtype], choice.detail)
+
+
+@torch.no_grad()
+def check_ffn(layer: midl.MIDFFN, x: Tensor, kernel: str) -> Parity:
+    """Compare output and selection with the reference's; one row in a hundred may have swapped groups that tie."""
+    output, selected = run_observed(layer, x, kernel)
+    expected, selected_expected = run_observed(layer, x, "reference")
+    agree = (selected == selected_expected).all(-1)
+    swapped = int((~agree).sum())
+    if swapped > len(x) / 100:
+        return Parity(swapped / len(x), 0.01, "rows with another selection")
+    return Parity(error_ratio(output[agree], expected[agree]), LIMITS[x.dtype], f"{swapped} rows swapped near ties")
 
 
 def _gate_logits(layer: MIDLayer, x: Tensor) -> Tensor:

@@ -16,8 +16,8 @@ __all__ = ["Case", "all_cases", "register", "select_cases"]
 
 # One module per subject; each registers a function that lists its cases.
 _MODULES = (
-    "forward", "efficiency", "training", "selection", "convolution", "convolution_training", "scaling", "overhead",
-    "memory",
+    "forward", "efficiency", "training", "selection", "convolution", "convolution_training", "ffn", "scaling",
+    "overhead", "memory",
 )  # fmt: skip
 
 

@@ -1,0 +1,101 @@
+"""Forward pass of a transformer's FFN against the two nn.Linear and the activation between them, eager and compiled."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+import midl
+from midl.lab.bench.cases.forward import ACTIVE
+from midl.lab.bench.contest import Contender, Contest, hold
+from midl.lab.bench.dense import compile_frozen, free_compiled
+from midl.lab.bench.midl_layers import check_ffn, contender_name, count_flops, implementation, make_ffn
+from midl.lab.bench.parity import Parity, compare_tensors
+from midl.lab.bench.registry import Case, register
+from midl.lab.bench.results import Row
+from midl.lab.bench.session import Session, fresh_inputs
+
+__all__: list[str] = []
+
+
+@register
+def cases() -> Iterator[Case]:
+    """Yield FFNs of a small and of a large encoder, GELU, four times as wide inside, batch 1 to 128."""
+    for features in (768, 1024):
+        for batch in (1, 16, 128):
+            yield _case(features, 4 * features, batch)
+
+
+def _case(features: int, hidden: int, batch: int) -> Case:
+    def measure(session: Session, case: Case) -> list[Row]:
+        with torch.no_grad():
+            inputs = fresh_inputs(batch, features, dtype=torch.float32)
+            contenders = 3 if session.compile else 2
+            contest = Contest(session.keep_cold(contenders * 8 * features * hidden), session.peak_gflops(torch.float32))
+            contest.add("dense FFN", lambda: _dense(contest, "dense FFN", hidden, inputs, lambda ffn: ffn))
+            if session.compile:
+                compiled = functools.partial(compile_frozen, example=inputs[0])
+                contest.add("compiled, frozen", lambda: _dense(contest, "compiled, frozen", hidden, inputs, compiled))
+            for kernel in session.kernels:
+                name = contender_name(kernel, G=32, active=ACTIVE)
+                contest.add(name, functools.partial(_midl, contest, kernel, hidden, inputs))
+            rows = hold(contest, session, case)
+        if session.compile:
+            free_compiled()
+        return rows
+
+    params = {"dtype": "float32", "in_features": features, "hidden_features": hidden, "batch": batch}
+    return Case(
+        "ffn/float32", f"{features}x{hidden}x{features}/batch{batch}", measure, (features, batch) == (768, 1), params
+    )
+
+
+def _dense(
+    contest: Contest, name: str, hidden: int, inputs: list[Tensor], of_ffn: Callable[[nn.Module], Callable[..., Tensor]]
+) -> Contender:  # fmt: skip
+    features, copies = inputs[0].shape[1], contest.cold.copies
+    ffns = [
+        nn.Sequential(nn.Linear(features, hidden), nn.GELU(), nn.Linear(hidden, features)).eval().requires_grad_(False)
+        for _ in range(copies)
+    ]
+    calls = [of_ffn(ffn) for ffn in ffns]
+
+    def check() -> Parity:
+        return compare_tensors({"y": calls[0](inputs[0])}, {"y": ffns[0](inputs[0])}, torch.float32)
+
+    return Contender(
+        name=name,
+        role="user" if name == "dense FFN" else "dense",
+        prepare=lambda i: (calls[i % copies], inputs[i % len(inputs)].clone()),
+        call=lambda argument: argument[0](argument[1]),
+        check=check,
+    )
+
+
+def _midl(contest: Contest, kernel: str, hidden: int, inputs: list[Tensor]) -> Contender:
+    batch, features = inputs[0].shape
+    copies, group_size = contest.cold.copies, 32
+    layers = [make_ffn(features, hidden, active=ACTIVE, group_size=group_size) for _ in range(copies)]
+
+    def prepare(i: int) -> tuple[midl.MIDFFN, Tensor]:
+        midl.kernels(kernel)
+        return layers[i % copies], inputs[i % len(inputs)].clone()
+
+    layer = layers[0]
+    wanted = 1 - (1 - layer.num_selected / layer.num_groups) ** batch
+    full = layer.weight.numel() + layer.down_weight.numel()
+    others = sum(p.numel() for p in layer.parameters()) - full
+    return Contender(
+        name=contender_name(kernel, G=group_size, active=ACTIVE),
+        role="midl",
+        prepare=prepare,
+        call=lambda argument: argument[0](argument[1]),
+        check=lambda: check_ffn(layer, inputs[0], kernel),
+        flops=count_flops(lambda: layer(inputs[0])),
+        read_bytes=4 * (wanted * full + others + 2 * batch * features),
+        implementation=implementation(layer, inputs[0], kernel),
+        params={"group_size": group_size, "active": ACTIVE, "rank": layer.rank, "kernels": kernel},
+    )
