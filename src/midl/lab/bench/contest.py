@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from torch import Tensor
 
 import midl
 from midl.errors import KernelError
@@ -15,7 +17,7 @@ from midl.lab.bench.results import Row
 from midl.lab.bench.session import Coldness, Session
 from midl.lab.bench.timing import Sample, Spread, Timed, interleave, paired_ratio, undisturbed
 
-__all__ = ["Contender", "Contest", "hold"]
+__all__ = ["Contender", "Contest", "dense_contender", "hold"]
 
 # A case that needs more than this many times its share of time is content with few rounds.
 _PATIENCE = 6
@@ -47,6 +49,23 @@ class Contender:
     read_bytes: float = 0.0
     implementation: str = ""
     params: dict[str, Any] = field(default_factory=dict)
+
+
+def dense_contender(
+    name: str,
+    user: str,
+    calls: Sequence[Callable[[Any], object]],
+    inputs: Sequence[Tensor],
+    check: Callable[[], Parity],
+) -> Contender:
+    """Return a dense contender that takes ``calls`` and ``inputs`` in turn; ``user`` is the name of the one users have."""
+    return Contender(
+        name=name,
+        role="user" if name == user else "dense",
+        prepare=lambda i: (calls[i % len(calls)], inputs[i % len(inputs)].clone()),
+        call=lambda argument: argument[0](argument[1]),
+        check=check,
+    )
 
 
 @dataclass

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from midl.lab.bench.contest import Contender, Contest
+from midl.lab.bench.contest import Contender, Contest, dense_contender
 from midl.lab.bench.parity import Parity, compare_tensors
 
 __all__ = ["add_dense_linears", "can_compile", "compile_frozen", "compile_trainable", "dense_count", "free_compiled"]
@@ -44,13 +44,7 @@ def add_dense_linears(
             expected = F.linear(x.float(), layer.weight.float(), layer.bias.float())
             return compare_tensors({"y": calls[0](x)}, {"y": expected}, dtype)
 
-        return Contender(
-            name=name,
-            role="user" if name == "nn.Linear" else "dense",
-            prepare=lambda i: (calls[i % copies], inputs[i % len(inputs)].clone()),
-            call=lambda argument: argument[0](argument[1]),
-            check=check,
-        )
+        return dense_contender(name, "nn.Linear", calls, inputs, check)
 
     contest.add("nn.Linear", lambda: contender("nn.Linear", lambda layer: layer))
     contest.add("F.linear", lambda: contender("F.linear", _functional))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import midl
 from midl.lab.bench.cases.forward import ACTIVE
-from midl.lab.bench.contest import Contender, Contest, hold
+from midl.lab.bench.contest import Contender, Contest, dense_contender, hold
 from midl.lab.bench.dense import compile_frozen, free_compiled
 from midl.lab.bench.midl_layers import (
     check_forward,
@@ -94,13 +94,7 @@ def _dense(contest: Contest, name: str, inputs: list[Tensor], of_layer: Callable
         expected = nn.functional.conv2d(x, conv.weight, conv.bias, padding=KERNEL // 2)
         return compare_tensors({"y": calls[0](x)}, {"y": expected}, x.dtype)
 
-    return Contender(
-        name=name,
-        role="user" if name == "nn.Conv2d" else "dense",
-        prepare=lambda i: (calls[i % copies], inputs[i % len(inputs)].clone()),
-        call=lambda argument: argument[0](argument[1]),
-        check=check,
-    )
+    return dense_contender(name, "nn.Conv2d", calls, inputs, check)
 
 
 def _midl(contest: Contest, kernel: str, group_size: int, inputs: list[Tensor]) -> Contender:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import midl
 from midl.lab.bench.cases.forward import ACTIVE
-from midl.lab.bench.contest import Contender, Contest, hold
+from midl.lab.bench.contest import Contender, Contest, dense_contender, hold
 from midl.lab.bench.dense import compile_frozen, free_compiled
 from midl.lab.bench.midl_layers import check_ffn, contender_name, count_flops, implementation, make_ffn
 from midl.lab.bench.parity import Parity, compare_tensors
@@ -66,13 +66,7 @@ def _dense(
     def check() -> Parity:
         return compare_tensors({"y": calls[0](inputs[0])}, {"y": ffns[0](inputs[0])}, torch.float32)
 
-    return Contender(
-        name=name,
-        role="user" if name == "dense FFN" else "dense",
-        prepare=lambda i: (calls[i % copies], inputs[i % len(inputs)].clone()),
-        call=lambda argument: argument[0](argument[1]),
-        check=check,
-    )
+    return dense_contender(name, "dense FFN", calls, inputs, check)
 
 
 def _midl(contest: Contest, kernel: str, hidden: int, inputs: list[Tensor]) -> Contender:
