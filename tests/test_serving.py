@@ -45,6 +45,14 @@ def make_conv(channels=12, out_channels=48, kernel_size=3, group_size=16, **choi
     return layer.eval()
 
 
+def native_outputs(layer, inputs):
+    """By the kernels, from the second call on by panels."""
+    with midl.kernels("native"):
+        for x in inputs * 2:
+            layer(x)
+        return [layer(x) for x in inputs]
+
+
 def served_bytes(model):
     held = sum(p.nbytes for p in model.parameters() if not p.is_meta)
     packed = (PackedMIDLinear, PackedMIDConv2d)
@@ -64,10 +72,7 @@ def test_a_packed_layer_has_the_same_bits_and_gives_every_weight_back(
     inputs = [torch.randn(shape, in_features).to(dtype) for shape in (1, 9)] + [
         torch.randn(2, 7, in_features).to(dtype)
     ]
-    with midl.kernels("native"):
-        for x in inputs * 2:
-            layer(x)
-        expected = [layer(x) for x in inputs]
+    expected = native_outputs(layer, inputs)
     assert pack_(layer) == [""]
     for x, y in zip(inputs, expected, strict=True):
         assert torch.equal(layer(x), y)
@@ -104,10 +109,7 @@ def test_a_packed_convolution_has_the_same_bits_and_gives_every_weight_back(dtyp
     strides = {name: p.stride() for name, p in layer.named_parameters()}
     inputs = [torch.randn(batch, layer.in_channels, *size) for batch, *size in ((1, 9, 7), (3, 6, 8))]
     inputs = [x.to(dtype) for x in (*inputs, inputs[1].contiguous(memory_format=torch.channels_last), inputs[1][0])]
-    with midl.kernels("native"):
-        for x in inputs * 2:
-            layer(x)
-        expected = [layer(x) for x in inputs]
+    expected = native_outputs(layer, inputs)
     assert pack_(layer) == ([""] if native.multiplies_as_is(dtype) else [])
     for x, y in zip(inputs * 2, expected * 2, strict=True):
         with midl.kernels("native"):
@@ -132,9 +134,7 @@ def test_a_packed_convolution_has_the_same_bits_and_gives_every_weight_back(dtyp
 def test_biases_stay_alive_and_may_be_replaced(layer, x):
     def expected():
         unpack_(layer)
-        with midl.kernels("native"):
-            layer(x)
-            y = layer(x)
+        (y,) = native_outputs(layer, [x])
         pack_(layer)
         return y
 
@@ -156,9 +156,7 @@ def test_biases_stay_alive_and_may_be_replaced(layer, x):
 @torch.no_grad()
 def test_the_light_gate_and_layers_without_bias():
     layer, x = make(gate="light", bias=False), torch.randn(5, 40)
-    with midl.kernels("native"):
-        layer(x), layer(x)
-        expected = layer(x)
+    (expected,) = native_outputs(layer, [x])
     before = layer.light_up.clone()
     assert pack_(layer) == [""]
     assert torch.equal(layer(x), expected)

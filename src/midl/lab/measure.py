@@ -196,8 +196,10 @@ def _eager(model: nn.Module, x: Tensor) -> tuple[Call, Call]:
 
 def _packed(model: nn.Module, x: Tensor) -> tuple[Call, Call] | None:
     """Return the calls of two packed copies, None where nothing can be packed."""
+    if unavailable_reason("native"):
+        return None
     copies = copy.deepcopy(model), copy.deepcopy(model)
-    if unavailable_reason("native") or not all(pack_(model) for model in copies):
+    if not all(pack_(model) for model in copies):
         return None
     return functools.partial(copies[0], x), functools.partial(copies[1], x)
 

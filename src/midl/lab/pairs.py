@@ -26,8 +26,8 @@ def time_in_pairs(
 
     In each round every other call is timed in a pair with the first, each in front every second time. Weights are
     cold: before a call shorter than 20 ms twice the last-level cache is read, then its twin runs, which does the same
-    with weights of its own, so that code, but not weights, is warm. Call and twin take turns: where in memory the
-    weights of one happen to lie can make it 10 % slower.
+    with weights of its own, so that code, but not weights, is warm. Call and twin take turns, so that nothing
+    hangs on where the weights of one happen to lie.
 
     Args:
         calls: name to a call and its twin.

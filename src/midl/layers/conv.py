@@ -182,8 +182,7 @@ class MIDConv2d(MIDLayer):
             prepared = call_prepared(x, self._parameters, self.config, window)
             if prepared is not None:
                 return prepared
-        self._check_dimensions(x)
-        self._check_input(x, -3, self.in_channels, "channels")
+        self._check_images(x)
         if x.dim() == 3:
             return self.forward(x.unsqueeze(0)).squeeze(0)
         c = self.config
@@ -206,12 +205,14 @@ class MIDConv2d(MIDLayer):
             self._observe(selected)
         return y
 
-    def _check_dimensions(self, x: Any) -> None:
+    def _check_images(self, x: Any) -> None:
+        """Raise unless the layer can compute with x, images or one image."""
         if isinstance(x, Tensor) and x.dim() not in (3, 4):
             raise MIDLError(
                 f"MIDConv2d: input of shape {tuple(x.shape)}, expected (B, {self.in_channels}, H, W) or "
                 f"({self.in_channels}, H, W)"
             )
+        self._check_input(x, -3, self.in_channels, "channels")
 
     def _pad(self, x: Tensor) -> Tensor:
         """Return images with the padding that the op does not do."""

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,9 +26,11 @@ from midl.ops.native_conv2d import conv2d, conv2d_backward, conv2d_on_panels, im
 from midl.ops.native_ffn import ffn, prefers_ffn
 from midl.ops.native_packing import Packed, State, cast_kept, packed_panels, tensor_states
 
+if TYPE_CHECKING:
+    from midl.ops.native_panels import Panels
+
 __all__ = [
     "Choices",
-    "Panels",
     "cast_parameter",
     "convolution",
     "convolution_on_panels",
@@ -201,13 +203,6 @@ class Choices(NamedTuple):
     span: int
     interpolation: str
     threshold: float | None
-
-
-class Panels(Protocol):
-    """Panels that take the place of a layer's parameters."""
-
-    light: Tensor
-    weight: Tensor
 
 
 def linear_on_panels(

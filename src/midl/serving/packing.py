@@ -35,6 +35,7 @@ class _Packed(MIDLayer):
     """A layer whose large parameters exist as panels alone."""
 
     may_be_light_alone = False
+    _plain_class: type[MIDLayer]
     _panels: Panels
     _plain: dict[str, nn.Parameter]
     """The parameters, without values, for :func:`unpack_` to fill again."""
@@ -82,8 +83,6 @@ class _Packed(MIDLayer):
     def _load_from_state_dict(self, *args: Any) -> None:
         raise self._refuse("load_state_dict()")
 
-    _plain_class: type[MIDLayer]
-
     def _refuse(self, what: str) -> MIDLError:
         return MIDLError(
             f"{self._plain_class.__name__}: {what}: the layer is packed for serving and has no plain weights, expected "
@@ -126,8 +125,7 @@ class PackedMIDConv2d(_Packed, MIDConv2d):
         prepared = self._call_prepared(images, window)
         if prepared is not None:
             return prepared
-        self._check_dimensions(x)
-        self._check_input(x, -3, self.in_channels, "channels")
+        self._check_images(x)
         if x.dim() == 3:
             return self.forward(x.unsqueeze(0)).squeeze(0)
         self._output_size(x, images)
