@@ -58,7 +58,7 @@ def dense_contender(
     inputs: Sequence[Tensor],
     check: Callable[[], Parity],
 ) -> Contender:
-    """Return a dense contender that takes ``calls`` and ``inputs`` in turn; ``user`` is the name of the one users have."""
+    """Return a dense contender that takes ``calls`` and ``inputs`` in turn; ``user`` is the name of a user's own."""
     return Contender(
         name=name,
         role="user" if name == user else "dense",
