@@ -654,6 +654,15 @@ void compute_neurons(const ForwardPlan<S>& plan, ThreadMemory& memory, std::int6
       if constexpr (sizeof(Output) == 4) __builtin_prefetch(to + kRowsAhead * c.neurons + 16, 1);
     }
     std::int64_t j = 0;
+    if (c.relu) {
+      // NaN stays.
+      for (; j + L <= block.size; j += L) {
+        const Vec v = load(from + j);
+        store_as(to + j, v < 0.0f ? Vec{} : v);
+      }
+      for (; j < block.size; ++j) store_as(to + j, from[j] < 0 ? 0.0f : from[j]);
+      continue;
+    }
     for (; j + L <= block.size; j += L) store_as(to + j, load(from + j));
     for (; j < block.size; ++j) store_as(to + j, from[j]);
   }

@@ -28,6 +28,7 @@ struct LinearForward {
   const void* packed_weight;
   const void* full = nullptr;  // (rows, neurons) like y, the full path of every neuron where the caller has computed it, or null
   bool hard;                   // interpolation weight 1 instead of sigmoid
+  bool relu = false;           // y is what a ReLU makes of the output
   void* y;                     // (rows, neurons)
   std::int32_t* selected;      // (blocks, selected_groups), -1 behind the selected; or null where nobody wants it
   int threads;

@@ -7,11 +7,13 @@
 #include <nanobind/stl/array.h>
 
 
+#include <algorithm>
 #include <array>
 #include <cstring>
 #include <vector>
 
 #include "cpu.hpp"
+#include "view.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -37,55 +39,93 @@ std::uint64_t sample(std::uintptr_t data, int64_t bytes) {
 
 namespace {
 
-// Interned once: attribute reads by these names cost tens of nanoseconds.
-PyObject* name_of(const char* text) { return PyUnicode_InternFromString(text); }
 struct Names {
-  PyObject *version = name_of("_version"), *data_ptr = name_of("data_ptr"), *is_contiguous = name_of("is_contiguous"),
-           *stride = name_of("stride"), *permute = name_of("permute"), *shape = name_of("shape"), *dtype = name_of("dtype"), *is_cpu = name_of("is_cpu"),
-           *new_empty = name_of("new_empty"), *int32 = name_of("int32"), *dtype_keyword = PyTuple_Pack(1, dtype);
+  nb::object version = interned("_version"), permute = interned("permute"), dtype = interned("dtype"), new_empty = interned("new_empty"),
+             dtype_keyword = checked(PyTuple_Pack(1, dtype.ptr()));
 };
 const Names& names() {
-  static const Names all;
-  return all;
+  static const Names* all = new Names;  // until the interpreter is gone
+  return *all;
 }
 
-nb::object checked(PyObject* result) {
-  if (!result) throw nb::python_error();
-  return nb::steal(result);
+nb::object attribute(PyObject* object, const nb::object& name) { return checked(PyObject_GetAttr(object, name.ptr())); }
+nb::object method(PyObject* object, const nb::object& name) { return checked(PyObject_CallMethodNoArgs(object, name.ptr())); }
+
+// The address of a tensor that kernels can read or write.
+const void* address_of(PyObject* tensor) {
+  View view;
+  if (!view.read(tensor)) throw nb::value_error("a tensor without memory");
+  return view.data;
 }
-nb::object attribute(PyObject* object, PyObject* name) { return checked(PyObject_GetAttr(object, name)); }
-nb::object method(PyObject* object, PyObject* name) { return checked(PyObject_CallMethodNoArgs(object, name)); }
-std::uintptr_t address_of(PyObject* tensor) { return nb::cast<std::uintptr_t>(method(tensor, names().data_ptr)); }
-bool equal(const nb::object& a, const nb::object& b) {
-  const int result = PyObject_RichCompareBool(a.ptr(), b.ptr(), Py_EQ);
-  if (result < 0) throw nb::python_error();
-  return result;
-}
-bool is_contiguous(PyObject* tensor) { return method(tensor, names().is_contiguous).ptr() == Py_True; }
+
+// What torch says of the state of the calling thread, asked by functions that were looked up once.
+class Torch {
+ public:
+  static const Torch& state() {
+    static const Torch* state = new Torch;  // until the interpreter is gone
+    return *state;
+  }
+
+  // midl.ops.dispatch.is_plain_inference on the CPU, but for compilation and the weight, and without autocast; `view` becomes
+  // x's. Compilers of Python must have been asked for before: they cannot look in here.
+  bool infers_plainly(PyObject* x, View& view) const {
+    return reinterpret_cast<PyObject*>(Py_TYPE(x)) == tensor_.ptr() && says(is_grad_enabled_, Py_False) &&
+           checked(PyObject_CallOneArg(is_autocast_enabled_.ptr(), cpu_.ptr())).ptr() == Py_False &&
+           says(transforms_, Py_None) && nb::cast<int64_t>(call(dispatch_stack_)) == 0 && says(tracing_, Py_None) &&
+           attribute(profiler_.ptr(), is_profiler_enabled_).ptr() == Py_False &&
+           method(x, is_neg_).ptr() == Py_False && view.read(x) && view.on_cpu;
+  }
+  int threads() const { return nb::cast<int>(call(num_threads_)); }
+
+ private:
+  static nb::object call(const nb::object& function) { return checked(PyObject_CallNoArgs(function.ptr())); }
+  static bool says(const nb::object& function, PyObject* answer) { return call(function).ptr() == answer; }
+
+  nb::object torch_ = nb::module_::import_("torch"), c_ = torch_.attr("_C"), functorch_ = c_.attr("_functorch"),
+             profiler_ = nb::module_::import_("torch.autograd.profiler"), tensor_ = torch_.attr("Tensor"),
+             is_grad_enabled_ = torch_.attr("is_grad_enabled"), is_autocast_enabled_ = torch_.attr("is_autocast_enabled"),
+             num_threads_ = torch_.attr("get_num_threads"), dispatch_stack_ = c_.attr("_len_torch_dispatch_stack"),
+             tracing_ = c_.attr("_get_tracing_state"), transforms_ = functorch_.attr("peek_interpreter_stack"),
+             cpu_ = interned("cpu"), is_neg_ = interned("is_neg"), is_profiler_enabled_ = interned("_is_profiler_enabled");
+};
+
+// The layout of a tensor that a call was prepared for.
+struct Form {
+  std::vector<int64_t> shape, strides;
+  Element element = Element::other;
+  bool on_cpu = false;
+
+  Form() = default;
+  explicit Form(const View& v)
+      : shape(v.shape, v.shape + v.axes), strides(v.strides, v.strides + v.axes), element(v.element), on_cpu(v.on_cpu) {}
+  bool fits(const View& v) const {
+    return v.axes == int(shape.size()) && v.element == element && v.on_cpu == on_cpu &&
+           std::equal(shape.begin(), shape.end(), v.shape) && std::equal(strides.begin(), strides.end(), v.strides);
+  }
+};
 
 // One of the layer's parameters as it was when the call was prepared.
 struct Parameter {
   nb::object name, reference;  // key in the module's dict; weak reference, or None where the layer has no such parameter
-  nb::object shape, strides, dtype;
-  std::uintptr_t address = 0;
+  Form form;
+  const void* address = nullptr;
   int64_t version = 0, bytes = 0;
   std::uint64_t values = 0;
   std::size_t index = 0;
   bool copied = false;  // into panels, so that its values count; others are read at every call
 
   // Whether the call may take `now` for it; `at` becomes the address to read.
-  bool fits(PyObject* now, std::uintptr_t& at) const {
-    at = 0;
+  bool fits(PyObject* now, const void*& at) const {
+    at = nullptr;
     if (reference.is_none() || now == Py_None) return reference.is_none() && now == Py_None;
-    at = address_of(now);
-    if (!equal(method(now, names().stride), strides)) return false;
-    // Identity by weak reference: a mere address may be used again.
-    const bool same = checked(PyObject_CallNoArgs(reference.ptr())).ptr() == now && at == address;
-    if (copied)
-      return same && nb::cast<int64_t>(attribute(now, names().version)) == version && sample(address, bytes) == values;
-    // A compiled graph makes the smallest parameters anew in every call.
-    return same || (equal(attribute(now, names().shape), shape) && attribute(now, names().dtype).ptr() == dtype.ptr() &&
-                    attribute(now, names().is_cpu).ptr() == Py_True);
+    View view;
+    if (!view.read(now) || !form.fits(view)) return false;
+    at = view.data;
+    // A compiled graph makes the smallest parameters anew in every call. For copied ones, identity by weak reference: a mere
+    // address may be used again.
+    return !copied || (at == address && checked(PyObject_CallNoArgs(reference.ptr())).ptr() == now &&
+                       nb::cast<int64_t>(attribute(now, names().version)) == version &&
+                       sample(reinterpret_cast<std::uintptr_t>(address), bytes) == values);
   }
 };
 
@@ -100,9 +140,9 @@ class Parameters {
     static constexpr const char* kNames[kParameters] = {"weight",   "bias",        "light_down",
                                                         "light_up", "gate_weight", "gate_bias"};
     for (std::size_t i = 0; i < kParameters; ++i) {
-      nb::object name = nb::steal(name_of(kNames[i]));
+      nb::object name = interned(kNames[i]);
       if (!parameters.contains(name)) {
-        addresses_[i] = reinterpret_cast<std::uintptr_t>(panels);
+        addresses_[i] = panels;
         continue;
       }
       Parameter& p = present_.emplace_back();
@@ -114,16 +154,16 @@ class Parameters {
         continue;
       }
       p.reference = checked(PyWeakref_NewRef(tensor.ptr(), nullptr));
-      p.address = address_of(tensor.ptr());
-      p.shape = attribute(tensor.ptr(), names().shape);
-      p.strides = method(tensor.ptr(), names().stride);
-      p.dtype = attribute(tensor.ptr(), names().dtype);
+      View view;
+      if (!view.read(tensor.ptr())) throw nb::value_error("a parameter without memory");
+      p.form = Form(view);
+      p.address = view.data;
       if (states.contains(p.name)) {
         // As read when the panels were made, not now: another thread may have changed the parameter since.
         nb::tuple state = nb::cast<nb::tuple>(states[p.name]);
         p.copied = true;
         p.version = nb::cast<int64_t>(state[0]);
-        p.address = nb::cast<std::uintptr_t>(state[1]);
+        p.address = reinterpret_cast<const void*>(nb::cast<std::uintptr_t>(state[1]));
         p.values = nb::cast<std::uint64_t>(state[2]);
         p.bytes = nb::cast<int64_t>(tensor.attr("nbytes"));
       }
@@ -134,9 +174,7 @@ class Parameters {
   // Those of one call, kept alive: other threads may drop them.
   struct Held {
     std::array<nb::object, kParameters> objects;
-    std::array<std::uintptr_t, kParameters> addresses;
-
-    const void* address(std::size_t i) const { return reinterpret_cast<const void*>(addresses[i]); }
+    std::array<const void*, kParameters> addresses;
   };
 
   // Whether the call may take those in the dict for these.
@@ -148,16 +186,14 @@ class Parameters {
     }
     return true;
   }
-  const void* address(std::size_t i) const { return reinterpret_cast<const void*>(addresses_[i]); }
+  const void* address(std::size_t i) const { return addresses_[i]; }
 
  private:
-  std::array<std::uintptr_t, kParameters> addresses_{};
+  std::array<const void*, kParameters> addresses_{};
   std::vector<Parameter> present_;
 };
 
-const void* panels_at(const nb::object& t) {
-  return t.is_none() ? nullptr : reinterpret_cast<const void*>(address_of(t.ptr()));
-}
+const void* panels_at(const nb::object& t) { return t.is_none() ? nullptr : address_of(t.ptr()); }
 
 // An output for x. Of what malloc would map every time (see midl.ops.huge_pages) Python takes care.
 nb::object new_output(PyObject* x, PyObject* shape, int64_t elements, Storage storage) {
@@ -165,22 +201,22 @@ nb::object new_output(PyObject* x, PyObject* shape, int64_t elements, Storage st
   if (elements * (storage == Storage::bfloat16 ? 2 : 4) >= kAlwaysMapped)
     return nb::module_::import_("midl.ops.huge_pages").attr("empty_where_mapped")(nb::handle(shape), attribute(x, names().dtype));
   PyObject* arguments[] = {x, shape};
-  return checked(PyObject_VectorcallMethod(names().new_empty, arguments, 2, nullptr));
+  return checked(PyObject_VectorcallMethod(names().new_empty.ptr(), arguments, 2, nullptr));
 }
 
 // Where the selection goes.
 nb::object new_selection(PyObject* x, PyObject* shape) {
-  static const nb::object* int32 = new nb::object(attribute(nb::module_::import_("torch").ptr(), names().int32));
+  static const nb::object* int32 = new nb::object(nb::module_::import_("torch").attr("int32"));
   PyObject* arguments[] = {x, shape, int32->ptr()};
-  return checked(PyObject_VectorcallMethod(names().new_empty, arguments, 2, names().dtype_keyword));
+  return checked(PyObject_VectorcallMethod(names().new_empty.ptr(), arguments, 2, names().dtype_keyword.ptr()));
 }
 
 class PreparedLinear {
  public:
-  PreparedLinear(nb::dict parameters, nb::dict states, nb::object dtype, bool bfloat16, int64_t depth, int64_t neurons,
+  PreparedLinear(nb::dict parameters, nb::dict states, bool bfloat16, int64_t depth, int64_t neurons,
                  int64_t rank, int64_t groups, int64_t selected_groups, float threshold, bool hard,
                  nb::object packed_light, nb::object packed_weight, nb::object dense_product)
-      : dtype_(std::move(dtype)), packed_light_(std::move(packed_light)), packed_weight_(std::move(packed_weight)),
+      : element_(bfloat16 ? Element::bfloat16 : Element::float32), packed_light_(std::move(packed_light)), packed_weight_(std::move(packed_weight)),
         dense_product_(std::move(dense_product)), kernels_(&current()), parameters_(parameters, states, panels_at(packed_light_)) {
     call_ = {
         .storage = bfloat16 ? Storage::bfloat16 : Storage::float32,
@@ -196,49 +232,53 @@ class PreparedLinear {
 
   // y, or with `selection` y and the groups selected, or None where this call was not prepared for x or for the
   // parameters as they are now.
-  nb::object run(nb::handle x, nb::dict parameters, int threads, bool selection) const {
-    if (&current() != kernels_) return nb::none();
+  nb::object run(nb::handle x, nb::dict parameters, int threads, bool selection, bool relu) const {
+    View view;
+    return view.read(x.ptr()) ? run_on(view, x, parameters, threads, selection, relu) : nb::none();
+  }
+
+  // y, by torch's number of threads; None also where the call is no plain inference.
+  nb::object run_plainly(nb::handle x, nb::dict parameters, bool relu) const {
+    const Torch& torch = Torch::state();
+    View view;
+    return torch.infers_plainly(x.ptr(), view) ? run_on(view, x, parameters, torch.threads(), false, relu) : nb::none();
+  }
+
+ private:
+  nb::object run_on(const View& view, nb::handle x, nb::dict parameters, int threads, bool selection, bool relu) const {
     Parameters::Held held;
-    if (!parameters_.fit(parameters, held)) return nb::none();
-    if (attribute(x.ptr(), names().dtype).ptr() != dtype_.ptr() || !is_contiguous(x.ptr()) ||
-        attribute(x.ptr(), names().is_cpu).ptr() != Py_True)
-      return nb::none();
-    nb::object shape = attribute(x.ptr(), names().shape);
-    const Py_ssize_t axes = PyTuple_GET_SIZE(shape.ptr());
-    if (axes == 0) return nb::none();
-    nb::object y_shape = checked(PyTuple_New(axes));
+    if (&current() != kernels_ || !parameters_.fit(parameters, held)) return nb::none();
     LinearForward call = call_;
+    if (view.element != element_ || !view.on_cpu || view.axes == 0 || view.shape[view.axes - 1] != call.depth ||
+        !view.is_contiguous())
+      return nb::none();
+    nb::object y_shape = checked(PyTuple_New(view.axes));
     call.rows = 1;
-    for (Py_ssize_t i = 0; i < axes; ++i) {
-      nb::object size = nb::borrow(PyTuple_GET_ITEM(shape.ptr(), i));
-      const int64_t length = nb::cast<int64_t>(size);
-      if (i + 1 < axes) {
-        call.rows *= length;
-      } else {
-        if (length != call.depth) return nb::none();
-        size = nb::int_(call.neurons);
-      }
-      PyTuple_SET_ITEM(y_shape.ptr(), i, size.release().ptr());
+    for (int i = 0; i < view.axes; ++i) {
+      const bool last = i + 1 == view.axes;
+      if (!last) call.rows *= view.shape[i];
+      PyTuple_SET_ITEM(y_shape.ptr(), i, checked(PyLong_FromLongLong(last ? call.neurons : view.shape[i])).release().ptr());
     }
     nb::object y = new_output(x.ptr(), y_shape.ptr(), call.rows * call.neurons, call.storage);
     nb::object selected;
     if (selection) {
-      nb::list sizes(shape);
-      sizes[axes - 1] = call.selected_groups;
+      nb::list sizes(y_shape);
+      sizes[std::size_t(view.axes) - 1] = call.selected_groups;
       selected = new_selection(x.ptr(), nb::tuple(sizes).ptr());
-      call.selected = reinterpret_cast<std::int32_t*>(address_of(selected.ptr()));
+      call.selected = static_cast<std::int32_t*>(const_cast<void*>(address_of(selected.ptr())));
     }
     nb::object full;
     if (!dense_product_.is_none()) {
       full = dense_product_(x, held.objects[0]);
-      call.full = reinterpret_cast<const void*>(address_of(full.ptr()));
+      call.full = address_of(full.ptr());
     }
-    call.x = reinterpret_cast<const void*>(address_of(x.ptr()));
-    call.y = reinterpret_cast<void*>(address_of(y.ptr()));
+    call.x = view.data;
+    call.y = const_cast<void*>(address_of(y.ptr()));
     call.positions = call.rows;
-    call.bias = held.address(1);
-    call.gate_bias = held.address(5);
+    call.bias = held.addresses[1];
+    call.gate_bias = held.addresses[5];
     call.threads = threads;
+    call.relu = relu;
     {
       nb::gil_scoped_release released;
       kernels_->linear_forward(call);
@@ -246,8 +286,8 @@ class PreparedLinear {
     return selection ? nb::make_tuple(y, selected) : y;
   }
 
- private:
-  nb::object dtype_, packed_light_, packed_weight_, dense_product_;
+  Element element_;
+  nb::object packed_light_, packed_weight_, dense_product_;
   const Kernels* kernels_;
   Parameters parameters_;
   LinearForward call_;
@@ -260,11 +300,13 @@ class PreparedConvolution {
                       nb::object selected_shape, const std::array<int64_t, 17>& images, int64_t rows, int64_t neurons, int64_t rank,
                       int64_t groups, int64_t selected_groups, float threshold, int64_t positions, int64_t span,
                       bool hard, nb::object packed_light, nb::object packed_weight, nb::object dense_product)
-      : x_shape_(attribute(x.ptr(), names().shape)), x_strides_(method(x.ptr(), names().stride)),
-        dtype_(attribute(x.ptr(), names().dtype)), y_shape_(std::move(y_shape)),
+      : y_shape_(std::move(y_shape)),
         selected_shape_(std::move(selected_shape)), packed_light_(std::move(packed_light)), packed_weight_(std::move(packed_weight)),
         dense_product_(std::move(dense_product)), kernels_(&current()), parameters_(parameters, states, panels_at(packed_light_)) {
     static_assert(sizeof(Images) == sizeof images);
+    View view;
+    if (!view.read(x.ptr())) throw nb::value_error("images without memory");
+    form_ = Form(view);
     const void* light = panels_at(packed_light_);
     call_.storage = bfloat16 ? Storage::bfloat16 : Storage::float32;
     std::memcpy(&call_.images, images.data(), sizeof images);
@@ -282,42 +324,41 @@ class PreparedConvolution {
   }
 
   // y (B, n, H, W) and the rest as PreparedLinear.
-  nb::object run(nb::handle x, nb::dict parameters, int threads, bool selection) const {
+  nb::object run(nb::handle x, nb::dict parameters, int threads, bool selection, bool relu) const {
+    View view;
     Parameters::Held held;
-    if (&current() != kernels_ || !parameters_.fit(parameters, held)) return nb::none();
-    if (attribute(x.ptr(), names().dtype).ptr() != dtype_.ptr() ||
-        attribute(x.ptr(), names().is_cpu).ptr() != Py_True ||
-        !equal(attribute(x.ptr(), names().shape), x_shape_) || !equal(method(x.ptr(), names().stride), x_strides_))
-      return nb::none();
+    if (&current() != kernels_ || !view.read(x.ptr()) || !form_.fits(view) || !parameters_.fit(parameters, held)) return nb::none();
     nb::object y = new_output(x.ptr(), y_shape_.ptr(), call_.rows.rows * call_.rows.neurons, call_.storage);
     ConvolutionForward call = call_;
     nb::object selected;
     if (selection) {
       selected = new_selection(x.ptr(), selected_shape_.ptr());
-      call.rows.selected = reinterpret_cast<std::int32_t*>(address_of(selected.ptr()));
+      call.rows.selected = static_cast<std::int32_t*>(const_cast<void*>(address_of(selected.ptr())));
     }
     nb::object full;  // (B, n, H, W), channels last
     if (!dense_product_.is_none()) {
       full = dense_product_(x, held.objects[0]);
-      call.rows.full = reinterpret_cast<const void*>(address_of(full.ptr()));
+      call.rows.full = address_of(full.ptr());
     }
-    call.rows.x = reinterpret_cast<const void*>(address_of(x.ptr()));
-    call.rows.y = reinterpret_cast<void*>(address_of(y.ptr()));
-    call.rows.bias = held.address(1);
-    call.rows.gate_bias = held.address(5);
+    call.rows.x = view.data;
+    call.rows.y = const_cast<void*>(address_of(y.ptr()));
+    call.rows.bias = held.addresses[1];
+    call.rows.gate_bias = held.addresses[5];
     call.rows.threads = threads;
+    call.rows.relu = relu;
     {
       nb::gil_scoped_release released;
       kernels_->convolution_forward(call);
     }
     static const nb::object* channels_first = new nb::object(nb::make_tuple(0, 3, 1, 2));
     PyObject* order[] = {y.ptr(), channels_first->ptr()};
-    y = checked(PyObject_VectorcallMethod(names().permute, order, 2, nullptr));
+    y = checked(PyObject_VectorcallMethod(names().permute.ptr(), order, 2, nullptr));
     return selection ? nb::make_tuple(y, selected) : y;
   }
 
  private:
-  nb::object x_shape_, x_strides_, dtype_, y_shape_, selected_shape_, packed_light_, packed_weight_, dense_product_;
+  Form form_;
+  nb::object y_shape_, selected_shape_, packed_light_, packed_weight_, dense_product_;
   const Kernels* kernels_;
   Parameters parameters_;
   ConvolutionForward call_;
@@ -327,19 +368,24 @@ class PreparedConvolution {
 
 void bind_prepared(nb::module_& m) {
   nb::set_leak_warnings(false);  // calls are kept in a dict of a Python module until the interpreter is gone
+  m.def("infers_plainly", [](nb::handle x) {
+    View view;
+    return Torch::state().infers_plainly(x.ptr(), view);
+  }, "x"_a.none());
   nb::class_<PreparedLinear>(m, "PreparedLinear")
-      .def(nb::init<nb::dict, nb::dict, nb::object, bool, int64_t, int64_t, int64_t, int64_t, int64_t, float, bool,
+      .def(nb::init<nb::dict, nb::dict, bool, int64_t, int64_t, int64_t, int64_t, int64_t, float, bool,
                     nb::object, nb::object, nb::object>(),
-           "parameters"_a, "states"_a, "dtype"_a, "bfloat16"_a, "depth"_a, "neurons"_a, "rank"_a, "groups"_a,
+           "parameters"_a, "states"_a, "bfloat16"_a, "depth"_a, "neurons"_a, "rank"_a, "groups"_a,
            "selected_groups"_a, "threshold"_a, "hard"_a, "packed_light"_a.none(), "packed_weight"_a.none(), "dense_product"_a.none())
-      .def("run", &PreparedLinear::run, "x"_a, "parameters"_a, "threads"_a, "selection"_a = false);
+      .def("run", &PreparedLinear::run, "x"_a, "parameters"_a, "threads"_a, "selection"_a = false, "relu"_a = false)
+      .def("run_plainly", &PreparedLinear::run_plainly, "x"_a.none(), "parameters"_a, "relu"_a = false);
   nb::class_<PreparedConvolution>(m, "PreparedConvolution")
       .def(nb::init<nb::dict, nb::dict, nb::object, bool, nb::object, nb::object, const std::array<int64_t, 17>&, int64_t, int64_t,
                     int64_t, int64_t, int64_t, float, int64_t, int64_t, bool, nb::object, nb::object, nb::object>(),
            "parameters"_a, "states"_a, "x"_a, "bfloat16"_a, "y_shape"_a, "selected_shape"_a, "images"_a, "rows"_a, "neurons"_a, "rank"_a, "groups"_a,
            "selected_groups"_a, "threshold"_a, "positions"_a, "span"_a, "hard"_a, "packed_light"_a,
            "packed_weight"_a.none(), "dense_product"_a.none())
-      .def("run", &PreparedConvolution::run, "x"_a, "parameters"_a, "threads"_a, "selection"_a = false);
+      .def("run", &PreparedConvolution::run, "x"_a, "parameters"_a, "threads"_a, "selection"_a = false, "relu"_a = false);
 }
 
 }  // namespace midl

@@ -264,7 +264,7 @@ void test_forward(const Kernels& kernels, const Case& c) {
     Tensor y(c.storage, s.rows * s.neurons());
     vector<std::int32_t> selected(std::size_t(s.blocks() * s.k), -2);
     const bool weight_panels = packed && kernels.wants_weight_panels(c.storage, s.rows, s.groups, s.k, s.group_size);
-    kernels.linear_forward({
+    midl::LinearForward call{
         .storage = c.storage, .x = layer.x.data(), .x_stride = s.depth, .rows = s.rows, .depth = s.depth,
         .neurons = s.neurons(), .rank = s.rank, .groups = s.groups, .selected_groups = s.k, .threshold = c.threshold,
         .positions = s.rows, .span = s.span, .weight = layer.weight.data(), .bias = layer.bias.data(),
@@ -272,12 +272,19 @@ void test_forward(const Kernels& kernels, const Case& c) {
         .gate_weight = parameters.gate_weight, .gate_bias = c.light_gate ? nullptr : layer.gate_bias.data(),
         .noise = nullptr, .packed_light = packed ? packed_light.data() : nullptr,
         .packed_weight = weight_panels ? packed_weight.data() : nullptr, .full = nullptr, .hard = c.hard, .y = y.data(),
-        .selected = selected.data(), .threads = 1});
+        .selected = selected.data(), .threads = 1};
+    kernels.linear_forward(call);
     const std::string where = c.describe() + (packed ? ", packed" : "");
     if (report(selected == layer.selected, kernels.name, "selection", where))
       compare(kernels, y, layer.y, kForwardLimit[int(c.storage)], "output", where);
     if (packed) report(y.halves == first, kernels.name, "not the same bits with panels", where);
     first = y.halves;
+    Tensor rectified(c.storage, s.rows * s.neurons());
+    call.relu = true, call.y = rectified.data();
+    kernels.linear_forward(call);
+    bool same = rectified.strip_is_whole();
+    for (int64_t i = 0; i < s.rows * s.neurons(); ++i) same = same && rectified[i] == std::max(y[i], 0.0f);
+    report(same, kernels.name, "ReLU", where);
   }
   report(packed_light.strip_is_whole() && packed_weight.strip_is_whole(), kernels.name, "packed past the end", c.describe());
 }

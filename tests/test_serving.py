@@ -140,7 +140,7 @@ def test_biases_stay_alive_and_may_be_replaced(layer, x):
 
     pack_(layer)
     layer(x)
-    assert layer._panels.calls  # what follows is about prepared calls
+    assert layer._panels.calls or layer._panels.linear_call  # what follows is about prepared calls
     for change in (
         lambda: layer.bias.mul_(2),
         lambda: layer.gate_bias.copy_(torch.randn(len(layer.gate_bias))),

@@ -70,13 +70,14 @@ def sample(data: int, bytes: int) -> int: ...
 
 class PreparedLinear:
     def __init__(
-        self, parameters: dict[str, Any], states: dict[str, tuple[int, int, int]], dtype: torch.dtype, bfloat16: bool,
+        self, parameters: dict[str, Any], states: dict[str, tuple[int, int, int]], bfloat16: bool,
         depth: int, neurons: int, rank: int, groups: int, selected_groups: int, threshold: float, hard: bool,
         packed_light: Tensor, packed_weight: Tensor | None, dense_product: Callable[..., Tensor] | None,
     ) -> None: ...  # fmt: skip
     def run(
-        self, x: Tensor, parameters: dict[str, Any], threads: int, selection: bool = False
+        self, x: Tensor, parameters: dict[str, Any], threads: int, selection: bool = False, relu: bool = False
     ) -> Tensor | tuple[Tensor, Tensor] | None: ...
+    def run_plainly(self, x: Tensor, parameters: dict[str, Any], relu: bool = False) -> Tensor | None: ...
 
 class PreparedConvolution:
     def __init__(
@@ -86,9 +87,10 @@ class PreparedConvolution:
         packed_light: Tensor, packed_weight: Tensor | None, dense_product: Callable[..., Tensor] | None,
     ) -> None: ...  # fmt: skip
     def run(
-        self, x: Tensor, parameters: dict[str, Any], threads: int, selection: bool = False
+        self, x: Tensor, parameters: dict[str, Any], threads: int, selection: bool = False, relu: bool = False
     ) -> Tensor | tuple[Tensor, Tensor] | None: ...
 
+def infers_plainly(x: Any) -> bool: ...
 def use_instruction_set(name: str) -> None: ...
 def dot_pairs() -> bool: ...
 def instruction_set() -> str: ...

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -368,3 +371,18 @@ def test_parameters_with_gaps_in_memory_are_not_prepared():
     layer.bias.data = torch.randn(128)[::2]
     for _ in range(4):
         assert error_ratio(layer(x), reference(layer, x)) < LIMITS[torch.float32]
+
+
+_WITHOUT_EXCHANGE_API = """
+import sys, torch
+torch.Tensor.__dlpack_c_exchange_api__ = None
+import pytest
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", "not exchange", *sys.argv[1:]]))
+"""
+
+
+def test_all_of_it_with_a_torch_without_dlpacks_exchange_api():
+    tests = [str(Path(__file__)), str(Path(__file__).with_name("test_plain_inference.py"))]
+    run = subprocess.run([sys.executable, "-c", _WITHOUT_EXCHANGE_API, *tests], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-4000:]
+    assert "passed" in run.stdout

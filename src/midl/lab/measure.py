@@ -6,7 +6,7 @@ import copy
 import functools
 import weakref
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -16,12 +16,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from midl.analysis import LayerActivity, count_flops, record_activity
+from midl.errors import MIDLError
 from midl.lab.bench.dense import compile_frozen, free_compiled
 from midl.lab.data import Dataset, Split
 from midl.lab.pairs import Call, time_in_pairs
 from midl.layers import MIDLayer
 from midl.ops.dispatch import unavailable_reason
-from midl.serving import pack_
+from midl.serving import fuse_relu_, pack_
 
 __all__ = ["layer_flops", "measure_accuracy", "measure_latency", "measure_step", "peak_bytes", "saved_bytes"]
 
@@ -171,7 +172,7 @@ def measure_latency(
 
     :func:`midl.lab.pairs.time_in_pairs` says how, and what is returned. With ``compiling``, which needs a C++ compiler,
     each model runs in the form that is fastest for it on ``x``, which its ``form`` names: ``"eager"``; ``"packed"``,
-    eager after :func:`midl.serving.pack_`; or ``"compiled"`` by torch.compile, with its weights frozen.
+    eager after :func:`midl.serving.pack_` and :func:`midl.serving.fuse_relu_`; or ``"compiled"`` by torch.compile, with its weights frozen.
     """
     calls = {name: _eager(model, x) for name, model in models.items()}
     if not compiling:
@@ -201,6 +202,9 @@ def _packed(model: nn.Module, x: Tensor) -> tuple[Call, Call] | None:
     copies = copy.deepcopy(model), copy.deepcopy(model)
     if not all(pack_(model) for model in copies):
         return None
+    for model in copies:
+        with suppress(MIDLError):  # torch.fx cannot follow it
+            fuse_relu_(model)
     return functools.partial(copies[0], x), functools.partial(copies[1], x)
 
 

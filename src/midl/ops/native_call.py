@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from midl.config import MIDConfig
 from midl.ops import dense, dispatch, native
@@ -51,9 +51,7 @@ def call_prepared(
     """
     weight = parameters.get("weight")
     packed = packed_for(weight)
-    if packed is None or packed.light is None or not dispatch.is_plain_inference(x, weight):
-        return None
-    if torch.is_autocast_enabled("cpu"):
+    if packed is None or packed.light is None or torch.compiler.is_compiling() or not native.infers_plainly(x):
         return None
     threads = torch.get_num_threads()
     key = threads, x.numel() if window is None else (x.shape, x.stride())
@@ -119,6 +117,8 @@ def _prepare(
 ) -> Any:  # fmt: skip
     """Return the prepared call; None where the general path must be taken."""
     if not parameters.keys() >= set(_PARAMETERS):  # pruned, parametrized, a buffer: seen by name alone
+        return None
+    if type(parameters["weight"]) not in (nn.Parameter, Tensor):  # a subclass wants to see the op
         return None
     if choices.k == 0 or not _fit(parameters, choices.group_size) or not _may_be_native():
         return None

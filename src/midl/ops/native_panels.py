@@ -57,9 +57,10 @@ class Panels:
         self.group_size, self.instruction_set = group_size, native.instruction_set()
         self.light, self.weight = self._pack(*(as_matrix(t, t.dtype) for t in tensors.values()))
         self.calls: dict[Any, PreparedCall] = {}
+        self.linear_call: PreparedCall | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "calls": {}}
+        return {**self.__dict__, "calls": {}, "linear_call": None}
 
     def _pack(self, *matrices: Tensor) -> tuple[Tensor, Tensor]:
         light, weight = pack(
@@ -69,38 +70,51 @@ class Panels:
         assert weight is not None
         return light, weight
 
-    def call_prepared(
-        self, x: Tensor, parameters: dict[str, Any], config: MIDConfig, window: Window | None = None
-    ) -> Tensor | None:
-        """Return the layer's output for x, or None where :meth:`linear` or :meth:`conv2d` must be called.
+    def call_linear(self, x: Any, parameters: dict[str, Any], config: MIDConfig, relu: bool) -> Tensor | None:
+        """Return a linear layer's output for x, or None where the call must be looked at.
 
         Args:
-            x: on the CPU, when nobody watches, without autocast and autograd.
+            x: whatever the layer got, when its selection is not observed and nothing compiles.
             parameters: the layer's own dict of them, all but the biases without values.
             config: the layer's.
-            window: stride, padding and dilation of a convolution; None for a linear layer.
+            relu: whether an nn.ReLU is part of the layer.
         """
-        threads = torch.get_num_threads()
-        key, settings = (threads, x.numel() if window is None else (x.shape, x.stride())), (config, window)
+        call = self.linear_call
+        if call is None or call.settings[0] is not config:
+            choices = choices_of(parameters, config)
+            if native.instruction_set() != self.instruction_set or choices.span != 1:
+                return None
+            prepared = native.prepare_linear(self, parameters, choices)
+            if prepared is None:
+                return None
+            call = self.linear_call = PreparedCall((config,), prepared.run_plainly)
+        return call.run(x, parameters, relu)
+
+    def call_conv2d(
+        self, x: Tensor, parameters: dict[str, Any], config: MIDConfig, window: Window, relu: bool
+    ) -> Tensor | None:
+        """Return a convolution's output for images, or None where :meth:`conv2d` must be called.
+
+        Args:
+            x: where :func:`midl.ops.native.infers_plainly` says so; the rest is as for :meth:`call_linear`.
+            parameters: see there.
+            config: see there.
+            window: stride, padding and dilation.
+            relu: see there.
+        """
+        key, settings = (x.shape, x.stride()), (config, window)
         call = self.calls.get(key)
         if call is None or call.settings != settings:
-            prepared = self._prepare(x, parameters, choices_of(parameters, config), window)
+            weight = parameters["weight"]
+            if native.instruction_set() != self.instruction_set or x.dtype != weight.dtype or x.numel() == 0:
+                return None
+            if x.dim() != 4 or x.shape[1] != weight.shape[1]:
+                return None
+            prepared = native.prepare_conv2d(self, parameters, x, choices_of(parameters, config), window)
             if prepared is None:
                 return None
             call = keep_call(self.calls, key, settings, prepared)
-        return call.run(x, parameters, threads)
-
-    def _prepare(
-        self, x: Tensor, parameters: dict[str, Any], choices: native.Choices, window: Window | None
-    ) -> Any:  # fmt: skip
-        weight = parameters["weight"]
-        if native.instruction_set() != self.instruction_set or x.dtype != weight.dtype or x.numel() == 0:
-            return None
-        if window is not None:
-            takes = x.dim() == 4 and x.shape[1] == weight.shape[1]
-            return native.prepare_conv2d(self, parameters, x, choices, window) if takes else None
-        takes = choices.span == 1 and x.dim() > 0 and x.shape[-1] == weight.shape[1]
-        return native.prepare_linear(self, parameters, choices) if takes else None
+        return call.run(x, parameters, torch.get_num_threads(), relu=relu)
 
     def linear(self, x: Tensor, parameters: dict[str, Any], config: MIDConfig) -> tuple[Tensor, Tensor]:
         """Return ``(y, selected)`` of the linear op without noise for x (..., T, d), as ``midl.ops`` defines it.

@@ -1,6 +1,15 @@
-"""Serve with less memory and fewer steps: packed weights, the light path alone, no batch normalisation."""
+"""Serve with less memory and fewer steps: packed weights, the light path alone, no batch normalisation, no ReLU."""
 
 from midl.serving.batch_norm import fuse_batch_norm_
-from midl.serving.packing import PackedMIDConv2d, PackedMIDLinear, factor_, pack_, unpack_
+from midl.serving.packing import PackedMIDConv2d, PackedMIDLinear, PackedReLU, factor_, fuse_relu_, pack_, unpack_
 
-__all__ = ["PackedMIDConv2d", "PackedMIDLinear", "factor_", "fuse_batch_norm_", "pack_", "unpack_"]
+__all__ = [
+    "PackedMIDConv2d",
+    "PackedMIDLinear",
+    "PackedReLU",
+    "factor_",
+    "fuse_batch_norm_",
+    "fuse_relu_",
+    "pack_",
+    "unpack_",
+]

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from midl.checks import check_module
 from midl.conversion.convert import replace_modules
-from midl.conversion.families import has_hooks
 from midl.errors import MIDLError
 from midl.layers import MIDConv2d, MIDLayer, MIDLinear
+from midl.serving.pairs import find_pairs, named_pairs
 
 __all__ = ["fuse_batch_norm_"]
 
@@ -54,12 +53,9 @@ def fuse_batch_norm_(model: nn.Module, pairs: Iterable[tuple[str, str]] | None =
     modules = dict(model.named_modules())
     if pairs is None:
         has_norms = any(isinstance(module, _NORMS) for module in modules.values())
-        found = _find_pairs(model, modules) if has_norms else []
+        found = find_pairs("fuse_batch_norm_", model, modules, _is_normed) if has_norms else []
     else:
-        found = list(pairs)
-        named = Counter(name for pair in found for name in pair)
-        if twice := [name for name, times in named.items() if times > 1]:
-            raise MIDLError(f"fuse_batch_norm_: pairs name {twice} more than once, expected each module in one pair")
+        found = named_pairs("fuse_batch_norm_", modules, pairs)
     folded = [_folded(modules, *pair) for pair in found]
     for (layer_name, _), parameters in zip(found, folded, strict=True):
         layer = modules[layer_name]
@@ -72,42 +68,16 @@ def fuse_batch_norm_(model: nn.Module, pairs: Iterable[tuple[str, str]] | None =
     return found
 
 
-class _Tracer(fx.Tracer):
-    """Follows no module further than it takes to see which modules call which."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return not m._modules or super().is_leaf_module(m, module_qualified_name)
-
-
-def _find_pairs(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[tuple[str, str]]:
-    try:
-        graph = _Tracer().trace(model)
-    except Exception as error:
-        raise MIDLError(
-            f"fuse_batch_norm_: torch.fx cannot follow the model's forward ({error}), expected the names of layers and "
-            'norms: pairs=[("conv1", "bn1"), ...]'
-        ) from error
-    calls = [node for node in graph.nodes if node.op == "call_module"]
-    count = Counter(id(modules[node.target]) for node in calls)
-    # A parameter that the forward also takes from outside its module counts as another call of it.
-    count.update(id(modules[node.target.rpartition(".")[0]]) for node in graph.nodes if node.op == "get_attr")
-    pairs = []
-    for node in calls:
-        before = node.args[0] if len(node.args) == 1 else None
-        if not isinstance(before, fx.Node) or before.op != "call_module" or len(before.users) > 1:
-            continue
-        pair = modules[str(before.target)], modules[node.target]
-        if _NORM_OF.get(type(pair[0])) is type(pair[1]) and all(count[id(m)] == 1 and not has_hooks(m) for m in pair):
-            pairs.append((str(before.target), str(node.target)))
-    return pairs
+def _is_normed(layer: nn.Module, norm: nn.Module) -> bool:
+    return _NORM_OF.get(type(layer)) is type(norm)
 
 
 @torch.no_grad()
 def _folded(modules: Mapping[str, nn.Module], layer_name: str, norm_name: str) -> dict[str, Tensor]:
     """Return the layer's new parameters."""
-    layer, norm = _module(modules, layer_name), _module(modules, norm_name)
-    expected: Any = _NORM_OF.get(type(layer))
-    if expected is not type(norm):
+    layer: Any = modules[layer_name]
+    norm: Any = modules[norm_name]
+    if not _is_normed(layer, norm):
         raise MIDLError(
             f"fuse_batch_norm_: pair ({layer_name!r}, {norm_name!r}) is a {type(layer).__name__} and a "
             f"{type(norm).__name__}, expected one of {[(a.__name__, b.__name__) for a, b in _NORM_OF.items()]}, "
@@ -137,12 +107,6 @@ def _folded(modules: Mapping[str, nn.Module], layer_name: str, norm_name: str) -
             new["gate_weight"] = rows.unflatten(0, (-1, size)).mean(1).to(layer.weight.dtype)
             new["gate_bias"] = bias.unflatten(0, (-1, size)).mean(1).to(layer.weight.dtype)
     return new
-
-
-def _module(modules: Mapping[str, nn.Module], name: Any) -> Any:
-    if name not in modules:
-        raise MIDLError(f"fuse_batch_norm_: the model has no module {name!r}, expected one of {list(modules)}")
-    return modules[name]
 
 
 def _scaled(rows: Tensor, scale: Tensor) -> Tensor:
