@@ -39,8 +39,8 @@ def test_only_without_autograd_modes_transforms_profiler_and_subclasses(is_plain
             assert not is_plain(X, W)
         torch.func.vmap(lambda x: x + (0 if not is_plain(x, W) else pytest.fail("seen through")))(X)
         for other in (
-            X.as_subclass(type("Sub", (torch.Tensor,), {})), X.to("meta"), X.to_sparse(), torch.complex(X, X).conj().imag,
-            torch._efficientzerotensor(3), W, torch.nested.nested_tensor([X]),
+            X.as_subclass(type("Sub", (torch.Tensor,), {})), X.to("meta"), X.to_sparse(), W,
+            torch.complex(X, X).conj().imag, torch._efficientzerotensor(3), torch.nested.nested_tensor([X]),
         ):  # fmt: skip
             assert not is_plain(other, W)
         assert is_plain(X, W)

@@ -172,7 +172,8 @@ def measure_latency(
 
     :func:`midl.lab.pairs.time_in_pairs` says how, and what is returned. With ``compiling``, which needs a C++ compiler,
     each model runs in the form that is fastest for it on ``x``, which its ``form`` names: ``"eager"``; ``"packed"``,
-    eager after :func:`midl.serving.pack_` and :func:`midl.serving.fuse_relu_`; or ``"compiled"`` by torch.compile, with its weights frozen.
+    eager after :func:`midl.serving.pack_` and :func:`midl.serving.fuse_relu_`; or ``"compiled"`` by torch.compile, with
+    its weights frozen.
     """
     calls = {name: _eager(model, x) for name, model in models.items()}
     if not compiling:
