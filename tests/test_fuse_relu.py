@@ -18,7 +18,7 @@ if unavailable_reason("native"):
     pytest.skip(f"native kernels: {unavailable_reason('native')}", allow_module_level=True)
 
 from midl.ops import native
-from midl.serving import PackedReLU, fuse_relu_, pack_, unpack_
+from midl.serving import PackedMIDLinear, PackedReLU, PackedSequential, fuse_relu_, pack_, unpack_
 
 
 @pytest.fixture(params=instruction_sets_to_test())
@@ -104,16 +104,40 @@ def test_unpacking_gives_the_relu_back():
     expected = model(x)
     fuse_relu_(model)
     assert type(relu) is PackedReLU
+    assert type(model) is PackedSequential
     assert fuse_relu_(model) == []
-    unpack_(model[0])  # the layer alone: its ReLU cannot know, and works
+    unpack_(model[0])  # the layer alone
+    assert type(relu) is nn.ReLU
     assert torch.equal(model(x), expected)
     unpack_(model)
     assert model[1] is relu
+    assert type(model) is nn.Sequential
     assert [type(module) for module in model] == [type(module) for module in before]
     assert torch.equal(model(x), before(x))
     pack_(model)
     assert torch.equal(model[0](x), before[0](x))  # not fused any more
     assert fuse_relu_(model) == [("0", "1"), ("2", "3")]
+
+
+def test_hooks_that_come_later_are_called_or_refused():
+    model = make_mlp()
+    pack_(model)
+    fuse_relu_(model)
+    with pytest.raises(MIDLError, match=r"PackedReLU: a hook: .* expected midl\.serving\.unpack_\(model\) first"):
+        model[1].register_forward_hook(lambda module, inputs, output: None)
+    seen = []
+    handles = [
+        model[0].register_forward_hook(lambda module, inputs, output: seen.append(module)),
+        nn.modules.module.register_module_forward_hook(lambda module, inputs, output: seen.append(type(module))),
+    ]
+    with torch.no_grad():
+        model(torch.randn(4, 33))
+    for handle in handles:
+        handle.remove()
+    assert seen.count(model[0]) == 1
+    assert seen.count(PackedMIDLinear) == 2
+    unpack_(model)
+    model[1].register_forward_hook(lambda module, inputs, output: None)
 
 
 @torch.no_grad()

@@ -49,3 +49,16 @@ def test_long_calls_need_no_twin_and_few_rounds_give_no_interval() -> None:
 def test_one_call_alone_is_its_own_measure() -> None:
     times = time_in_pairs({"dense": (lambda: None, lambda: None)}, rounds=6)
     assert times["dense"]["ratio"] == 1
+
+
+def test_rounds_end_by_number_or_by_time():
+    calls = []
+
+    def count(**limits):
+        calls.clear()
+        time_in_pairs({"dense": (lambda: calls.append(1), lambda: None)}, **limits)
+        return len(calls)
+
+    few = count(rounds=4, least=2, seconds=600)
+    assert count(rounds=9, least=2, seconds=600) == few + 5 * (few - count(rounds=3, least=2, seconds=600))
+    assert count(rounds=9, least=2, seconds=0) < few

@@ -29,6 +29,7 @@ __all__ = ["layer_flops", "measure_accuracy", "measure_latency", "measure_step",
 _BATCH = 500
 _ROUNDS_TO_CHOOSE = 21
 _SECONDS_TO_CHOOSE = 5
+_SECONDS = 120
 
 
 @torch.no_grad()
@@ -187,7 +188,7 @@ def measure_latency(
         times = time_in_pairs(forms, _ROUNDS_TO_CHOOSE, least=5, seconds=_SECONDS_TO_CHOOSE)
         chosen[name] = min(times, key=lambda form: times[form]["ratio"])
         calls[name] = forms[chosen[name]]
-    measured = time_in_pairs(calls, rounds)
+    measured = time_in_pairs(calls, rounds, seconds=_SECONDS)
     free_compiled()
     return {name: {**times, "form": chosen[name]} for name, times in measured.items()}
 

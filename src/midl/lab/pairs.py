@@ -51,8 +51,8 @@ def time_in_pairs(
             break
         for name in others or [first]:
             pair = {n: timers[n]() for n in ((first, name) if i % 2 else (name, first))}
-            for n, seconds in pair.items():
-                samples[n].append(seconds)
+            for n, taken in pair.items():
+                samples[n].append(taken)
             if name != first:
                 ratios[name].append(pair[name] / pair[first])
     unity = {"ratio": 1.0, "ratio_low": 1.0, "ratio_high": 1.0}

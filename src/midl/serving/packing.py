@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from midl.checks import check_module
 from midl.conversion.convert import replace_modules
@@ -28,12 +29,32 @@ from midl.serving.pairs import find_pairs, named_pairs
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["PackedMIDConv2d", "PackedMIDLinear", "PackedReLU", "factor_", "fuse_relu_", "pack_", "unpack_"]
+__all__ = [
+    "PackedMIDConv2d",
+    "PackedMIDLinear",
+    "PackedReLU",
+    "PackedSequential",
+    "factor_",
+    "fuse_relu_",
+    "pack_",
+    "unpack_",
+]
 
 _COPIED = ("weight", "light_down", "light_up", "gate_weight")
 
 
-class _Packed(MIDLayer):
+class _Direct(nn.Module):
+    """A module whose calls go straight to ``forward`` where there are no hooks; torch's way takes a microsecond."""
+
+    def __call__(self, input: Tensor) -> Tensor:
+        """Return :meth:`forward`; tracers, whose inputs are no tensors, see the module as any other."""
+        hooks = self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks
+        if hooks or _has_any_global_hook() or type(input) is not Tensor:
+            return super().__call__(input)
+        return self.forward(input)
+
+
+class _Packed(_Direct, MIDLayer):
     """A layer whose large parameters exist as panels alone."""
 
     may_be_light_alone = False
@@ -42,7 +63,7 @@ class _Packed(MIDLayer):
     _plain: dict[str, nn.Parameter]
     """The parameters, without values, for :func:`unpack_` to fill again."""
 
-    _relu = False  # whether an nn.ReLU is part of the layer
+    _relu: tuple[nn.Module, ...] = ()  # the nn.ReLU that is part of the layer, in a tuple so that it is no child
 
     def _check_watched(self, x: Any) -> None:
         """Raise where autograd or another observer of operations would have to be shown the op."""
@@ -98,7 +119,7 @@ class PackedMIDLinear(_Packed, MIDLinear):
         """Return the layer's output, (..., out_features)."""
         x = input  # the name that nn.Linear has
         if not (observers or torch.compiler.is_compiling()):
-            prepared = self._panels.call_linear(x, self._parameters, self.config, self._relu)
+            prepared = self._panels.call_linear(x, self._parameters, self.config, bool(self._relu))
             if prepared is not None:
                 return prepared
         self._check_watched(x)
@@ -121,7 +142,7 @@ class PackedMIDConv2d(_Packed, MIDConv2d):
         window = self.stride, tuple(self._op_padding), self.dilation
         images = self._pad(x) if self._pad_before and isinstance(x, Tensor) and x.dim() == 4 else x
         if not (observers or torch.compiler.is_compiling()) and infers_plainly(images):
-            prepared = self._panels.call_conv2d(images, self._parameters, self.config, window, self._relu)
+            prepared = self._panels.call_conv2d(images, self._parameters, self.config, window, bool(self._relu))
             if prepared is not None:
                 return prepared
         self._check_watched(x)
@@ -135,19 +156,31 @@ class PackedMIDConv2d(_Packed, MIDConv2d):
 
 
 class PackedReLU(nn.ReLU):
-    """An nn.ReLU that is part of the packed layer in front of it; made by :func:`fuse_relu_`."""
-
-    _part_of: tuple[MIDLayer]  # a tuple, so that it is no child
-
-    def __call__(self, input: Tensor) -> Tensor:
-        """Return :meth:`forward`; what nn.Module does around it takes longer than a small layer's multiplications."""
-        hooks = self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks
-        return super().__call__(input) if hooks else self.forward(input)
+    """An nn.ReLU that is part of the packed layer in front of it: it returns its input; made by :func:`fuse_relu_`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return the input, or where the layer has been unpacked alone, what an nn.ReLU makes of it."""
-        (layer,) = self._part_of
-        return input if isinstance(layer, _Packed) and layer._relu else super().forward(input)
+        """Return the input."""
+        return input
+
+    def _refuse_hook(self, *args: Any, **kwargs: Any) -> Any:
+        raise MIDLError(
+            "PackedReLU: a hook: the ReLU is part of the packed layer in front of it, expected "
+            "midl.serving.unpack_(model) first"
+        )
+
+    register_forward_hook = register_forward_pre_hook = _refuse_hook
+    register_full_backward_hook = register_full_backward_pre_hook = register_backward_hook = _refuse_hook
+
+
+class PackedSequential(nn.Sequential):
+    """An nn.Sequential that does not call its :class:`PackedReLU`; made by :func:`fuse_relu_`."""
+
+    def forward(self, input: Any) -> Any:
+        """Return what the modules make of the input, one after the other."""
+        for module in self._modules.values():
+            if type(module) is not PackedReLU:
+                input = module(input)  # type: ignore[misc]
+        return input
 
 
 _PACKED: dict[type[nn.Module], type[_Packed]] = {MIDLinear: PackedMIDLinear, MIDConv2d: PackedMIDConv2d}
@@ -207,7 +240,8 @@ def unpack_(model: nn.Module) -> list[str]:
     check_module("unpack_", model)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, _Packed)}
     for layer in layers.values():
-        layer.__dict__.pop("_relu", None)
+        for relu in layer.__dict__.pop("_relu", ()):
+            relu.__class__ = nn.ReLU
         for name, values in layer._panels.unpack().items():
             placeholder, parameter = layer._parameters[name], layer._plain[name]
             assert placeholder is not None
@@ -217,9 +251,8 @@ def unpack_(model: nn.Module) -> list[str]:
         del layer._panels, layer._plain
         layer.__class__ = layer._plain_class  # type: ignore[assignment]
     for module in model.modules():
-        if isinstance(module, PackedReLU) and not isinstance(module._part_of[0], _Packed):
-            del module._part_of
-            module.__class__ = nn.ReLU  # type: ignore[assignment]
+        if isinstance(module, PackedSequential) and not any(type(child) is PackedReLU for child in module):
+            module.__class__ = nn.Sequential  # type: ignore[assignment]
     return list(layers)
 
 
@@ -262,8 +295,11 @@ def fuse_relu_(model: nn.Module, pairs: Iterable[tuple[str, str]] | None = None)
             )
     for layer_name, relu_name in found:
         layer, relu = modules[layer_name], modules[relu_name]
-        layer._relu, relu._part_of = True, (layer,)  # type: ignore[assignment]
+        layer._relu = (relu,)  # type: ignore[assignment]
         relu.__class__ = PackedReLU
+    for module in modules.values():
+        if type(module) is nn.Sequential and any(type(child) is PackedReLU for child in module):
+            module.__class__ = PackedSequential
     return found
 
 

@@ -75,7 +75,7 @@ class Profile:
     fractions: tuple[float, ...] = (0.01, 0.05, 0.1)
     noises: tuple[float, ...] = (0.2, 0.4)
     batches: tuple[int, ...] = (1, 32, 256)
-    rounds: int = 61
+    rounds: int = 201
     compiling: bool = True
     fit_rows: int = 2048
     measured_rows: int | None = None
