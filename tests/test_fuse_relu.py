@@ -181,6 +181,8 @@ def test_what_others_take_or_watch_is_left_alone():
     hooked[1].register_forward_hook(lambda module, inputs, output: None)
     hooked[2].register_forward_pre_hook(lambda module, inputs: None)
     assert fuse_relu_(hooked) == []
+    with pytest.raises(MIDLError, match="an nn.ReLU without hooks"):
+        fuse_relu_(hooked, [("0", "1")])
     assert fuse_relu_(make_mlp()) == []  # not packed
 
 

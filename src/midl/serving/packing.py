@@ -291,7 +291,8 @@ def fuse_relu_(model: nn.Module, pairs: Iterable[tuple[str, str]] | None = None)
         if not _is_rectified(layer, relu):
             raise MIDLError(
                 f"fuse_relu_: pair ({layer_name!r}, {relu_name!r}) is a {type(layer).__name__} and a "
-                f"{type(relu).__name__}, expected a layer that midl.serving.pack_ packed and an nn.ReLU"
+                f"{type(relu).__name__}, expected a layer that midl.serving.pack_ packed and an nn.ReLU "
+                "without hooks"
             )
     for layer_name, relu_name in found:
         layer, relu = modules[layer_name], modules[relu_name]
@@ -336,7 +337,7 @@ def factor_(model: nn.Module) -> list[str]:
 
 
 def _is_rectified(layer: nn.Module, relu: nn.Module) -> bool:
-    return isinstance(layer, _Packed) and not layer._relu and type(relu) is nn.ReLU
+    return isinstance(layer, _Packed) and not layer._relu and type(relu) is nn.ReLU and not has_hooks(relu)
 
 
 def _is_plain(module: nn.Module) -> TypeGuard[MIDLayer]:
