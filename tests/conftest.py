@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import instruction_sets_to_test
 from hypothesis import settings
 from layer_clock import LayerClock
 from torch.nn.modules.module import register_module_forward_hook
@@ -34,6 +35,17 @@ def _restore_kernels() -> Iterator[None]:
     before = selected_kernels()
     yield
     midl.kernels(before)
+
+
+@pytest.fixture(params=instruction_sets_to_test())
+def each_instruction_set(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Run the test by the native kernels of every instruction set, one after the other."""
+    from midl.ops import native
+
+    before = native.instruction_set()
+    native.use_instruction_set(request.param)
+    yield
+    native.use_instruction_set(before)
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import pickle
 
 import pytest
 import torch
-from helpers import instruction_sets_to_test
 from torch import nn
 
 import midl
@@ -19,14 +18,6 @@ if unavailable_reason("native"):
 
 from midl.ops import native
 from midl.serving import PackedMIDConv2d, PackedMIDLinear, pack_, unpack_
-
-
-@pytest.fixture(params=instruction_sets_to_test())
-def _instruction_set(request):
-    before = native.instruction_set()
-    native.use_instruction_set(request.param)
-    yield
-    native.use_instruction_set(before)
 
 
 def make(in_features=40, out_features=96, group_size=16, **choices):
@@ -59,7 +50,7 @@ def served_bytes(model):
     return held + sum(m._panels.light.nbytes + m._panels.weight.nbytes for m in model if isinstance(m, packed))
 
 
-@pytest.mark.usefixtures("_instruction_set", "poisoned_memory")
+@pytest.mark.usefixtures("each_instruction_set", "poisoned_memory")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("in_features", "out_features", "group_size"), [(40, 96, 16), (33, 60, 20), (17, 250, 50)])
 @pytest.mark.parametrize("span", [1, 3])
@@ -89,7 +80,7 @@ def test_a_packed_layer_has_the_same_bits_and_gives_every_weight_back(
         layer.train()(torch.randn(3, in_features).to(dtype)).sum().backward()
 
 
-@pytest.mark.usefixtures("_instruction_set", "poisoned_memory")
+@pytest.mark.usefixtures("each_instruction_set", "poisoned_memory")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "choices",
