@@ -1,16 +1,21 @@
-// The sparse part of an FFN: per group of hidden units and the rows that chose it, the up-projection, the activation and
-// the group's share of the output. Hidden units live in scratch memory, for one panel at a time where a thread has rows of
-// its own; code, gate and light path are the caller's, which hands over y with the light path in it.
+// An FFN: code; gate and selection; per group of hidden units and the rows that chose it, the up-projection and the
+// activation; per block of outputs the light path and the groups' shares. A chunk's selected hidden units live in scratch
+// memory.
 #pragma once
+
+#include <atomic>
+#include <new>
 
 #include "forward.hpp"
 
 namespace {
 
-// Rows that share the packing of a panel; their outputs should stay in cache.
-constexpr std::int64_t kFfnRows = 256;
+// Rows that share the packing of a panel.
+constexpr std::int64_t kFfnRows = 128;
 // Fewer rows per thread than this are computed by all threads together, or each would read most weights for a few rows.
-constexpr std::int64_t kFfnOwnRows = 64;
+constexpr std::int64_t kFfnOwnRows = 128;
+// Up to this many rows wait for memory: all outputs of a group, which lie side by side, before the next group.
+constexpr std::int64_t kFfnByGroupRows = kTallTile;
 
 // Maximal error 1.5e-7: Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26.
 MIDL_INLINE Vec error_function(Vec x) {
@@ -31,28 +36,76 @@ MIDL_INLINE Vec activate(Vec x, midl::Activation activation) {
   }
 }
 
-// The rows of a chunk by group: those of group g are entries [starts[g], starts[g + 1]).
-struct RowsByGroup {
-  std::int32_t *starts, *rows;
-  float* shares;
+// The hidden units of each group in parts that a panel holds.
+struct UnitParts {
+  std::int64_t group_size, per_group;
+  UnitParts(std::int64_t groups, std::int64_t hidden)
+      : group_size(hidden / groups), per_group(divide_up(group_size, kPanelWidth)) {}
+  std::int64_t first(std::int64_t group, std::int64_t part) const { return group * group_size + part * kPanelWidth; }
+  int count(std::int64_t part) const { return int(lesser(group_size - part * kPanelWidth, kPanelWidth)); }
 };
 
-inline void sort_rows(const midl::FfnForward& call, Range chunk, RowsByGroup& by_group) {
-  const std::int64_t k = call.selected_groups, entries = (chunk.end - chunk.begin) * k;
-  const std::int32_t* selected = call.selected + chunk.begin * k;
-  for (std::int64_t g = 0; g <= call.groups; ++g) by_group.starts[g] = 0;
-  for (std::int64_t i = 0; i < entries; ++i)
-    if (selected[i] >= 0) ++by_group.starts[selected[i] + 1];
-  for (std::int64_t g = 0; g < call.groups; ++g) by_group.starts[g + 1] += by_group.starts[g];
-  // Filling moves each start to its end; the loop behind moves them back.
-  for (std::int64_t i = 0; i < entries; ++i) {
-    if (selected[i] < 0) continue;
-    const std::int32_t at = by_group.starts[selected[i]]++;
-    by_group.rows[at] = std::int32_t(i / k);
-    by_group.shares[at] = call.shares ? call.shares[chunk.begin * k + i] : 1.0f;
+// Where the panels lie, in elements: those of the code, the gate and the light path; then those of all groups'
+// up-projections, of the value's, and of the down-projection, whose depth the units are.
+struct FfnLayout {
+  std::int64_t depth, rank, group_size, padded_size, padded_outputs, gate, light, up, value, down, size;
+  FfnLayout(std::int64_t depth_, std::int64_t rank_, std::int64_t outputs, std::int64_t groups, std::int64_t hidden, bool gated)
+      : depth(packed_depth<float>(depth_)), rank(packed_depth<float>(rank_)), group_size(hidden / groups),
+        padded_size(round_up(group_size, L)), padded_outputs(round_up(outputs, kPanelWidth)) {
+    const std::int64_t lanes = groups * padded_size;
+    gate = round_up(rank_, kPanelWidth) * depth;
+    light = gate + round_up(groups, kPanelWidth) * rank;
+    up = light + padded_outputs * rank;
+    value = up + lanes * depth;
+    down = value + (gated ? lanes * depth : 0);
+    size = down + lanes * padded_outputs;
   }
-  for (std::int64_t g = call.groups; g > 0; --g) by_group.starts[g] = by_group.starts[g - 1];
-  by_group.starts[0] = 0;
+  // The lane where the panel that begins with unit `first` begins.
+  std::int64_t lane(std::int64_t first) const { return first / group_size * padded_size + first % group_size; }
+  std::int64_t up_panel(std::int64_t first) const { return up + lane(first) * depth; }
+  std::int64_t value_panel(std::int64_t first) const { return value + lane(first) * depth; }
+  std::int64_t down_panel(std::int64_t first, int count, std::int64_t output) const {
+    return down + lane(first) * padded_outputs + output * count;
+  }
+};
+
+// The panel of `count` units for kPanelWidth outputs or, with zeros behind them, less: sub-panels of 2 L outputs, one line of
+// them per unit.
+inline void pack_outputs(const float* down_weight, std::int64_t stride, std::int64_t outputs, int count, float* panel) {
+  for (int o = 0; o < kPanelWidth; o += 2 * L)
+    pack_sub_panel(down_weight + o * stride, stride, int(outputs < o ? 0 : lesser(outputs - o, 2 * L)), 2 * L, count,
+                   panel + o * count);
+}
+
+// out[r] (2 L values) += row r of hidden, `count` units, . sub-panel; meanwhile fetches a line of `ahead` per unit.
+template <int R>
+[[gnu::noinline]] void add_units(const float* hidden, const float* panel, int count, float* const* out, std::int64_t column,
+                                 const float* ahead) {
+  Vec acc[R][2];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < 2; ++v) acc[r][v] = load(out[r] + column + v * L);
+#pragma GCC unroll 2
+  for (int i = 0; i < count; ++i) {
+    const Vec left = load(panel + i * (2 * L)), right = load(panel + i * (2 * L) + L);
+    __builtin_prefetch(ahead + i * (2 * L), 0, 2);
+    if constexpr (L >= 16) __builtin_prefetch(ahead + i * (2 * L) + L, 0, 2);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const Vec unit = splat(hidden[r * kPanelWidth + i]);
+      acc[r][0] += unit * left;
+      acc[r][1] += unit * right;
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < 2; ++v) store(out[r] + column + v * L, acc[r][v]);
+}
+
+template <int R = int(kTallTile), class... Args>
+void add_units_of(std::int64_t rows, Args... args) {
+  if (rows == R) return add_units<R>(args...);
+  if constexpr (R > 1) add_units_of<R - 1>(rows, args...);
 }
 
 // Copy `count` values, zeros behind them up to kPanelWidth.
@@ -60,55 +113,201 @@ inline void pad_panel(const float* from, std::int64_t count, float* to) {
   for (std::int64_t i = 0; i < kPanelWidth; ++i) to[i] = from && i < count ? from[i] : 0.0f;
 }
 
-// Where the panels of a group's units lie, in elements: first those of all groups' up-projections, then of the value's,
-// then of the down-projection, whose depth the units are.
-struct FfnLayout {
-  std::int64_t depth, outputs, group_size, padded_size, padded_outputs, value, down, size;
-  FfnLayout(std::int64_t depth_, std::int64_t outputs_, std::int64_t groups, std::int64_t hidden, bool gated)
-      : depth(depth_), outputs(outputs_), group_size(hidden / groups), padded_size(round_up(group_size, L)),
-        padded_outputs(round_up(outputs_, L)) {
-    const std::int64_t lanes = groups * padded_size;
-    value = lanes * depth;
-    down = value * (gated ? 2 : 1);
-    size = down + lanes * padded_outputs;
+// Everything the threads of a team share.
+struct FfnPlan {
+  const midl::FfnForward& call;
+  FfnLayout layout;
+  UnitParts parts;
+  std::int64_t room, code_stride, gate_stride;
+  bool repeat_gate, by_group;
+
+  // For the chunk at hand.
+  float *code, *gate, *light_share, *hidden;
+  std::int32_t* selected;
+  std::atomic<std::int64_t>* taken;  // items of compute_hidden, per chunk
+
+  FfnPlan(const midl::FfnForward& c, int team)
+      : call(c), layout(c.depth, c.rank, c.outputs, c.groups, c.hidden, c.value_weight), parts(c.groups, c.hidden),
+        room(lesser(c.rows, kFfnRows)), code_stride(round_up(c.rank, kPanelWidth)), gate_stride(round_up(c.groups, kPanelWidth)),
+        repeat_gate(team > 1 && double(room) * double(c.groups) * double(c.rank) < kRepeatWorth),
+        by_group(room <= kFfnByGroupRows) {}
+  std::int64_t chunks() const { return divide_up(call.rows, room); }
+
+  void carve(Carver& memory) {
+    code = memory.take<float>(room * code_stride);
+    gate = memory.take<float>(room * gate_stride);
+    light_share = memory.take<float>(room);
+    selected = memory.take<std::int32_t>(room * call.selected_groups);
+    hidden = memory.take<float>(room * call.selected_groups * parts.per_group * kPanelWidth);
+    taken = memory.take<std::atomic<std::int64_t>>(chunks());
   }
-  // The lane where the panel that begins with unit `first` begins.
-  std::int64_t lane(std::int64_t first) const { return first / group_size * padded_size + first % group_size; }
-  std::int64_t up_panel(std::int64_t first) const { return lane(first) * depth; }
-  std::int64_t value_panel(std::int64_t first) const { return value + lane(first) * depth; }
-  std::int64_t down_panel(std::int64_t first, int count, std::int64_t output) const {
-    return down + lane(first) * padded_outputs + output * count;
+  void settle(char* memory) {
+    Carver carver(memory);
+    carve(carver);
+    for (std::int64_t i = 0; i < chunks(); ++i) new (taken + i) std::atomic<std::int64_t>(0);
   }
+  const float* panel_at(std::int64_t offset) const { return call.panels ? call.panels + offset : nullptr; }
+  // Blocks of kPanelWidth outputs.
+  std::int64_t output_panels() const { return layout.padded_outputs / kPanelWidth; }
 };
 
-// What one thread needs to compute with.
+// What one thread computes.
 class FfnThread {
  public:
-  explicit FfnThread(const midl::FfnForward& call)
-      : call_(call), layout_(call.depth, call.outputs, call.groups, call.hidden, call.value_weight) {}
+  FfnThread(const FfnPlan& plan, Team team)
+      : plan_(plan), call_(plan.call), team_(team), outputs_(part_of(plan.output_panels(), team.thread, team.threads, 1)) {}
 
-  void carve(Carver& memory, std::int64_t rows) {
-    inputs_ = memory.take<const float*>(rows);
-    units_ = memory.take<const float*>(rows);
-    value_ = memory.take<float>(rows * kPanelWidth);
-    out_ = memory.take<float>(rows * kPanelWidth);
+  void carve(Carver& memory) {
+    const FfnPlan& p = plan_;
+    inputs_ = memory.take<const float*>(p.room);
+    targets_ = memory.take<float*>(p.room);
+    starts_ = memory.take<std::int32_t>(call_.groups + 1);
+    rows_ = memory.take<std::int32_t>(p.room * call_.selected_groups);
+    shares_ = memory.take<float>(p.room * call_.selected_groups);
+    keys_ = memory.take<std::int32_t>(round_up(call_.groups, L));
+    picks_ = memory.take<std::int32_t>(call_.groups + 1);
+    value_ = memory.take<float>(p.room * kPanelWidth);
+    // Whole blocks, of all outputs of its own or of one after the other.
+    out_ = memory.take<float>(p.room * kPanelWidth * (p.by_group ? divide_up(p.output_panels(), team_.threads) : 1));
     slice_ = memory.take<float>(slice_floats());
     for (float*& vector : vectors_) vector = memory.take<float>(kPanelWidth);
+    own_gate_ = memory.take<float>(p.repeat_gate ? p.room * p.gate_stride : 0);
+    gate_ = p.repeat_gate ? own_gate_ : p.gate;
   }
 
-  // Of `count` units from `first` on, for those m rows of a chunk: hidden (m x count, row stride kPanelWidth) =
-  // share * (act(x . weight) [* x . value] - light)
-  void compute_units(std::int64_t chunk_begin, const std::int32_t* rows, const float* shares, std::int64_t m,
-                     std::int64_t first, int count, float* hidden) {
-    for (std::int64_t r = 0; r < m; ++r) inputs_[r] = call_.x + (chunk_begin + rows[r]) * call_.x_stride;
-    const auto project = [&](const float* weight, std::int64_t panel, const float* bias, float* padded, float* out) {
-      pad_panel(bias ? bias + first : nullptr, count, padded);
-      const Neurons<float> units{weight + first * call_.depth, call_.depth, panel_at(panel), count};
-      multiply_neurons(inputs_, m, units, call_.depth, padded, slice_, out, kPanelWidth);
+  // Rows [begin, end) of the call.
+  void compute_chunk(std::int64_t begin, std::int64_t end) {
+    const std::int64_t rows = end - begin;
+    // Many rows are dealt out by rows, few rows by columns.
+    const bool by_rows = rows >= team_.threads * kTileRows;
+    const Range all{0, rows}, own = part_of(rows, team_.thread, team_.threads, 1);
+    compute_code(begin, by_rows ? own : all,
+                 by_rows ? Range{0, call_.rank} : part_of(call_.rank, team_.thread, team_.threads, kPanelWidth));
+    team_.wait();
+    const bool split = !plan_.repeat_gate && rows < team_.threads;
+    const Range gated = plan_.repeat_gate || split ? all : own;
+    compute_logits(gated, split ? part_of(call_.groups, team_.thread, team_.threads, kPanelWidth) : Range{0, call_.groups});
+    if (split) team_.wait();
+    select(begin, split ? own : gated);
+    if (!plan_.repeat_gate) team_.wait();
+    if (plan_.by_group)
+      for (std::int64_t o = outputs_.begin; o < outputs_.end; ++o)
+        compute_light(rows, o * kPanelWidth, out_ + (o - outputs_.begin) * kPanelWidth, own_stride());
+    sort_rows(rows);
+    compute_hidden(begin, plan_.taken[begin / plan_.room]);
+    team_.wait();
+    if (plan_.by_group)
+      outputs_by_group(begin, rows);
+    else
+      outputs_by_block(begin, rows);
+  }
+
+ private:
+  std::int64_t own_stride() const { return (outputs_.end - outputs_.begin) * kPanelWidth; }
+
+  void compute_code(std::int64_t begin, Range rows, Range columns) {
+    if (rows.begin == rows.end) return;
+    for (std::int64_t r = rows.begin; r < rows.end; ++r) inputs_[r - rows.begin] = call_.x + (begin + r) * call_.x_stride;
+    for (std::int64_t i = columns.begin; i < columns.end; i += kPanelWidth)
+      multiply_neurons(inputs_, rows.end - rows.begin,
+                       Neurons<float>{call_.light_down + i * call_.depth, call_.depth, plan_.panel_at(i * plan_.layout.depth),
+                                      int(lesser(kPanelWidth, columns.end - i)),
+                                      i + kPanelWidth < columns.end ? plan_.panel_at((i + kPanelWidth) * plan_.layout.depth) : nullptr},
+                       call_.depth, nullptr, slice_, plan_.code + rows.begin * plan_.code_stride + i, plan_.code_stride);
+  }
+
+  void point_at_code(Range rows) {
+    for (std::int64_t r = rows.begin; r < rows.end; ++r) inputs_[r - rows.begin] = plan_.code + r * plan_.code_stride;
+  }
+
+  void compute_logits(Range rows, Range groups) {
+    point_at_code(rows);
+    for (std::int64_t g = groups.begin; g < groups.end; g += kPanelWidth) {
+      const std::int64_t count = lesser(kPanelWidth, groups.end - g);
+      pad_panel(call_.gate_bias + g, count, vectors_[0]);
+      multiply_neurons(inputs_, rows.end - rows.begin,
+                       Neurons<float>{call_.gate_weight + g * call_.rank, call_.rank,
+                                      plan_.panel_at(plan_.layout.gate + g * plan_.layout.rank), int(count)},
+                       call_.rank, vectors_[0], slice_, gate_ + rows.begin * plan_.gate_stride + g, plan_.gate_stride);
+    }
+  }
+
+  // Threads that repeat the gate write the same.
+  void select(std::int64_t begin, Range rows) {
+    const std::int64_t k = call_.selected_groups;
+    for (std::int64_t r = rows.begin; r < rows.end; ++r) {
+      float* gate = gate_ + r * plan_.gate_stride;
+      std::int32_t* selected = plan_.selected + r * k;
+      select_row(gate, call_.noise ? call_.noise + (begin + r) * call_.groups : nullptr, call_.groups,
+                 {.k = k, .least = call_.threshold, .hard = call_.hard}, keys_, picks_, selected, gate);
+      float share = 0;
+      for (std::int64_t i = 0; i < k && selected[i] >= 0; ++i) share += gate[selected[i]];
+      plan_.light_share[r] = 1.0f - share / float(call_.groups);
+      if (call_.selected) __builtin_memcpy(call_.selected + (begin + r) * k, selected, sizeof(std::int32_t) * std::size_t(k));
+    }
+  }
+
+  // By group: the rows of group g are entries [starts[g], starts[g + 1]).
+  void sort_rows(std::int64_t rows) {
+    const std::int64_t k = call_.selected_groups, entries = rows * k;
+    const std::int32_t* selected = plan_.selected;
+    for (std::int64_t g = 0; g <= call_.groups; ++g) starts_[g] = 0;
+    for (std::int64_t i = 0; i < entries; ++i)
+      if (selected[i] >= 0) ++starts_[selected[i] + 1];
+    for (std::int64_t g = 0; g < call_.groups; ++g) starts_[g + 1] += starts_[g];
+    // Filling moves each start to its end; the loop behind moves them back.
+    for (std::int64_t i = 0; i < entries; ++i) {
+      if (selected[i] < 0) continue;
+      const std::int32_t at = starts_[selected[i]]++;
+      rows_[at] = std::int32_t(i / k);
+      shares_[at] = gate_[i / k * plan_.gate_stride + selected[i]];
+    }
+    for (std::int64_t g = call_.groups; g > 0; --g) starts_[g] = starts_[g - 1];
+    starts_[0] = 0;
+  }
+  std::int64_t members(std::int64_t group) const { return starts_[group + 1] - starts_[group]; }
+  // The next group that rows chose, from `group` on.
+  std::int64_t chosen(std::int64_t group) const {
+    while (group < call_.groups && members(group) == 0) ++group;
+    return group;
+  }
+
+  // Of a group's part: (members, kPanelWidth).
+  float* hidden_of(std::int64_t group, std::int64_t part) const {
+    return plan_.hidden + (starts_[group] * plan_.parts.per_group + part * members(group)) * kPanelWidth;
+  }
+
+  // The groups in turns, taken one ahead, so that a thread knows which panel to fetch while it is busy with another.
+  void compute_hidden(std::int64_t begin, std::atomic<std::int64_t>& taken) {
+    const auto take = [&] {
+      std::int64_t g;
+      do g = taken.fetch_add(1, std::memory_order_relaxed);
+      while (g < call_.groups && members(g) == 0);
+      return g;
     };
-    project(call_.weight, layout_.up_panel(first), call_.bias, vectors_[0], hidden);
-    if (call_.value_weight)
-      project(call_.value_weight, layout_.value_panel(first), call_.value_bias, vectors_[1], value_);
+    for (std::int64_t g = take(), next; g < call_.groups; g = next) {
+      next = take();
+      const std::int64_t m = members(g), parts = plan_.parts.per_group;
+      for (std::int64_t r = 0; r < m; ++r) inputs_[r] = call_.x + (begin + rows_[starts_[g] + r]) * call_.x_stride;
+      for (std::int64_t p = 0; p < parts; ++p) {
+        const std::int64_t after = p + 1 < parts ? plan_.parts.first(g, p + 1) : next < call_.groups ? plan_.parts.first(next, 0) : -1;
+        compute_units(m, shares_ + starts_[g], plan_.parts.first(g, p), plan_.parts.count(p), after, hidden_of(g, p));
+      }
+    }
+  }
+
+  // share * (act(x . weight) [* x . value] - light) of `count` units from `first` on, for m rows
+  void compute_units(std::int64_t m, const float* shares, std::int64_t first, int count, std::int64_t after, float* hidden) {
+    const auto project = [&](const float* weight, std::int64_t panel, const float* bias, const float* next, float* padded, float* out) {
+      pad_panel(bias ? bias + first : nullptr, count, padded);
+      multiply_neurons(inputs_, m, Neurons<float>{weight + first * call_.depth, call_.depth, plan_.panel_at(panel), count, next},
+                       call_.depth, padded, slice_, out, kPanelWidth);
+    };
+    const FfnLayout& layout = plan_.layout;
+    const float* next = after < 0 ? nullptr : plan_.panel_at(layout.up_panel(after));
+    project(call_.weight, layout.up_panel(first), call_.bias,
+            call_.value_weight ? plan_.panel_at(layout.value_panel(first)) : next, vectors_[0], hidden);
+    if (call_.value_weight) project(call_.value_weight, layout.value_panel(first), call_.value_bias, next, vectors_[1], value_);
     pad_panel(call_.light_hidden + first, count, vectors_[2]);
     for (std::int64_t r = 0; r < m; ++r)
       for (int v = 0; v < count; v += L) {
@@ -119,162 +318,194 @@ class FfnThread {
       }
   }
 
-  // y (those rows, outputs in the range) += hidden . down^T
-  void add_outputs(std::int64_t chunk_begin, const std::int32_t* rows, std::int64_t m, std::int64_t first, int count,
-                   const float* hidden, Range range) {
-    for (std::int64_t r = 0; r < m; ++r) units_[r] = hidden + r * kPanelWidth;
-    for (std::int64_t o = range.begin; o < range.end; o += kPanelWidth) {
-      const int outputs = int(lesser(call_.outputs - o, kPanelWidth));
-      const Neurons<float> columns{call_.down_weight + o * call_.hidden + first, call_.hidden,
-                                   panel_at(layout_.down_panel(first, count, o)), outputs};
-      multiply_neurons(units_, m, columns, count, nullptr, slice_, out_, kPanelWidth);
-      for (std::int64_t r = 0; r < m; ++r) {
-        float* y = call_.y + (chunk_begin + rows[r]) * call_.outputs + o;
-        const float* add = out_ + r * kPanelWidth;
-        int v = 0;
-        for (; v + L <= outputs; v += L) store(y + v, load(y + v) + load(add + v));
-        for (; v < outputs; ++v) y[v] += add[v];
-      }
+  // out (rows x kPanelWidth) = the light path's share of a block of outputs, with their biases.
+  void compute_light(std::int64_t rows, std::int64_t output, float* out, std::int64_t stride) {
+    const std::int64_t count = lesser(kPanelWidth, call_.outputs - output);
+    pad_panel(call_.light_bias + output, count, vectors_[0]);
+    pad_panel(call_.down_bias ? call_.down_bias + output : nullptr, count, vectors_[1]);
+    point_at_code({0, rows});
+    multiply_neurons(inputs_, rows,
+                     Neurons<float>{call_.light_up + output * call_.rank, call_.rank,
+                                    plan_.panel_at(plan_.layout.light + output * plan_.layout.rank), int(count)},
+                     call_.rank, nullptr, slice_, out, stride);
+    for (std::int64_t r = 0; r < rows; ++r) {
+      float* to = out + r * stride;
+      const float share = plan_.light_share[r];
+      int v = 0;
+      for (; v < count; v += L) store(to + v, share * load(to + v) + (load(vectors_[0] + v) + load(vectors_[1] + v)));
+      for (; v < kPanelWidth; v += L) store(to + v, Vec{});
     }
   }
 
- private:
-  const float* panel_at(std::int64_t offset) const { return call_.panels ? call_.panels + offset : nullptr; }
+  // out, where the rows of a group have their targets, += hidden . down, for a block of outputs.
+  void add_outputs(std::int64_t m, std::int64_t first, int count, const float* hidden, std::int64_t output, std::int64_t column,
+                   const float* next) {
+    const float* panel = plan_.panel_at(plan_.layout.down_panel(first, count, output));
+    if (!panel) {
+      pack_outputs(call_.down_weight + output * call_.hidden + first, call_.hidden, call_.outputs - output, count, slice_);
+      panel = slice_;
+    }
+    if (!next) next = panel;
+    const std::int64_t tiles = m <= kTallTile ? 1 : divide_up(m, panel_rows(2)), even = divide_up(m, tiles);
+    for (std::int64_t r = 0; r < m; r += even)
+      for (int c = 0; c < kPanelWidth; c += 2 * L)
+        add_units_of(lesser(even, m - r), hidden + r * kPanelWidth, panel + c * count, count, targets_ + r, column + c,
+                     r == 0 ? next + c * count : panel);
+  }
 
+  void write_outputs(std::int64_t begin, std::int64_t rows, Range outputs, const float* from, std::int64_t stride) {
+    for (std::int64_t r = 0; r < rows; ++r) {
+      float* to = call_.y + (begin + r) * call_.outputs;
+      std::int64_t o = outputs.begin;
+      for (; o + L <= outputs.end; o += L) store(to + o, load(from + r * stride + o - outputs.begin));
+      for (; o < outputs.end; ++o) to[o] = from[r * stride + o - outputs.begin];
+    }
+  }
+
+  void outputs_by_group(std::int64_t begin, std::int64_t rows) {
+    if (outputs_.begin == outputs_.end) return;
+    for (std::int64_t g = 0; g < call_.groups; ++g) {
+      const std::int64_t m = members(g);
+      for (std::int64_t r = 0; r < m; ++r) targets_[r] = out_ + rows_[starts_[g] + r] * own_stride();
+      for (std::int64_t p = 0; m > 0 && p < plan_.parts.per_group; ++p) {
+        const std::int64_t first = plan_.parts.first(g, p);
+        const int count = plan_.parts.count(p);
+        for (std::int64_t o = outputs_.begin; o < outputs_.end; ++o) {
+          const std::int64_t output = o * kPanelWidth;
+          // What lies behind it comes next.
+          add_outputs(m, first, count, hidden_of(g, p), output, output - outputs_.begin * kPanelWidth,
+                      plan_.panel_at(plan_.layout.down_panel(first, count, output + kPanelWidth)));
+        }
+      }
+    }
+    write_outputs(begin, rows, {outputs_.begin * kPanelWidth, lesser(outputs_.end * kPanelWidth, call_.outputs)}, out_, own_stride());
+  }
+
+  void outputs_by_block(std::int64_t begin, std::int64_t rows) {
+    for (std::int64_t o = outputs_.begin; o < outputs_.end; ++o) {
+      const std::int64_t output = o * kPanelWidth;
+      compute_light(rows, output, out_, kPanelWidth);
+      for (std::int64_t g = chosen(0), next; g < call_.groups; g = next) {
+        next = chosen(g + 1);
+        const std::int64_t m = members(g), parts = plan_.parts.per_group;
+        for (std::int64_t r = 0; r < m; ++r) targets_[r] = out_ + rows_[starts_[g] + r] * kPanelWidth;
+        for (std::int64_t p = 0; p < parts; ++p) {
+          const bool last = p + 1 == parts;
+          const float* after = last && next == call_.groups
+                                   ? nullptr
+                                   : plan_.panel_at(plan_.layout.down_panel(plan_.parts.first(last ? next : g, last ? 0 : p + 1),
+                                                                            plan_.parts.count(last ? 0 : p + 1), output));
+          add_outputs(m, plan_.parts.first(g, p), plan_.parts.count(p), hidden_of(g, p), output, 0, after);
+        }
+      }
+      write_outputs(begin, rows, {output, lesser(output + kPanelWidth, call_.outputs)}, out_, kPanelWidth);
+    }
+  }
+
+  const FfnPlan& plan_;
   const midl::FfnForward& call_;
-  const FfnLayout layout_;
-  const float **inputs_ = nullptr, **units_ = nullptr;
-  float *value_ = nullptr, *out_ = nullptr, *slice_ = nullptr, *vectors_[3] = {};
+  const Team team_;
+  const Range outputs_;  // blocks of them
+  const float** inputs_ = nullptr;
+  float** targets_ = nullptr;
+  std::int32_t *starts_ = nullptr, *rows_ = nullptr, *keys_ = nullptr, *picks_ = nullptr;
+  float *shares_ = nullptr, *value_ = nullptr, *out_ = nullptr, *slice_ = nullptr, *vectors_[3] = {}, *own_gate_ = nullptr,
+        *gate_ = nullptr;
 };
 
-// The hidden units of each group in parts that a panel holds.
-struct UnitParts {
-  std::int64_t group_size, per_group;
-  explicit UnitParts(const midl::FfnForward& call)
-      : group_size(call.hidden / call.groups), per_group(divide_up(group_size, kPanelWidth)) {}
-  std::int64_t first(std::int64_t group, std::int64_t part) const { return group * group_size + part * kPanelWidth; }
-  int count(std::int64_t part) const { return int(lesser(group_size - part * kPanelWidth, kPanelWidth)); }
-};
+// All chunks of a call, whose memory is settled.
+inline void compute_ffn(const FfnPlan& plan, FfnThread& thread, Team team) {
+  for (std::int64_t begin = 0; begin < plan.call.rows; begin += plan.room) {
+    const std::int64_t end = lesser(plan.call.rows, begin + plan.room);
+    thread.compute_chunk(begin, end);
+    if (end < plan.call.rows) team.wait();
+  }
+}
 
-inline void carve_rows(const midl::FfnForward& call, std::int64_t rows, Carver& memory, RowsByGroup& by_group) {
-  by_group.starts = memory.take<std::int32_t>(call.groups + 1);
-  by_group.rows = memory.take<std::int32_t>(rows * call.selected_groups);
-  by_group.shares = memory.take<float>(rows * call.selected_groups);
+// All threads share the rows.
+inline void ffn_together(const midl::FfnForward& call, int threads) {
+  FfnPlan plan(call, threads);
+  Carver shared(nullptr), own(nullptr);
+  plan.carve(shared);
+  FfnThread(plan, {threads, 0}).carve(own);
+  const std::size_t common = shared.used();
+  // A smaller team than asked for, as in a nested region, has more outputs per thread.
+  const std::size_t each = own.used() + std::size_t(plan.by_group ? plan.room * plan.layout.padded_outputs : 0) * sizeof(float);
+  char* memory = midl::scratch(common + each * std::size_t(threads));
+  plan.settle(memory);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    const Team team{omp_get_num_threads(), omp_get_thread_num()};
+    FfnThread thread(plan, team);
+    Carver mine(memory + common + each * std::size_t(team.thread));
+    thread.carve(mine);
+    compute_ffn(plan, thread, team);
+  }
 }
 
 // Each thread has rows of its own.
 inline void ffn_by_rows(const midl::FfnForward& call, int threads) {
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-    const Range own = part_of(call.rows, omp_get_thread_num(), omp_get_num_threads(), 1);
-    const std::int64_t room = lesser(own.end - own.begin, kFfnRows);
-    const UnitParts parts(call);
-    FfnThread thread(call);
-    RowsByGroup by_group{};
-    float* hidden = nullptr;
-    const auto carve = [&](Carver memory) {
-      carve_rows(call, room, memory, by_group);
-      hidden = memory.take<float>(room * kPanelWidth);
-      thread.carve(memory, room);
-      return memory.used();
-    };
-    carve(Carver(midl::scratch(carve(Carver(nullptr)))));
-    const Range all{0, call.outputs};
-    for (std::int64_t begin = own.begin; begin < own.end; begin += kFfnRows) {
-      sort_rows(call, {begin, lesser(own.end, begin + kFfnRows)}, by_group);
-      for (std::int64_t g = 0; g < call.groups; ++g) {
-        const std::int64_t at = by_group.starts[g], m = by_group.starts[g + 1] - at;
-        if (m == 0) continue;
-        for (std::int64_t p = 0; p < parts.per_group; ++p) {
-          thread.compute_units(begin, by_group.rows + at, by_group.shares + at, m, parts.first(g, p), parts.count(p), hidden);
-          thread.add_outputs(begin, by_group.rows + at, m, parts.first(g, p), parts.count(p), hidden, all);
-        }
-      }
-    }
-  }
-}
-
-// All threads share the rows: they take the groups in turns for the hidden units, then each has outputs of its own. Every
-// sum is taken in the same order as there.
-inline void ffn_together(const midl::FfnForward& call, int threads) {
-  const UnitParts parts(call);
-  const std::int64_t room = lesser(call.rows, kFfnRows), panels = divide_up(call.outputs, kPanelWidth);
-  RowsByGroup by_group{};
-  float* hidden = nullptr;
-  const auto carve = [&](Carver& memory) {
-    carve_rows(call, room, memory, by_group);
-    hidden = memory.take<float>(room * call.selected_groups * parts.per_group * kPanelWidth);
-  };
-  Carver common(nullptr), each(nullptr);
-  carve(common);
-  FfnThread(call).carve(each, room);
-  char* base = midl::scratch(common.used() + each.used() * std::size_t(threads));
-  Carver memory(base);
-  carve(memory);
-  const auto hidden_of = [&](std::int64_t at, std::int64_t m, std::int64_t part) {
-    return hidden + (at * parts.per_group + part * m) * kPanelWidth;
-  };
 #pragma omp parallel num_threads(threads)
   {
-    // The runtime may give fewer threads than asked for, in a nested region for instance.
-    const std::int64_t team = omp_get_num_threads(), own = omp_get_thread_num();
-    FfnThread thread(call);
-    Carver mine(base + common.used() + each.used() * std::size_t(own));
-    thread.carve(mine, room);
-    const Range range = part_of(panels, own, team, 1);
-    const Range outputs{range.begin * kPanelWidth, lesser(range.end * kPanelWidth, call.outputs)};
-    for (std::int64_t begin = 0; begin < call.rows; begin += kFfnRows) {
-#pragma omp single
-      sort_rows(call, {begin, lesser(call.rows, begin + kFfnRows)}, by_group);
-#pragma omp for schedule(dynamic, 1)
-      for (std::int64_t i = 0; i < call.groups * parts.per_group; ++i) {
-        const std::int64_t g = i / parts.per_group, p = i % parts.per_group;
-        const std::int64_t at = by_group.starts[g], m = by_group.starts[g + 1] - at;
-        if (m > 0)
-          thread.compute_units(begin, by_group.rows + at, by_group.shares + at, m, parts.first(g, p), parts.count(p),
-                               hidden_of(at, m, p));
-      }
-      for (std::int64_t g = 0; g < call.groups; ++g) {
-        const std::int64_t at = by_group.starts[g], m = by_group.starts[g + 1] - at;
-        for (std::int64_t p = 0; m > 0 && p < parts.per_group; ++p)
-          thread.add_outputs(begin, by_group.rows + at, m, parts.first(g, p), parts.count(p), hidden_of(at, m, p), outputs);
-      }
-#pragma omp barrier
-    }
+    const Range own = part_of(call.rows, omp_get_thread_num(), omp_get_num_threads(), 1);
+    midl::FfnForward part = call;
+    part.rows = own.end - own.begin;
+    part.x += own.begin * call.x_stride;
+    part.y += own.begin * call.outputs;
+    if (call.noise) part.noise += own.begin * call.groups;
+    if (call.selected) part.selected += own.begin * call.selected_groups;
+    if (part.rows > 0) ffn_together(part, 1);
   }
 }
 
 void ffn_forward(const midl::FfnForward& call) {
-  const double work = double(call.rows) * double(call.selected_groups) * double(call.hidden / call.groups) *
+  if (call.rows == 0) return;
+  const double full = double(call.selected_groups) * double(call.hidden / call.groups) *
                       double((call.value_weight ? 2 : 1) * call.depth + call.outputs);
+  const double work = double(call.rows) * (full + double(call.rank) * double(call.depth + call.outputs + call.groups));
   const int threads = int(lesser(call.threads, std::int64_t(work / kThreadWorth) + 1));
-  if (threads > 1 && call.rows < threads * kFfnOwnRows)
-    ffn_together(call, threads);
-  else
+  if (threads > 1 && call.rows >= threads * kFfnOwnRows)
     ffn_by_rows(call, threads);
+  else
+    ffn_together(call, threads);
 }
 
 FfnLayout layout_of(const midl::FfnPack& call) {
-  return {call.depth, call.outputs, call.groups, call.hidden, call.value_weight != nullptr};
+  return {call.depth, call.rank, call.outputs, call.groups, call.hidden, call.value_weight != nullptr};
 }
 
 std::int64_t packed_ffn_size(const midl::FfnPack& call) { return layout_of(call).size; }
 
 void pack_ffn(const midl::FfnPack& call) {
   const FfnLayout layout = layout_of(call);
-#pragma omp parallel for schedule(static) num_threads(call.threads) if (call.threads > 1)
-  for (std::int64_t g = 0; g < call.groups; ++g) {
-    const std::int64_t end = (g + 1) * layout.group_size;
-    for (std::int64_t first = g * layout.group_size; first < end; first += kPanelWidth) {
-      const int count = int(lesser(end - first, kPanelWidth));
-      pack_panel(call.weight + first * call.depth, call.depth, count, call.depth, call.panels + layout.up_panel(first));
-      if (call.value_weight)
-        pack_panel(call.value_weight + first * call.depth, call.depth, count, call.depth,
-                   call.panels + layout.value_panel(first));
-      for (std::int64_t o = 0; o < call.outputs; o += kPanelWidth)
-        pack_panel(call.down_weight + o * call.hidden + first, call.hidden, int(lesser(call.outputs - o, kPanelWidth)),
-                   count, call.panels + layout.down_panel(first, count, o));
-    }
+  const UnitParts parts(call.groups, call.hidden);
+  const auto pack_rows = [&](const float* matrix, std::int64_t i, std::int64_t end, std::int64_t depth, float* panels, std::int64_t padded) {
+    pack_panel(matrix + i * depth, depth, int(lesser(kPanelWidth, end - i)), depth, panels + i * padded);
+  };
+#pragma omp parallel num_threads(call.threads) if (call.threads > 1)
+  {
+#pragma omp for schedule(static) nowait
+    for (std::int64_t i = 0; i < call.rank; i += kPanelWidth)
+      pack_rows(call.light_down, i, call.rank, call.depth, call.panels, layout.depth);
+#pragma omp for schedule(static) nowait
+    for (std::int64_t i = 0; i < call.groups; i += kPanelWidth)
+      pack_rows(call.gate_weight, i, call.groups, call.rank, call.panels + layout.gate, layout.rank);
+#pragma omp for schedule(static) nowait
+    for (std::int64_t i = 0; i < call.outputs; i += kPanelWidth)
+      pack_rows(call.light_up, i, call.outputs, call.rank, call.panels + layout.light, layout.rank);
+#pragma omp for schedule(static) nowait
+    for (std::int64_t g = 0; g < call.groups; ++g)
+      for (std::int64_t p = 0; p < parts.per_group; ++p) {
+        const std::int64_t first = parts.first(g, p);
+        const int count = parts.count(p);
+        pack_panel(call.weight + first * call.depth, call.depth, count, call.depth, call.panels + layout.up_panel(first));
+        if (call.value_weight)
+          pack_panel(call.value_weight + first * call.depth, call.depth, count, call.depth,
+                     call.panels + layout.value_panel(first));
+        for (std::int64_t o = 0; o < call.outputs; o += kPanelWidth)
+          pack_outputs(call.down_weight + o * call.hidden + first, call.hidden, call.outputs - o, count,
+                       call.panels + layout.down_panel(first, count, o));
+      }
   }
 }
 

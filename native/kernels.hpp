@@ -163,30 +163,39 @@ struct ConvolutionBackward {
 
 enum class Activation : int { gelu = 0, gelu_tanh = 1, relu = 2, silu = 3 };
 
-// The selected hidden units of an FFN, float32 throughout; see src/midl/ops/reference_ffn.py.
+// One call of an FFN, float32 throughout; see src/midl/ops/reference_ffn.py.
 struct FfnForward {
   const float* x;              // (rows, depth)
   std::int64_t x_stride;
-  std::int64_t rows, depth, hidden, outputs, groups, selected_groups;
+  std::int64_t rows, depth, hidden, outputs, rank, groups;
+  std::int64_t selected_groups;  // by a row; with `threshold`, at most
+  float threshold = -__builtin_inff();  // logit that all but a row's first group must reach
   const float* weight;         // (hidden, depth)
   const float* bias;           // (hidden) or null
   const float* value_weight;   // (hidden, depth) or null
   const float* value_bias;     // (hidden) or null
   const float* down_weight;    // (outputs, hidden)
-  const float* panels;         // of the three weights, as pack_ffn writes them, or null
+  const float* down_bias;      // (outputs) or null
+  const float* light_down;     // (rank, depth)
+  const float* light_up;       // (outputs, rank)
   const float* light_hidden;   // (hidden)
-  const std::int32_t* selected;  // (rows, selected_groups), -1 in slots without a group
-  const float* shares;         // (rows, selected_groups), weights of the selected groups, or null for 1
+  const float* light_bias;     // (outputs)
+  const float* gate_weight;    // (groups, rank)
+  const float* gate_bias;      // (groups)
+  const float* noise;          // (rows, groups) or null
+  const float* panels;         // of the weights, as pack_ffn writes them, or null
+  bool hard;                   // interpolation weight 1 instead of sigmoid
   Activation activation;
-  float* y;                    // (rows, outputs), which the units' outputs are added to
+  float* y;                    // (rows, outputs)
+  std::int32_t* selected;      // (rows, selected_groups), -1 behind the selected; or null where nobody wants it
   int threads;
 };
 
-// The weights of an FFN as panels of hidden units.
+// The weights of an FFN as panels; the fields are those of FfnForward.
 struct FfnPack {
-  std::int64_t depth, hidden, outputs, groups;
-  const float *weight, *value_weight, *down_weight;  // as in FfnForward
-  float* panels;
+  std::int64_t depth, hidden, outputs, rank, groups;
+  const float *weight, *value_weight, *down_weight, *light_down, *light_up, *gate_weight;
+  float* panels;               // packed_ffn_size() elements
   int threads;
 };
 

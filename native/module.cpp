@@ -170,34 +170,40 @@ void topk(std::uintptr_t scores, int64_t rows, int64_t groups, int64_t k, float 
 }
 
 void ffn_forward(std::uintptr_t x, int64_t x_stride, int64_t rows, int64_t depth, int64_t hidden, int64_t outputs,
-                 int64_t groups, int64_t selected_groups, std::uintptr_t weight, std::uintptr_t bias,
-                 std::uintptr_t value_weight, std::uintptr_t value_bias, std::uintptr_t down_weight,
-                 std::uintptr_t panels, std::uintptr_t light_hidden, std::uintptr_t selected, std::uintptr_t shares, int activation,
-                 std::uintptr_t y, int threads) {
+                 int64_t rank, int64_t groups, int64_t selected_groups, float threshold, std::uintptr_t weight, std::uintptr_t bias,
+                 std::uintptr_t value_weight, std::uintptr_t value_bias, std::uintptr_t down_weight, std::uintptr_t down_bias,
+                 std::uintptr_t light_down, std::uintptr_t light_up, std::uintptr_t light_hidden, std::uintptr_t light_bias,
+                 std::uintptr_t gate_weight, std::uintptr_t gate_bias, std::uintptr_t noise, std::uintptr_t panels, bool hard,
+                 int activation, std::uintptr_t y, std::uintptr_t selected, int threads) {
   midl::current().ffn_forward({
       .x = pointer<const float>(x), .x_stride = x_stride, .rows = rows, .depth = depth, .hidden = hidden,
-      .outputs = outputs, .groups = groups, .selected_groups = selected_groups,
+      .outputs = outputs, .rank = rank, .groups = groups, .selected_groups = selected_groups, .threshold = threshold,
       .weight = pointer<const float>(weight), .bias = pointer<const float>(bias),
       .value_weight = pointer<const float>(value_weight), .value_bias = pointer<const float>(value_bias),
-      .down_weight = pointer<const float>(down_weight), .panels = pointer<const float>(panels), .light_hidden = pointer<const float>(light_hidden),
-      .selected = pointer<const std::int32_t>(selected), .shares = pointer<const float>(shares),
-      .activation = midl::Activation(activation), .y = pointer<float>(y), .threads = threads,
+      .down_weight = pointer<const float>(down_weight), .down_bias = pointer<const float>(down_bias),
+      .light_down = pointer<const float>(light_down), .light_up = pointer<const float>(light_up),
+      .light_hidden = pointer<const float>(light_hidden), .light_bias = pointer<const float>(light_bias),
+      .gate_weight = pointer<const float>(gate_weight), .gate_bias = pointer<const float>(gate_bias),
+      .noise = pointer<const float>(noise), .panels = pointer<const float>(panels), .hard = hard,
+      .activation = midl::Activation(activation), .y = pointer<float>(y), .selected = pointer<std::int32_t>(selected),
+      .threads = threads,
   });
 }
 
-int64_t packed_ffn_size(int64_t depth, int64_t hidden, int64_t outputs, int64_t groups, bool gated) {
+int64_t packed_ffn_size(int64_t depth, int64_t hidden, int64_t outputs, int64_t rank, int64_t groups, bool gated) {
   const float any = 0;
-  return midl::current().packed_ffn_size({.depth = depth, .hidden = hidden, .outputs = outputs, .groups = groups,
-                                          .weight = nullptr, .value_weight = gated ? &any : nullptr,
-                                          .down_weight = nullptr, .panels = nullptr, .threads = 1});
+  return midl::current().packed_ffn_size({.depth = depth, .hidden = hidden, .outputs = outputs, .rank = rank, .groups = groups,
+                                          .value_weight = gated ? &any : nullptr});
 }
 
-void pack_ffn(int64_t depth, int64_t hidden, int64_t outputs, int64_t groups, std::uintptr_t weight,
-              std::uintptr_t value_weight, std::uintptr_t down_weight, std::uintptr_t panels, int threads) {
-  midl::current().pack_ffn({.depth = depth, .hidden = hidden, .outputs = outputs, .groups = groups,
+void pack_ffn(int64_t depth, int64_t hidden, int64_t outputs, int64_t rank, int64_t groups, std::uintptr_t weight,
+              std::uintptr_t value_weight, std::uintptr_t down_weight, std::uintptr_t light_down, std::uintptr_t light_up,
+              std::uintptr_t gate_weight, std::uintptr_t panels, int threads) {
+  midl::current().pack_ffn({.depth = depth, .hidden = hidden, .outputs = outputs, .rank = rank, .groups = groups,
                             .weight = pointer<const float>(weight), .value_weight = pointer<const float>(value_weight),
-                            .down_weight = pointer<const float>(down_weight), .panels = pointer<float>(panels),
-                            .threads = threads});
+                            .down_weight = pointer<const float>(down_weight), .light_down = pointer<const float>(light_down),
+                            .light_up = pointer<const float>(light_up), .gate_weight = pointer<const float>(gate_weight),
+                            .panels = pointer<float>(panels), .threads = threads});
 }
 
 std::vector<std::string> names(bool supported_only) {
@@ -244,12 +250,13 @@ NB_MODULE(_native, m) {
   m.def("pack", &pack, released, "bfloat16"_a, "depth"_a, "neurons"_a, "rank"_a, "groups"_a, "weight"_a,
         "light_down"_a, "light_up"_a, "gate_weight"_a, "packed_light"_a, "packed_weight"_a, "threads"_a);
   m.def("topk", &topk, released, "scores"_a, "rows"_a, "groups"_a, "k"_a, "threshold"_a, "selected"_a, "threads"_a);
-  m.def("ffn_forward", &ffn_forward, released, "x"_a, "x_stride"_a, "rows"_a, "depth"_a, "hidden"_a, "outputs"_a,
-        "groups"_a, "selected_groups"_a, "weight"_a, "bias"_a, "value_weight"_a, "value_bias"_a, "down_weight"_a,
-        "panels"_a, "light_hidden"_a, "selected"_a, "shares"_a, "activation"_a, "y"_a, "threads"_a);
-  m.def("packed_ffn_size", &packed_ffn_size, "depth"_a, "hidden"_a, "outputs"_a, "groups"_a, "gated"_a);
-  m.def("pack_ffn", &pack_ffn, released, "depth"_a, "hidden"_a, "outputs"_a, "groups"_a, "weight"_a, "value_weight"_a,
-        "down_weight"_a, "panels"_a, "threads"_a);
+  m.def("ffn_forward", &ffn_forward, released, "x"_a, "x_stride"_a, "rows"_a, "depth"_a, "hidden"_a, "outputs"_a, "rank"_a,
+        "groups"_a, "selected_groups"_a, "threshold"_a, "weight"_a, "bias"_a, "value_weight"_a, "value_bias"_a, "down_weight"_a,
+        "down_bias"_a, "light_down"_a, "light_up"_a, "light_hidden"_a, "light_bias"_a, "gate_weight"_a, "gate_bias"_a, "noise"_a,
+        "panels"_a, "hard"_a, "activation"_a, "y"_a, "selected"_a, "threads"_a);
+  m.def("packed_ffn_size", &packed_ffn_size, "depth"_a, "hidden"_a, "outputs"_a, "rank"_a, "groups"_a, "gated"_a);
+  m.def("pack_ffn", &pack_ffn, released, "depth"_a, "hidden"_a, "outputs"_a, "rank"_a, "groups"_a, "weight"_a, "value_weight"_a,
+        "down_weight"_a, "light_down"_a, "light_up"_a, "gate_weight"_a, "panels"_a, "threads"_a);
   m.def("sample", &midl::sample, "data"_a, "bytes"_a);
   midl::bind_prepared(m);
   m.def("use_instruction_set", &midl::use_variant, "name"_a);

@@ -1,4 +1,4 @@
-// The classes PreparedLinear and PreparedConvolution: small layers are over in microseconds, and so must be what surrounds their kernel.
+// The classes PreparedLinear, PreparedConvolution and PreparedFfn: small layers are over in microseconds, and so must be what surrounds their kernel.
 //
 // It holds addresses and sizes, checks in a few attribute reads that the parameters are the ones it was made for, in the
 // state it was made for, and that the input is of its kind; what does not pass is left to the general path.
@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <iterator>
 #include <vector>
 
 #include "cpu.hpp"
@@ -129,18 +130,20 @@ struct Parameter {
   }
 };
 
-constexpr std::size_t kParameters = 6;
+constexpr std::size_t kMostParameters = 12;
+using ParameterNames = std::vector<const char*>;
+const ParameterNames kLayerNames{"weight", "bias", "light_down", "light_up", "gate_weight", "gate_bias"};
+const ParameterNames kFfnNames{"weight",     "bias",     "value_weight", "value_bias", "down_weight", "down_bias",
+                               "light_down", "light_up", "light_hidden", "light_bias", "gate_weight", "gate_bias"};
 
-// The parameters of a layer as they were when a call was prepared.
+// The parameters of a layer as they were when a call was prepared, in the order of their names.
 class Parameters {
  public:
   // `states` holds (version, address, sample) of those that panels copy, by name. What `parameters` lacks exists as panels
   // alone, whose address stands for its own.
-  Parameters(nb::dict parameters, nb::dict states, const void* panels) {
-    static constexpr const char* kNames[kParameters] = {"weight",   "bias",        "light_down",
-                                                        "light_up", "gate_weight", "gate_bias"};
-    for (std::size_t i = 0; i < kParameters; ++i) {
-      nb::object name = interned(kNames[i]);
+  Parameters(const ParameterNames& names, nb::dict parameters, nb::dict states, const void* panels) {
+    for (std::size_t i = 0; i < names.size(); ++i) {
+      nb::object name = interned(names[i]);
       if (!parameters.contains(name)) {
         addresses_[i] = panels;
         continue;
@@ -173,8 +176,8 @@ class Parameters {
 
   // Those of one call, kept alive: other threads may drop them.
   struct Held {
-    std::array<nb::object, kParameters> objects;
-    std::array<const void*, kParameters> addresses;
+    std::array<nb::object, kMostParameters> objects;
+    std::array<const void*, kMostParameters> addresses;
   };
 
   // Whether the call may take those in the dict for these.
@@ -189,7 +192,7 @@ class Parameters {
   const void* address(std::size_t i) const { return addresses_[i]; }
 
  private:
-  std::array<const void*, kParameters> addresses_{};
+  std::array<const void*, kMostParameters> addresses_{};
   std::vector<Parameter> present_;
 };
 
@@ -211,13 +214,27 @@ nb::object new_selection(PyObject* x, PyObject* shape) {
   return checked(PyObject_VectorcallMethod(names().new_empty.ptr(), arguments, 2, names().dtype_keyword.ptr()));
 }
 
+int64_t leading_size(const View& x) {
+  int64_t rows = 1;
+  for (int i = 0; i + 1 < x.axes; ++i) rows *= x.shape[i];
+  return rows;
+}
+
+// The shape of x but for its last axis.
+nb::object shape_with_last(const View& x, int64_t last) {
+  nb::object shape = checked(PyTuple_New(x.axes));
+  for (int i = 0; i < x.axes; ++i)
+    PyTuple_SET_ITEM(shape.ptr(), i, checked(PyLong_FromLongLong(i + 1 == x.axes ? last : x.shape[i])).release().ptr());
+  return shape;
+}
+
 class PreparedLinear {
  public:
   PreparedLinear(nb::dict parameters, nb::dict states, bool bfloat16, int64_t depth, int64_t neurons,
                  int64_t rank, int64_t groups, int64_t selected_groups, float threshold, bool hard,
                  nb::object packed_light, nb::object packed_weight, nb::object dense_product)
       : element_(bfloat16 ? Element::bfloat16 : Element::float32), packed_light_(std::move(packed_light)), packed_weight_(std::move(packed_weight)),
-        dense_product_(std::move(dense_product)), kernels_(&current()), parameters_(parameters, states, panels_at(packed_light_)) {
+        dense_product_(std::move(dense_product)), kernels_(&current()), parameters_(kLayerNames, parameters, states, panels_at(packed_light_)) {
     call_ = {
         .storage = bfloat16 ? Storage::bfloat16 : Storage::float32,
         .x = nullptr, .x_stride = depth, .rows = 0, .depth = depth, .neurons = neurons, .rank = rank, .groups = groups,
@@ -252,13 +269,8 @@ class PreparedLinear {
     if (view.element != element_ || !view.on_cpu || view.axes == 0 || view.shape[view.axes - 1] != call.depth ||
         !view.is_contiguous())
       return nb::none();
-    nb::object y_shape = checked(PyTuple_New(view.axes));
-    call.rows = 1;
-    for (int i = 0; i < view.axes; ++i) {
-      const bool last = i + 1 == view.axes;
-      if (!last) call.rows *= view.shape[i];
-      PyTuple_SET_ITEM(y_shape.ptr(), i, checked(PyLong_FromLongLong(last ? call.neurons : view.shape[i])).release().ptr());
-    }
+    call.rows = leading_size(view);
+    nb::object y_shape = shape_with_last(view, call.neurons);
     nb::object y = new_output(x.ptr(), y_shape.ptr(), call.rows * call.neurons, call.storage);
     nb::object selected;
     if (selection) {
@@ -302,7 +314,7 @@ class PreparedConvolution {
                       bool hard, nb::object packed_light, nb::object packed_weight, nb::object dense_product)
       : y_shape_(std::move(y_shape)),
         selected_shape_(std::move(selected_shape)), packed_light_(std::move(packed_light)), packed_weight_(std::move(packed_weight)),
-        dense_product_(std::move(dense_product)), kernels_(&current()), parameters_(parameters, states, panels_at(packed_light_)) {
+        dense_product_(std::move(dense_product)), kernels_(&current()), parameters_(kLayerNames, parameters, states, panels_at(packed_light_)) {
     static_assert(sizeof(Images) == sizeof images);
     View view;
     if (!view.read(x.ptr())) throw nb::value_error("images without memory");
@@ -364,6 +376,49 @@ class PreparedConvolution {
   ConvolutionForward call_;
 };
 
+// The same for an FFN, float32.
+class PreparedFfn {
+ public:
+  PreparedFfn(nb::dict parameters, nb::dict states, int64_t depth, int64_t hidden, int64_t outputs, int64_t rank, int64_t groups,
+              int64_t selected_groups, float threshold, bool hard, int activation, nb::object panels)
+      : panels_(std::move(panels)), kernels_(&current()), parameters_(kFfnNames, parameters, states, nullptr) {
+    call_ = {.x_stride = depth, .depth = depth, .hidden = hidden, .outputs = outputs, .rank = rank, .groups = groups,
+             .selected_groups = selected_groups, .threshold = threshold,
+             .panels = static_cast<const float*>(address_of(panels_.ptr())), .hard = hard,
+             .activation = Activation(activation)};
+  }
+
+  // y, or None where this call was not prepared for x or for the parameters as they are now.
+  nb::object run(nb::handle x, nb::dict parameters, int threads) const {
+    View view;
+    Parameters::Held held;
+    if (&current() != kernels_ || !view.read(x.ptr()) || view.element != Element::float32 || !view.on_cpu || view.axes == 0 ||
+        view.shape[view.axes - 1] != call_.depth || !view.is_contiguous() || !parameters_.fit(parameters, held))
+      return nb::none();
+    FfnForward call = call_;
+    call.rows = leading_size(view);
+    nb::object y = new_output(x.ptr(), shape_with_last(view, call.outputs).ptr(), call.rows * call.outputs, Storage::float32);
+    call.x = static_cast<const float*>(view.data);
+    call.y = static_cast<float*>(const_cast<void*>(address_of(y.ptr())));
+    // In the order of kFfnNames.
+    const float** const fields[] = {&call.weight,     &call.bias,     &call.value_weight, &call.value_bias, &call.down_weight, &call.down_bias,
+                                    &call.light_down, &call.light_up, &call.light_hidden, &call.light_bias, &call.gate_weight, &call.gate_bias};
+    for (std::size_t i = 0; i < std::size(fields); ++i) *fields[i] = static_cast<const float*>(held.addresses[i]);
+    call.threads = threads;
+    {
+      nb::gil_scoped_release released;
+      kernels_->ffn_forward(call);
+    }
+    return y;
+  }
+
+ private:
+  nb::object panels_;
+  const Kernels* kernels_;
+  Parameters parameters_;
+  FfnForward call_{};
+};
+
 }  // namespace
 
 void bind_prepared(nb::module_& m) {
@@ -379,6 +434,11 @@ void bind_prepared(nb::module_& m) {
            "selected_groups"_a, "threshold"_a, "hard"_a, "packed_light"_a.none(), "packed_weight"_a.none(), "dense_product"_a.none())
       .def("run", &PreparedLinear::run, "x"_a, "parameters"_a, "threads"_a, "selection"_a = false, "relu"_a = false)
       .def("run_plainly", &PreparedLinear::run_plainly, "x"_a.none(), "parameters"_a, "relu"_a = false);
+  nb::class_<PreparedFfn>(m, "PreparedFfn")
+      .def(nb::init<nb::dict, nb::dict, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float, bool, int, nb::object>(),
+           "parameters"_a, "states"_a, "depth"_a, "hidden"_a, "outputs"_a, "rank"_a, "groups"_a, "selected_groups"_a,
+           "threshold"_a, "hard"_a, "activation"_a, "panels"_a)
+      .def("run", &PreparedFfn::run, "x"_a, "parameters"_a, "threads"_a);
   nb::class_<PreparedConvolution>(m, "PreparedConvolution")
       .def(nb::init<nb::dict, nb::dict, nb::object, bool, nb::object, nb::object, const std::array<int64_t, 17>&, int64_t, int64_t,
                     int64_t, int64_t, int64_t, float, int64_t, int64_t, bool, nb::object, nb::object, nb::object>(),

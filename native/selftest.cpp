@@ -544,53 +544,84 @@ void test_convolution_backward(const Kernels& kernels, bool channels_last, int64
   compare(kernels, grad_down, added.weight, kBackwardLimit[int(c.storage)], "gradient of light_down", where);
 }
 
-// relu(x . weight + bias) [* (x . value + bias)] of the selected groups, less a light value, times down; with and without
-// panels, whose results have the same bits.
-void test_ffn(const Kernels& kernels, int64_t rows, int64_t depth, int64_t groups, int64_t group_size, int64_t outputs,
-              int64_t k, bool gated) {
-  const int64_t hidden = groups * group_size;
-  Tensor x = Tensor::random(rows * depth), weight = Tensor::random(hidden * depth), bias = Tensor::random(hidden);
-  Tensor value = Tensor::random(hidden * depth), down = Tensor::random(outputs * hidden), light = Tensor::random(hidden);
-  Tensor shares = Tensor::random(rows * k), start = Tensor::random(rows * outputs);
-  vector<std::int32_t> selected(std::size_t(rows * k));
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t i = 0; i < k; ++i)  // the last slot of every third row stays empty
-      selected[std::size_t(r * k + i)] = i + 1 == k && r % 3 == 2 ? -1 : std::int32_t((r + i) % groups);
-  vector<double> expected(std::size_t(rows * outputs));
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t o = 0; o < outputs; ++o) expected[std::size_t(r * outputs + o)] = start[r * outputs + o];
-    for (int64_t i = 0; i < k; ++i) {
-      const std::int32_t g = selected[std::size_t(r * k + i)];
-      for (int64_t u = g * group_size; g >= 0 && u < (g + 1) * group_size; ++u) {
-        double h = bias[u], v = 0;
-        for (int64_t j = 0; j < depth; ++j) {
-          h += double(x[r * depth + j]) * weight[u * depth + j];
-          v += double(x[r * depth + j]) * value[u * depth + j];
-        }
-        h = shares[r * k + i] * (std::max(h, 0.0) * (gated ? v : 1) - light[u]);
-        for (int64_t o = 0; o < outputs; ++o) expected[std::size_t(r * outputs + o)] += h * down[o * hidden + u];
+struct FfnCase {
+  int64_t rows, depth, groups, group_size, outputs, rank, k;
+  bool gated, hard;
+  float threshold;
+};
+
+// relu(x . weight + bias) [* (x . value)] of the selected groups, less a light value, times down, and the light path; with
+// and without panels, whose results have the same bits.
+void test_ffn(const Kernels& kernels, const FfnCase& c, int threads) {
+  const int64_t hidden = c.groups * c.group_size;
+  const auto matrix = [](int64_t rows, int64_t depth) { return Tensor::random(Storage::float32, rows * depth, Layer::scale(depth)); };
+  Tensor x = Tensor::random(c.rows * c.depth), weight = matrix(hidden, c.depth), bias = Tensor::random(hidden);
+  Tensor value = matrix(hidden, c.depth), down = matrix(c.outputs, hidden), down_bias = Tensor::random(c.outputs);
+  Tensor light_down = matrix(c.rank, c.depth), light_up = matrix(c.outputs, c.rank), light = Tensor::random(hidden);
+  Tensor light_bias = Tensor::random(c.outputs), gate_weight = matrix(c.groups, c.rank), gate_bias = Tensor::random(c.groups);
+  Tensor noise = Tensor::random(c.rows * c.groups);
+  const vector<double> code = Layer::product(x, light_down, c.rows, c.rank, c.depth);
+  const vector<double> before = Layer::product(x, weight, c.rows, hidden, c.depth);
+  const vector<double> values = Layer::product(x, value, c.rows, hidden, c.depth);
+  vector<double> expected(std::size_t(c.rows * c.outputs));
+  vector<std::int32_t> chosen;
+  for (int64_t r = 0; r < c.rows; ++r) {
+    vector<double> logits, scores;
+    for (int64_t g = 0; g < c.groups; ++g) {
+      double logit = gate_bias[g];
+      for (int64_t i = 0; i < c.rank; ++i) logit += code[std::size_t(r * c.rank + i)] * gate_weight[g * c.rank + i];
+      logits.push_back(logit);
+      scores.push_back(logit + noise[r * c.groups + g]);
+    }
+    const auto row = top(scores, c.k, c.threshold);
+    chosen.insert(chosen.end(), row.begin(), row.end());
+    double light_share = 1;
+    vector<double> mixed(std::size_t(hidden), 0.0);
+    for (const std::int32_t g : row) {
+      if (g < 0) continue;
+      const double share = c.hard ? 1 : 1 / (1 + std::exp(-logits[std::size_t(g)]));
+      light_share -= share / double(c.groups);
+      for (int64_t u = g * c.group_size; u < (g + 1) * c.group_size; ++u) {
+        const double h = std::max(before[std::size_t(r * hidden + u)] + bias[u], 0.0);
+        mixed[std::size_t(u)] = share * (h * (c.gated ? values[std::size_t(r * hidden + u)] : 1) - light[u]);
       }
     }
+    for (int64_t o = 0; o < c.outputs; ++o) {
+      double y = light_bias[o] + down_bias[o];
+      for (int64_t i = 0; i < c.rank; ++i) y += light_share * code[std::size_t(r * c.rank + i)] * light_up[o * c.rank + i];
+      for (int64_t u = 0; u < hidden; ++u) y += mixed[std::size_t(u)] * down[o * hidden + u];
+      expected[std::size_t(r * c.outputs + o)] = y;
+    }
   }
-  const midl::FfnPack sizes{.depth = depth, .hidden = hidden, .outputs = outputs, .groups = groups,
-                            .weight = weight.as<float>(), .value_weight = gated ? value.as<float>() : nullptr,
-                            .down_weight = down.as<float>(), .panels = nullptr, .threads = 1};
+  const midl::FfnPack sizes{.depth = c.depth, .hidden = hidden, .outputs = c.outputs, .rank = c.rank, .groups = c.groups,
+                            .weight = weight.as<float>(), .value_weight = c.gated ? value.as<float>() : nullptr,
+                            .down_weight = down.as<float>(), .light_down = light_down.as<float>(),
+                            .light_up = light_up.as<float>(), .gate_weight = gate_weight.as<float>(), .panels = nullptr,
+                            .threads = 1};
   Tensor panels(Storage::float32, kernels.packed_ffn_size(sizes));
   midl::FfnPack packing = sizes;
   packing.panels = panels.as<float>();
   kernels.pack_ffn(packing);
-  const std::string where = std::to_string(rows) + " rows, " + std::to_string(groups) + " groups of " + std::to_string(group_size);
+  const std::string where = std::to_string(c.rows) + " rows, " + std::to_string(c.groups) + " groups of " +
+                            std::to_string(c.group_size) + ", " + std::to_string(threads) + " threads";
   report(panels.strip_is_whole(), kernels.name, "pack_ffn wrote past the end", where);
   Tensor first(Storage::float32, 0);
   for (const bool packed : {false, true}) {
-    Tensor y = start;
-    kernels.ffn_forward({.x = x.as<float>(), .x_stride = depth, .rows = rows, .depth = depth, .hidden = hidden,
-                         .outputs = outputs, .groups = groups, .selected_groups = k, .weight = weight.as<float>(),
-                         .bias = bias.as<float>(), .value_weight = sizes.value_weight, .value_bias = nullptr,
-                         .down_weight = down.as<float>(), .panels = packed ? panels.as<float>() : nullptr,
-                         .light_hidden = light.as<float>(), .selected = selected.data(), .shares = shares.as<float>(),
-                         .activation = midl::Activation::relu, .y = y.as<float>(), .threads = 1});
+    Tensor y(Storage::float32, c.rows * c.outputs);
+    vector<std::int32_t> selected(std::size_t(c.rows * c.k), -2);
+    kernels.ffn_forward({.x = x.as<float>(), .x_stride = c.depth, .rows = c.rows, .depth = c.depth, .hidden = hidden,
+                         .outputs = c.outputs, .rank = c.rank, .groups = c.groups, .selected_groups = c.k,
+                         .threshold = c.threshold, .weight = weight.as<float>(), .bias = bias.as<float>(),
+                         .value_weight = sizes.value_weight, .value_bias = nullptr, .down_weight = down.as<float>(),
+                         .down_bias = down_bias.as<float>(), .light_down = light_down.as<float>(),
+                         .light_up = light_up.as<float>(), .light_hidden = light.as<float>(),
+                         .light_bias = light_bias.as<float>(), .gate_weight = gate_weight.as<float>(),
+                         .gate_bias = gate_bias.as<float>(), .noise = noise.as<float>(),
+                         .panels = packed ? panels.as<float>() : nullptr, .hard = c.hard,
+                         .activation = midl::Activation::relu, .y = y.as<float>(), .selected = selected.data(),
+                         .threads = threads});
     compare(kernels, y, expected, kForwardLimit[0], packed ? "ffn on panels" : "ffn", where);
+    report(selected == chosen, kernels.name, "selection of the ffn", where);
     if (packed) report(y.halves == first.halves, kernels.name, "ffn on panels has other bits", where);
     first = y;
   }
@@ -666,11 +697,18 @@ void test(const Kernels& kernels) {
     test_projection(kernels, storage, 1100, 21, 7, 0);
   }
   for (const bool gated : {false, true}) {
-    test_ffn(kernels, 1, 5, 4, 3, 7, 2, gated);
-    test_ffn(kernels, 13, 40, 6, 16, 33, 3, gated);
-    test_ffn(kernels, 9, 17, 3, 40, 100, 2, gated);
-    test_ffn(kernels, 15, 1030, 2, 100, 20, 1, gated);
-    test_ffn(kernels, 37, 33, 5, 1, 64, 4, gated);
+    const float none = kNone;
+    for (const int threads : {1, 3}) {
+      test_ffn(kernels, {1, 5, 4, 3, 7, 3, 2, gated, false, none}, threads);
+      test_ffn(kernels, {13, 40, 6, 16, 33, 9, 3, gated, true, 0.3f}, threads);
+      test_ffn(kernels, {9, 17, 3, 40, 100, 5, 2, gated, false, 0.1f}, threads);
+      test_ffn(kernels, {15, 1030, 2, 100, 20, 33, 1, gated, true, none}, threads);
+      test_ffn(kernels, {37, 33, 5, 1, 64, 7, 4, gated, false, none}, threads);
+    }
+    // Work for several threads: few rows, more, and rows enough that each has its own.
+    test_ffn(kernels, {2, 300, 20, 32, 200, 70, 9, gated, false, none}, 3);
+    test_ffn(kernels, {70, 130, 11, 24, 130, 40, 5, gated, true, none}, 2);
+    test_ffn(kernels, {270, 70, 9, 20, 65, 20, 4, gated, false, none}, 2);
   }
 }
 

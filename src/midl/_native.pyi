@@ -56,14 +56,16 @@ def topk(
     scores: int, rows: int, groups: int, k: int, threshold: float, selected: int, threads: int
 ) -> None: ...  # fmt: skip
 def ffn_forward(
-    x: int, x_stride: int, rows: int, depth: int, hidden: int, outputs: int, groups: int, selected_groups: int,
-    weight: int, bias: int, value_weight: int, value_bias: int, down_weight: int, panels: int,
-    light_hidden: int, selected: int, shares: int, activation: int, y: int, threads: int,
-) -> None: ...  # fmt: skip
-def packed_ffn_size(depth: int, hidden: int, outputs: int, groups: int, gated: bool) -> int: ...
-def pack_ffn(
-    depth: int, hidden: int, outputs: int, groups: int, weight: int, value_weight: int, down_weight: int, panels: int,
+    x: int, x_stride: int, rows: int, depth: int, hidden: int, outputs: int, rank: int, groups: int,
+    selected_groups: int, threshold: float, weight: int, bias: int, value_weight: int, value_bias: int,
+    down_weight: int, down_bias: int, light_down: int, light_up: int, light_hidden: int, light_bias: int,
+    gate_weight: int, gate_bias: int, noise: int, panels: int, hard: bool, activation: int, y: int, selected: int,
     threads: int,
+) -> None: ...  # fmt: skip
+def packed_ffn_size(depth: int, hidden: int, outputs: int, rank: int, groups: int, gated: bool) -> int: ...
+def pack_ffn(
+    depth: int, hidden: int, outputs: int, rank: int, groups: int, weight: int, value_weight: int, down_weight: int,
+    light_down: int, light_up: int, gate_weight: int, panels: int, threads: int,
 ) -> None: ...  # fmt: skip
 def sample(data: int, bytes: int) -> int: ...
 
@@ -77,6 +79,14 @@ class PreparedLinear:
         self, x: Tensor, parameters: dict[str, Any], threads: int, selection: bool = False, relu: bool = False
     ) -> Tensor | tuple[Tensor, Tensor] | None: ...
     def run_plainly(self, x: Tensor, parameters: dict[str, Any], relu: bool = False) -> Tensor | None: ...
+
+class PreparedFfn:
+    def __init__(
+        self, parameters: dict[str, Any], states: dict[str, tuple[int, int, int]], depth: int, hidden: int,
+        outputs: int, rank: int, groups: int, selected_groups: int, threshold: float, hard: bool, activation: int,
+        panels: Tensor,
+    ) -> None: ...  # fmt: skip
+    def run(self, x: Tensor, parameters: dict[str, Any], threads: int) -> Tensor | None: ...
 
 class PreparedConvolution:
     def __init__(

@@ -110,7 +110,7 @@ def test_activations_hold_far_from_zero():
 
 
 # Rows of their own for every thread, the same rows for all, and those in two chunks.
-@pytest.mark.parametrize(("rows", "counts"), [(600, (2, 3)), (1, (2, 3)), (100, (2, 5)), (300, (7,))])
+@pytest.mark.parametrize(("rows", "counts"), [(600, (2, 3)), (9, (2, 3)), (100, (2, 5)), (300, (7,))])
 @pytest.mark.parametrize("group_size", [16, 40])
 def test_any_number_of_threads_gives_the_same_output(rows, counts, group_size):
     tensors = random_ffn((rows, 64), 16 * group_size, 200, 4, group_size, dtype=torch.float32)
@@ -123,6 +123,21 @@ def test_any_number_of_threads_gives_the_same_output(rows, counts, group_size):
     finally:
         torch.set_num_threads(threads)
     assert all(error_ratio(y, outputs[0]) < 1e-6 for y in outputs)
+
+
+# Few rows, whose gate every thread computes for itself; or the threads divide it by groups; or by rows.
+@pytest.mark.parametrize("rows", [1, 2, 14])
+@pytest.mark.parametrize("interpolation", ["sigmoid", "hard"])
+def test_few_rows_are_shared_by_all_threads(poisoned_memory, rows, interpolation):
+    tensors = random_ffn((rows, 200), 512 * 8, 301, 110, 8, gated=True, dtype=torch.float32)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            for threshold in (None, 0.2):
+                check(tensors, None, 200, 8, "silu", interpolation, "selected", threshold)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_gradients_are_those_of_the_reference():

@@ -14,6 +14,7 @@ from midl.errors import MIDLError
 from midl.layers.base import MIDLayer, observers
 from midl.layers.lowrank import truncated_svd
 from midl.ops.ffn import ffn
+from midl.ops.native_call import call_ffn_prepared
 from midl.ops.reference_ffn import ACTIVATIONS, activate
 
 if TYPE_CHECKING:
@@ -271,6 +272,10 @@ class MIDFFN(MIDLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the FFN's output, (..., out_features)."""
+        if not (observers or torch.compiler.is_compiling() or (self.training and self.config.noise > 0)):
+            prepared = call_ffn_prepared(x, self._parameters, self.config, self.activation)
+            if prepared is not None:
+                return prepared
         if isinstance(x, Tensor) and x.dim() == 0:
             raise MIDLError(f"MIDFFN: input is 0-dimensional, expected (..., {self.in_features})")
         self._check_input(x, -1, self.in_features, "features")

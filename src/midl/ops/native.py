@@ -9,7 +9,7 @@ import hashlib
 import math
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,11 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from midl.errors import KernelError
-from midl.ops import huge_pages, reference, reference_ffn
+from midl.ops import huge_pages, native_ffn, reference, reference_ffn
 from midl.ops.dispatch import Implementation, register
 from midl.ops.native_backward import linear_backward
 from midl.ops.native_conv2d import conv2d, conv2d_backward, conv2d_on_panels, image_geometry
-from midl.ops.native_ffn import ffn, prefers_ffn
 from midl.ops.native_packing import Packed, State, cast_kept, packed_panels, tensor_states
 
 if TYPE_CHECKING:
@@ -313,6 +312,31 @@ def prepare_conv2d(
     )  # fmt: skip
 
 
+def prepare_ffn(
+    packed: Packed, parameters: dict[str, Any], config: MIDConfig, activation: str, k: int
+) -> _native.PreparedFfn | None:  # fmt: skip
+    """:func:`prepare_linear` for an FFN whose panels ``packed.weight`` are.
+
+    Args:
+        packed: see there.
+        parameters: of the layer, by name, all of them.
+        config: the layer's.
+        activation: between its two layers.
+        k: groups selected, at most.
+    """
+    states = _states_of(packed, parameters, config.group_size, native_ffn.PACKED_NAMES)
+    if states is None or packed.weight is None:
+        return None
+    tensors = [p for p in parameters.values() if p is not None]
+    if not all(p.is_contiguous() and p.dtype == torch.float32 and p.device.type == "cpu" for p in tensors):
+        return None
+    (hidden, depth), (groups, rank) = parameters["weight"].shape, parameters["gate_weight"].shape
+    return _native.PreparedFfn(
+        parameters, states, depth, hidden, len(parameters["down_weight"]), rank, groups, k, _least(config.threshold),
+        config.interpolation == "hard", reference_ffn.ACTIVATIONS.index(activation), packed.weight,
+    )  # fmt: skip
+
+
 def _plain(
     packed: Packed | Panels, parameters: dict[str, Any], group_size: int
 ) -> tuple[dict[str, Any], dict[str, State] | None]:
@@ -322,9 +346,14 @@ def _plain(
     return {name: p for name, p in parameters.items() if p is None or not p.is_meta}, {}
 
 
-def _states_of(packed: Packed, parameters: dict[str, Any], group_size: int) -> dict[str, State] | None:
+_PACKED_NAMES = ("weight", "light_down", "light_up", "gate_weight")
+
+
+def _states_of(
+    packed: Packed, parameters: dict[str, Any], group_size: int, names: Sequence[str] = _PACKED_NAMES
+) -> dict[str, State] | None:
     """Return the states of the parameters that the panels were made of, or None where they have changed since."""
-    names = [name for name in ("weight", "light_down", "light_up", "gate_weight") if parameters[name] is not None]
+    names = [name for name in names if parameters[name] is not None]
     tensors = tuple(parameters[name] for name in names)
     form = _native.instruction_set(), group_size
     if not packed.matches(form, tensor_states(_native, tensors), tensors):
@@ -403,14 +432,14 @@ def _backward_densely(op: str, x: Tensor, weight: Tensor, group_size: int) -> bo
     return group_size <= _TILES_GROUP if op == "linear" else weight.shape[1] * group_size <= _TILES_WINDOW
 
 
-def _ffn(
+def ffn(
     x: Tensor, weight: Tensor, bias: Tensor | None, value_weight: Tensor | None, value_bias: Tensor | None,
     down_weight: Tensor, down_bias: Tensor | None, light_down: Tensor, light_up: Tensor, light_hidden: Tensor,
     light_bias: Tensor, gate_weight: Tensor, gate_bias: Tensor, noise: Tensor | None, k: int, group_size: int,
     activation: str, interpolation: str, ste: str, threshold: float | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return ffn(
-        _native, topk_groups, x, weight, bias, value_weight, value_bias, down_weight, down_bias, light_down, light_up,
+    return native_ffn.ffn(
+        _native, x, weight, bias, value_weight, value_bias, down_weight, down_bias, light_down, light_up,
         light_hidden, light_bias, gate_weight, gate_bias, noise, k, activation, interpolation, threshold,
     )  # fmt: skip
 
@@ -457,7 +486,7 @@ def _prefers(
     from midl.ops.cpu_cost import sparse_wins
 
     if op == "ffn":
-        return prefers_ffn(group_size)
+        return native_ffn.prefers_ffn(group_size)
     if op not in ("linear", "conv2d"):
         return True
     n, depth = weight.shape[0], weight.numel() // weight.shape[0]
@@ -476,7 +505,7 @@ register(
             "linear_backward": _linear_backward,
             "conv2d": convolution,
             "conv2d_backward": _conv2d_backward,
-            "ffn": _ffn,
+            "ffn": ffn,
             "ffn_backward": reference_ffn.ffn_backward,
         },
         unavailable=_unavailable,

@@ -20,7 +20,7 @@ from midl.ops import dense, dispatch, native
 from midl.ops.native_conv2d import image_geometry
 from midl.ops.native_packing import Packed, packed_for
 
-__all__ = ["PreparedCall", "Window", "call_op_prepared", "call_prepared", "choices_of", "keep_call"]
+__all__ = ["PreparedCall", "Window", "call_ffn_prepared", "call_op_prepared", "call_prepared", "choices_of", "keep_call"]
 
 # Sizes of inputs that a layer keeps calls for.
 _MOST_CALLS = 64
@@ -65,6 +65,35 @@ def call_prepared(
     return call.run(x, parameters, threads)
 
 
+def call_ffn_prepared(x: Tensor, parameters: dict[str, Any], config: MIDConfig, activation: str) -> Tensor | None:
+    """:func:`call_prepared` for an FFN.
+
+    Args:
+        x: (..., d), or anything else that a user may pass.
+        parameters: the layer's own dict of them.
+        config: the layer's.
+        activation: one of :data:`midl.ops.reference_ffn.ACTIVATIONS`.
+    """
+    packed = packed_for(parameters.get("weight"))
+    if packed is None or packed.weight is None or torch.compiler.is_compiling() or not native.infers_plainly(x):
+        return None
+    key, settings = "ffn", (config, dispatch.selected_kernels(), activation)
+    call = packed.calls.get(key)
+    if call is None or call.settings != settings:
+        weight = parameters["weight"]
+        if type(weight) not in (nn.Parameter, Tensor) or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+            return None
+        if not _ffn_fits(parameters, config.group_size):
+            return None
+        k, group_size = config.num_slots(len(weight) // config.group_size), config.group_size
+        run = dispatch.resolve("ffn", x, weight=weight, k=k, group_size=group_size, threshold=config.threshold)
+        prepared = native.prepare_ffn(packed, parameters, config, activation, k) if run is native.ffn else None
+        if prepared is None:
+            return None
+        call = keep_call(packed.calls, key, settings, prepared)
+    return call.run(x, parameters, torch.get_num_threads())
+
+
 def call_op_prepared(
     x: Tensor, tensors: Sequence[Tensor | None], choices: native.Choices, window: Window | None = None
 ) -> tuple[Tensor, Tensor] | None:
@@ -95,6 +124,10 @@ def call_op_prepared(
 
 
 _PARAMETERS = ("weight", "bias", "light_down", "light_up", "gate_weight", "gate_bias")
+_FFN_PARAMETERS = (
+    "weight", "bias", "value_weight", "value_bias", "down_weight", "down_bias", "light_down", "light_up",
+    "light_hidden", "light_bias", "gate_weight", "gate_bias",
+)  # fmt: skip
 
 
 def choices_of(parameters: dict[str, Any], config: MIDConfig) -> native.Choices:
@@ -188,6 +221,20 @@ def _fit(parameters: dict[str, Any], group_size: int) -> bool:
         "gate_bias": (groups,),
     }  # fmt: skip
     return all(parameters[name] is None or parameters[name].shape == shape for name, shape in shapes.items())
+
+
+def _ffn_fits(parameters: dict[str, Any], group_size: int) -> bool:
+    """:func:`_fit` for an FFN, whose parameters must all be there by name."""
+    if not parameters.keys() >= set(_FFN_PARAMETERS):  # pruned or parametrized
+        return False
+    (hidden, depth), n, rank = parameters["weight"].shape, len(parameters["down_weight"]), len(parameters["light_down"])
+    groups = hidden // group_size
+    shapes = (
+        (hidden, depth), (hidden,), (hidden, depth), (hidden,), (n, hidden), (n,), (rank, depth), (n, rank), (hidden,),
+        (n,), (groups, rank), (groups,),
+    )  # fmt: skip
+    tensors = [parameters[name] for name in _FFN_PARAMETERS]
+    return all(t is None or t.shape == shape for t, shape in zip(tensors, shapes, strict=True))
 
 
 def _may_be_native() -> bool:
