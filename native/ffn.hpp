@@ -16,6 +16,11 @@ constexpr std::int64_t kFfnRows = 128;
 constexpr std::int64_t kFfnOwnRows = 128;
 // Up to this many rows wait for memory: all outputs of a group, which lie side by side, before the next group.
 constexpr std::int64_t kFfnByGroupRows = kTallTile;
+// Narrower groups would leave most lanes of panels of their own empty: see compute_parts().
+constexpr std::int64_t kFfnPanelGroup = 8;
+MIDL_INLINE std::int64_t groups_of_panels(std::int64_t groups, std::int64_t hidden) {
+  return hidden / groups < kFfnPanelGroup ? 1 : groups;
+}
 
 // Maximal error 1.5e-7: Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26.
 MIDL_INLINE Vec error_function(Vec x) {
@@ -46,13 +51,14 @@ struct UnitParts {
 };
 
 // Where the panels lie, in elements: those of the code, the gate and the light path; then those of all groups'
-// up-projections, of the value's, and of the down-projection, whose depth the units are.
+// up-projections, of the value's, and of the down-projection, whose depth the units are. Narrow groups share panels: all
+// units are one group here.
 struct FfnLayout {
   std::int64_t depth, rank, group_size, padded_size, padded_outputs, gate, light, up, value, down, size;
   FfnLayout(std::int64_t depth_, std::int64_t rank_, std::int64_t outputs, std::int64_t groups, std::int64_t hidden, bool gated)
-      : depth(packed_depth<float>(depth_)), rank(packed_depth<float>(rank_)), group_size(hidden / groups),
+      : depth(packed_depth<float>(depth_)), rank(packed_depth<float>(rank_)), group_size(hidden / groups_of_panels(groups, hidden)),
         padded_size(round_up(group_size, L)), padded_outputs(round_up(outputs, kPanelWidth)) {
-    const std::int64_t lanes = groups * padded_size;
+    const std::int64_t lanes = hidden / group_size * padded_size;
     gate = round_up(rank_, kPanelWidth) * depth;
     light = gate + round_up(groups, kPanelWidth) * rank;
     up = light + padded_outputs * rank;
@@ -108,6 +114,39 @@ void add_units_of(std::int64_t rows, Args... args) {
   if constexpr (R > 1) add_units_of<R - 1>(rows, args...);
 }
 
+// Panels of outputs that registers can sum at once for one row.
+constexpr int kFfnWidePanels = 12 * L / kPanelWidth < 1 ? 1 : 12 * L / kPanelWidth;
+
+// out (P panels of outputs) += the units of a row that `mask` names . their lines of the panels.
+template <int P>
+[[gnu::noinline]] void add_masked(const float* hidden, std::uint32_t mask, const float* panels, int count, float* out) {
+  constexpr int V = kPanelWidth / L;  // vectors of a panel, two to a sub-panel
+  Vec acc[P][V];
+#pragma GCC unroll 16
+  for (int p = 0; p < P; ++p)
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) acc[p][v] = load(out + p * kPanelWidth + v * L);
+  for (; mask; mask &= mask - 1) {
+    const int i = __builtin_ctz(mask);
+    const Vec unit = splat(hidden[i]);
+    const float* line = panels + i * (2 * L);
+#pragma GCC unroll 16
+    for (int p = 0; p < P; ++p)
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) acc[p][v] += unit * load(line + (p * kPanelWidth + v / 2 * (2 * L)) * count + v % 2 * L);
+  }
+#pragma GCC unroll 16
+  for (int p = 0; p < P; ++p)
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) store(out + p * kPanelWidth + v * L, acc[p][v]);
+}
+
+template <int P = kFfnWidePanels, class... Args>
+void add_masked_of(std::int64_t panels, Args... args) {
+  if (panels == P) return add_masked<P>(args...);
+  if constexpr (P > 1) add_masked_of<P - 1>(panels, args...);
+}
+
 // Copy `count` values, zeros behind them up to kPanelWidth.
 inline void pad_panel(const float* from, std::int64_t count, float* to) {
   for (std::int64_t i = 0; i < kPanelWidth; ++i) to[i] = from && i < count ? from[i] : 0.0f;
@@ -119,18 +158,20 @@ struct FfnPlan {
   FfnLayout layout;
   UnitParts parts;
   std::int64_t room, code_stride, gate_stride;
-  bool repeat_gate, by_group;
+  bool repeat_gate, by_group, narrow;
 
   // For the chunk at hand.
   float *code, *gate, *light_share, *hidden;
   std::int32_t* selected;
+  std::uint32_t* masks;  // of narrow groups: which of a part's units a row selected
   std::atomic<std::int64_t>* taken;  // items of compute_hidden, per chunk
 
   FfnPlan(const midl::FfnForward& c, int team)
-      : call(c), layout(c.depth, c.rank, c.outputs, c.groups, c.hidden, c.value_weight), parts(c.groups, c.hidden),
+      : call(c), layout(c.depth, c.rank, c.outputs, c.groups, c.hidden, c.value_weight),
+        parts(groups_of_panels(c.groups, c.hidden), c.hidden),
         room(lesser(c.rows, kFfnRows)), code_stride(round_up(c.rank, kPanelWidth)), gate_stride(round_up(c.groups, kPanelWidth)),
         repeat_gate(team > 1 && double(room) * double(c.groups) * double(c.rank) < kRepeatWorth),
-        by_group(room <= kFfnByGroupRows) {}
+        by_group(room <= kFfnByGroupRows), narrow(c.hidden / c.groups < kFfnPanelGroup) {}
   std::int64_t chunks() const { return divide_up(call.rows, room); }
 
   void carve(Carver& memory) {
@@ -138,7 +179,8 @@ struct FfnPlan {
     gate = memory.take<float>(room * gate_stride);
     light_share = memory.take<float>(room);
     selected = memory.take<std::int32_t>(room * call.selected_groups);
-    hidden = memory.take<float>(room * call.selected_groups * parts.per_group * kPanelWidth);
+    hidden = memory.take<float>(room * (narrow ? 1 : call.selected_groups) * parts.per_group * kPanelWidth);
+    masks = memory.take<std::uint32_t>(narrow ? room * parts.per_group : 0);
     taken = memory.take<std::atomic<std::int64_t>>(chunks());
   }
   void settle(char* memory) {
@@ -161,14 +203,16 @@ class FfnThread {
     const FfnPlan& p = plan_;
     inputs_ = memory.take<const float*>(p.room);
     targets_ = memory.take<float*>(p.room);
-    starts_ = memory.take<std::int32_t>(call_.groups + 1);
-    rows_ = memory.take<std::int32_t>(p.room * call_.selected_groups);
-    shares_ = memory.take<float>(p.room * call_.selected_groups);
+    starts_ = memory.take<std::int32_t>(p.narrow ? 0 : call_.groups + 1);
+    rows_ = memory.take<std::int32_t>(p.narrow ? 0 : p.room * call_.selected_groups);
+    shares_ = memory.take<float>(p.narrow ? 0 : p.room * call_.selected_groups);
     keys_ = memory.take<std::int32_t>(round_up(call_.groups, L));
     picks_ = memory.take<std::int32_t>(call_.groups + 1);
     value_ = memory.take<float>(p.room * kPanelWidth);
     // Whole blocks, of all outputs of its own or of one after the other.
-    out_ = memory.take<float>(p.room * kPanelWidth * (p.by_group ? divide_up(p.output_panels(), team_.threads) : 1));
+    out_ = memory.take<float>(p.room * kPanelWidth *
+                              (p.by_group ? divide_up(p.output_panels(), team_.threads) : p.narrow ? kFfnWidePanels : 1));
+    panels_ = memory.take<float>(p.narrow && !call_.panels ? kPanelWidth * kPanelWidth * kFfnWidePanels : 0);
     slice_ = memory.take<float>(slice_floats());
     for (float*& vector : vectors_) vector = memory.take<float>(kPanelWidth);
     own_gate_ = memory.take<float>(p.repeat_gate ? p.room * p.gate_stride : 0);
@@ -193,6 +237,12 @@ class FfnThread {
     if (plan_.by_group)
       for (std::int64_t o = outputs_.begin; o < outputs_.end; ++o)
         compute_light(rows, o * kPanelWidth, out_ + (o - outputs_.begin) * kPanelWidth, own_stride());
+    if (plan_.narrow) {
+      compute_parts(begin, rows, plan_.taken[begin / plan_.room]);
+      team_.wait();
+      outputs_by_part(begin, rows);
+      return;
+    }
     sort_rows(rows);
     compute_hidden(begin, plan_.taken[begin / plan_.room]);
     team_.wait();
@@ -318,6 +368,117 @@ class FfnThread {
       }
   }
 
+  // Narrow groups, many to a part of kPanelWidth units: the up-projection of all units by panels or, for few rows, of those
+  // selected by dot products (see kDotCost); then of each row only the selected units' outputs.
+  void compute_parts(std::int64_t begin, std::int64_t rows, std::atomic<std::int64_t>& taken) {
+    const std::int64_t parts = plan_.parts.per_group;
+    const bool dense = narrow_and_dense<float>(rows, call_.groups, call_.selected_groups, 1);
+    for (std::int64_t p; (p = taken.fetch_add(1, std::memory_order_relaxed)) < parts;) {
+      const std::int64_t first = plan_.parts.first(0, p);
+      const int count = plan_.parts.count(p);
+      float* hidden = plan_.hidden + p * rows * kPanelWidth;
+      pad_panel(call_.bias ? call_.bias + first : nullptr, count, vectors_[0]);
+      pad_panel(call_.value_bias ? call_.value_bias + first : nullptr, count, vectors_[1]);
+      pad_panel(call_.light_hidden + first, count, vectors_[2]);
+      const auto project = [&](const float* weight, std::int64_t panel, const float* bias, float* out) {
+        for (std::int64_t r = 0; r < rows; ++r) inputs_[r] = call_.x + (begin + r) * call_.x_stride;
+        multiply_neurons(inputs_, rows, Neurons<float>{weight + first * call_.depth, call_.depth, plan_.panel_at(panel), count},
+                         call_.depth, bias, slice_, out, kPanelWidth);
+      };
+      if (dense) {
+        project(call_.weight, plan_.layout.up_panel(first), vectors_[0], hidden);
+        if (call_.value_weight) project(call_.value_weight, plan_.layout.value_panel(first), vectors_[1], value_);
+      }
+      for (std::int64_t r = 0; r < rows; ++r) {
+        float shares[kPanelWidth];
+        std::uint32_t mask = 0;
+        spread_shares(r, first, count, shares, mask);
+        plan_.masks[p * rows + r] = mask;
+        float* unit = hidden + r * kPanelWidth;
+        if (!dense) {
+          const float* x = call_.x + (begin + r) * call_.x_stride;
+          dot_selected(x, call_.weight + first * call_.depth, mask, vectors_[0], unit);
+          if (call_.value_weight)
+            dot_selected(x, call_.value_weight + first * call_.depth, mask, vectors_[1], value_ + r * kPanelWidth);
+        }
+        for (int v = 0; v < count; v += L) {
+          Vec h = activate(load(unit + v), call_.activation);
+          if (call_.value_weight) h *= load(value_ + r * kPanelWidth + v);
+          store(unit + v, (h - load(vectors_[2] + v)) * load(shares + v));
+        }
+      }
+    }
+  }
+
+  // Each unit's share and, as bits, whether it is selected, of `count` units from `first` on.
+  void spread_shares(std::int64_t row, std::int64_t first, int count, float* shares, std::uint32_t& mask) const {
+    const float* gate = gate_ + row * plan_.gate_stride;
+    const std::int64_t size = call_.hidden / call_.groups;
+    if (size == 1 && count == kPanelWidth) {
+      IVec bits = {};
+      for (int v = 0; v < kPanelWidth; v += L) {
+        const Vec weight = load(gate + first + v);
+        store(shares + v, weight);
+        bits |= (IVec)(weight < 0.0f) ? IVec{} : splat(std::int32_t(1)) << (lane_numbers() + v);
+      }
+      for (int lane = 0; lane < L; ++lane) mask |= std::uint32_t(bits[lane]);
+      return;
+    }
+    std::int64_t group = first / size, left = (group + 1) * size - first;
+    for (int i = 0; i < kPanelWidth; ++i) {
+      shares[i] = i < count ? gate[group] : 0.0f;
+      mask |= std::uint32_t(i < count && is_selected(shares[i])) << i;
+      if (--left == 0) ++group, left = size;
+    }
+  }
+
+  // out[i] = x . unit i + bias[i], of the units that `mask` names; anything elsewhere.
+  void dot_selected(const float* x, const float* weight, std::uint32_t mask, const float* bias, float* out) {
+    const float* units[kPanelWidth];
+    int picks[kPanelWidth], count = 0;
+    for (std::uint32_t left = mask; left; left &= left - 1) {
+      picks[count] = __builtin_ctz(left);
+      units[count] = weight + picks[count] * call_.depth;
+      ++count;
+    }
+    float sums[kPanelWidth];
+    dot_block(units, count, x, 0, 1, 0, call_.depth, sums, 1, false);
+    for (int i = 0; i < kPanelWidth; i += L) store(out + i, Vec{});
+    for (int i = 0; i < count; ++i) out[picks[i]] = sums[i] + bias[picks[i]];
+  }
+
+  // The outputs of all parts: few rows take all outputs of a part, which lie side by side, before the next part.
+  void outputs_by_part(std::int64_t begin, std::int64_t rows) {
+    if (outputs_.begin == outputs_.end) return;
+    const auto add = [&](std::int64_t p, std::int64_t panel, std::int64_t panels, float* out, std::int64_t stride) {
+      const std::int64_t first = plan_.parts.first(0, p), output = panel * kPanelWidth;
+      const int count = plan_.parts.count(p);
+      const float* lines = plan_.panel_at(plan_.layout.down_panel(first, count, output));
+      if (!lines) {
+        for (std::int64_t i = 0; i < panels; ++i)
+          pack_outputs(call_.down_weight + (output + i * kPanelWidth) * call_.hidden + first, call_.hidden,
+                       call_.outputs - output - i * kPanelWidth, count, panels_ + i * kPanelWidth * count);
+        lines = panels_;
+      }
+      for (std::int64_t r = 0; r < rows; ++r)
+        add_masked_of(panels, plan_.hidden + (p * rows + r) * kPanelWidth, plan_.masks[p * rows + r], lines, count, out + r * stride);
+    };
+    const auto tile = [&](std::int64_t o) { return lesser(outputs_.end - o, kFfnWidePanels); };
+    const auto columns = [&](std::int64_t from, std::int64_t to) { return Range{from * kPanelWidth, lesser(to * kPanelWidth, call_.outputs)}; };
+    if (plan_.by_group) {
+      for (std::int64_t p = 0; p < plan_.parts.per_group; ++p)
+        for (std::int64_t o = outputs_.begin; o < outputs_.end; o += kFfnWidePanels)
+          add(p, o, tile(o), out_ + (o - outputs_.begin) * kPanelWidth, own_stride());
+      return write_outputs(begin, rows, columns(outputs_.begin, outputs_.end), out_, own_stride());
+    }
+    for (std::int64_t o = outputs_.begin; o < outputs_.end; o += kFfnWidePanels) {
+      const std::int64_t stride = tile(o) * kPanelWidth;
+      for (std::int64_t i = 0; i < tile(o); ++i) compute_light(rows, (o + i) * kPanelWidth, out_ + i * kPanelWidth, stride);
+      for (std::int64_t p = 0; p < plan_.parts.per_group; ++p) add(p, o, tile(o), out_, stride);
+      write_outputs(begin, rows, columns(o, o + tile(o)), out_, stride);
+    }
+  }
+
   // out (rows x kPanelWidth) = the light path's share of a block of outputs, with their biases.
   void compute_light(std::int64_t rows, std::int64_t output, float* out, std::int64_t stride) {
     const std::int64_t count = lesser(kPanelWidth, call_.outputs - output);
@@ -370,6 +531,13 @@ class FfnThread {
       for (std::int64_t p = 0; m > 0 && p < plan_.parts.per_group; ++p) {
         const std::int64_t first = plan_.parts.first(g, p);
         const int count = plan_.parts.count(p);
+        if (m == 1 && call_.panels) {  // for one row, registers hold many outputs
+          for (std::int64_t o = outputs_.begin; o < outputs_.end; o += kFfnWidePanels)
+            add_masked_of(lesser(outputs_.end - o, kFfnWidePanels), hidden_of(g, p), ~std::uint32_t(0) >> (kPanelWidth - count),
+                          plan_.panel_at(plan_.layout.down_panel(first, count, o * kPanelWidth)), count,
+                          targets_[0] + (o - outputs_.begin) * kPanelWidth);
+          continue;
+        }
         for (std::int64_t o = outputs_.begin; o < outputs_.end; ++o) {
           const std::int64_t output = o * kPanelWidth;
           // What lies behind it comes next.
@@ -409,7 +577,7 @@ class FfnThread {
   const float** inputs_ = nullptr;
   float** targets_ = nullptr;
   std::int32_t *starts_ = nullptr, *rows_ = nullptr, *keys_ = nullptr, *picks_ = nullptr;
-  float *shares_ = nullptr, *value_ = nullptr, *out_ = nullptr, *slice_ = nullptr, *vectors_[3] = {}, *own_gate_ = nullptr,
+  float *shares_ = nullptr, *value_ = nullptr, *out_ = nullptr, *panels_ = nullptr, *slice_ = nullptr, *vectors_[3] = {}, *own_gate_ = nullptr,
         *gate_ = nullptr;
 };
 
@@ -478,7 +646,8 @@ std::int64_t packed_ffn_size(const midl::FfnPack& call) { return layout_of(call)
 
 void pack_ffn(const midl::FfnPack& call) {
   const FfnLayout layout = layout_of(call);
-  const UnitParts parts(call.groups, call.hidden);
+  const std::int64_t groups = groups_of_panels(call.groups, call.hidden);
+  const UnitParts parts(groups, call.hidden);
   const auto pack_rows = [&](const float* matrix, std::int64_t i, std::int64_t end, std::int64_t depth, float* panels, std::int64_t padded) {
     pack_panel(matrix + i * depth, depth, int(lesser(kPanelWidth, end - i)), depth, panels + i * padded);
   };
@@ -494,18 +663,17 @@ void pack_ffn(const midl::FfnPack& call) {
     for (std::int64_t i = 0; i < call.outputs; i += kPanelWidth)
       pack_rows(call.light_up, i, call.outputs, call.rank, call.panels + layout.light, layout.rank);
 #pragma omp for schedule(static) nowait
-    for (std::int64_t g = 0; g < call.groups; ++g)
-      for (std::int64_t p = 0; p < parts.per_group; ++p) {
-        const std::int64_t first = parts.first(g, p);
-        const int count = parts.count(p);
-        pack_panel(call.weight + first * call.depth, call.depth, count, call.depth, call.panels + layout.up_panel(first));
-        if (call.value_weight)
-          pack_panel(call.value_weight + first * call.depth, call.depth, count, call.depth,
-                     call.panels + layout.value_panel(first));
-        for (std::int64_t o = 0; o < call.outputs; o += kPanelWidth)
-          pack_outputs(call.down_weight + o * call.hidden + first, call.hidden, call.outputs - o, count,
-                       call.panels + layout.down_panel(first, count, o));
-      }
+    for (std::int64_t i = 0; i < groups * parts.per_group; ++i) {
+      const std::int64_t first = parts.first(i / parts.per_group, i % parts.per_group);
+      const int count = parts.count(i % parts.per_group);
+      pack_panel(call.weight + first * call.depth, call.depth, count, call.depth, call.panels + layout.up_panel(first));
+      if (call.value_weight)
+        pack_panel(call.value_weight + first * call.depth, call.depth, count, call.depth,
+                   call.panels + layout.value_panel(first));
+      for (std::int64_t o = 0; o < call.outputs; o += kPanelWidth)
+        pack_outputs(call.down_weight + o * call.hidden + first, call.hidden, call.outputs - o, count,
+                     call.panels + layout.down_panel(first, count, o));
+    }
   }
 }
 

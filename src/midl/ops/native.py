@@ -313,18 +313,17 @@ def prepare_conv2d(
 
 
 def prepare_ffn(
-    packed: Packed, parameters: dict[str, Any], config: MIDConfig, activation: str, k: int
+    packed: Packed, parameters: dict[str, Any], choices: Choices, activation: str
 ) -> _native.PreparedFfn | None:  # fmt: skip
     """:func:`prepare_linear` for an FFN whose panels ``packed.weight`` are.
 
     Args:
         packed: see there.
         parameters: of the layer, by name, all of them.
-        config: the layer's.
+        choices: the op's.
         activation: between its two layers.
-        k: groups selected, at most.
     """
-    states = _states_of(packed, parameters, config.group_size, native_ffn.PACKED_NAMES)
+    states = _states_of(packed, parameters, choices.group_size, native_ffn.PACKED_NAMES)
     if states is None or packed.weight is None:
         return None
     tensors = [p for p in parameters.values() if p is not None]
@@ -332,8 +331,9 @@ def prepare_ffn(
         return None
     (hidden, depth), (groups, rank) = parameters["weight"].shape, parameters["gate_weight"].shape
     return _native.PreparedFfn(
-        parameters, states, depth, hidden, len(parameters["down_weight"]), rank, groups, k, _least(config.threshold),
-        config.interpolation == "hard", reference_ffn.ACTIVATIONS.index(activation), packed.weight,
+        parameters, states, depth, hidden, len(parameters["down_weight"]), rank, groups, choices.k,
+        _least(choices.threshold), choices.interpolation == "hard", reference_ffn.ACTIVATIONS.index(activation),
+        packed.weight,
     )  # fmt: skip
 
 
@@ -485,8 +485,6 @@ def _prefers(
     from midl.ops.cpu_calibration import constants
     from midl.ops.cpu_cost import sparse_wins
 
-    if op == "ffn":
-        return native_ffn.prefers_ffn(group_size)
     if op not in ("linear", "conv2d"):
         return True
     n, depth = weight.shape[0], weight.numel() // weight.shape[0]

@@ -20,7 +20,9 @@ from midl.ops import dense, dispatch, native
 from midl.ops.native_conv2d import image_geometry
 from midl.ops.native_packing import Packed, packed_for
 
-__all__ = ["PreparedCall", "Window", "call_ffn_prepared", "call_op_prepared", "call_prepared", "choices_of", "keep_call"]
+__all__ = [
+    "PreparedCall", "Window", "call_ffn_prepared", "call_op_prepared", "call_prepared", "choices_of", "keep_call",
+]  # fmt: skip
 
 # Sizes of inputs that a layer keeps calls for.
 _MOST_CALLS = 64
@@ -85,9 +87,11 @@ def call_ffn_prepared(x: Tensor, parameters: dict[str, Any], config: MIDConfig, 
             return None
         if not _ffn_fits(parameters, config.group_size):
             return None
-        k, group_size = config.num_slots(len(weight) // config.group_size), config.group_size
-        run = dispatch.resolve("ffn", x, weight=weight, k=k, group_size=group_size, threshold=config.threshold)
-        prepared = native.prepare_ffn(packed, parameters, config, activation, k) if run is native.ffn else None
+        choices = choices_of(parameters, config)
+        run = dispatch.resolve(
+            "ffn", x, weight=weight, k=choices.k, group_size=choices.group_size, threshold=choices.threshold
+        )
+        prepared = native.prepare_ffn(packed, parameters, choices, activation) if run is native.ffn else None
         if prepared is None:
             return None
         call = keep_call(packed.calls, key, settings, prepared)

@@ -15,10 +15,7 @@ from midl.ops import huge_pages
 from midl.ops.native_packing import packed_once
 from midl.ops.reference_ffn import ACTIVATIONS
 
-__all__ = ["PACKED_NAMES", "ffn", "prefers_ffn"]
-
-# Narrower groups leave most lanes of a panel of their own empty.
-_GROUP_WORTH_A_PANEL = 8
+__all__ = ["PACKED_NAMES", "ffn"]
 
 PACKED_NAMES = ("weight", "value_weight", "down_weight", "light_down", "light_up", "gate_weight")
 """The parameters that panels are made of, in the order in which their states are kept."""
@@ -79,8 +76,3 @@ def _panels(
         return panels
 
     return packed_once(kernels, tensors, hidden // groups, make)
-
-
-def prefers_ffn(group_size: int) -> bool:
-    """Return whether the kernel beats dense products with a mask."""
-    return group_size >= _GROUP_WORTH_A_PANEL

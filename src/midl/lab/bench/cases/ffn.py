@@ -20,6 +20,8 @@ from midl.lab.bench.session import Session, fresh_inputs
 
 __all__: list[str] = []
 
+_GROUP_SIZES = (1, 16, 32)
+
 
 @register
 def cases() -> Iterator[Case]:
@@ -33,15 +35,16 @@ def _case(features: int, hidden: int, batch: int) -> Case:
     def measure(session: Session, case: Case) -> list[Row]:
         with torch.no_grad():
             inputs = fresh_inputs(batch, features, dtype=torch.float32)
-            contenders = 3 if session.compile else 2
+            contenders = len(_GROUP_SIZES) + (2 if session.compile else 1)
             contest = Contest(session.keep_cold(contenders * 8 * features * hidden), session.peak_gflops(torch.float32))
             contest.add("dense FFN", lambda: _dense(contest, "dense FFN", hidden, inputs, lambda ffn: ffn))
             if session.compile:
                 compiled = functools.partial(compile_frozen, example=inputs[0])
                 contest.add("compiled, frozen", lambda: _dense(contest, "compiled, frozen", hidden, inputs, compiled))
             for kernel in session.kernels:
-                name = contender_name(kernel, G=32, active=ACTIVE)
-                contest.add(name, functools.partial(_midl, contest, kernel, hidden, inputs))
+                for group_size in _GROUP_SIZES:
+                    name = contender_name(kernel, G=group_size, active=ACTIVE)
+                    contest.add(name, functools.partial(_midl, contest, kernel, hidden, group_size, inputs))
             rows = hold(contest, session, case)
         if session.compile:
             free_compiled()
@@ -69,9 +72,9 @@ def _dense(
     return dense_contender(name, "dense FFN", calls, inputs, check)
 
 
-def _midl(contest: Contest, kernel: str, hidden: int, inputs: list[Tensor]) -> Contender:
+def _midl(contest: Contest, kernel: str, hidden: int, group_size: int, inputs: list[Tensor]) -> Contender:
     batch, features = inputs[0].shape
-    copies, group_size = contest.cold.copies, 32
+    copies = contest.cold.copies
     layers = [make_ffn(features, hidden, active=ACTIVE, group_size=group_size) for _ in range(copies)]
 
     def prepare(i: int) -> tuple[midl.MIDFFN, Tensor]:
