@@ -16,10 +16,8 @@ constexpr std::int64_t kFfnRows = 128;
 constexpr std::int64_t kFfnOwnRows = 128;
 // Up to this many rows wait for memory: all outputs of a group, which lie side by side, before the next group.
 constexpr std::int64_t kFfnByGroupRows = kTallTile;
-// Narrower groups would leave most lanes of panels of their own empty: see compute_parts().
-constexpr std::int64_t kFfnPanelGroup = 8;
 MIDL_INLINE std::int64_t groups_of_panels(std::int64_t groups, std::int64_t hidden) {
-  return hidden / groups < kFfnPanelGroup ? 1 : groups;
+  return hidden / groups < midl::kFfnPanelGroup ? 1 : groups;
 }
 
 // Maximal error 1.5e-7: Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26.
@@ -171,7 +169,7 @@ struct FfnPlan {
         parts(groups_of_panels(c.groups, c.hidden), c.hidden),
         room(lesser(c.rows, kFfnRows)), code_stride(round_up(c.rank, kPanelWidth)), gate_stride(round_up(c.groups, kPanelWidth)),
         repeat_gate(team > 1 && double(room) * double(c.groups) * double(c.rank) < kRepeatWorth),
-        by_group(room <= kFfnByGroupRows), narrow(c.hidden / c.groups < kFfnPanelGroup) {}
+        by_group(room <= kFfnByGroupRows), narrow(c.hidden / c.groups < midl::kFfnPanelGroup) {}
   std::int64_t chunks() const { return divide_up(call.rows, room); }
 
   void carve(Carver& memory) {

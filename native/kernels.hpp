@@ -163,6 +163,10 @@ struct ConvolutionBackward {
 
 enum class Activation : int { gelu = 0, gelu_tanh = 1, relu = 2, silu = 3 };
 
+// Groups of fewer hidden units would leave most lanes of panels of their own empty: they share panels, and where few rows
+// are multiplied, plain weights are read.
+constexpr std::int64_t kFfnPanelGroup = 8;
+
 // One call of an FFN, float32 throughout; see src/midl/ops/reference_ffn.py.
 struct FfnForward {
   const float* x;              // (rows, depth)

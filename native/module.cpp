@@ -254,6 +254,7 @@ NB_MODULE(_native, m) {
         "groups"_a, "selected_groups"_a, "threshold"_a, "weight"_a, "bias"_a, "value_weight"_a, "value_bias"_a, "down_weight"_a,
         "down_bias"_a, "light_down"_a, "light_up"_a, "light_hidden"_a, "light_bias"_a, "gate_weight"_a, "gate_bias"_a, "noise"_a,
         "panels"_a, "hard"_a, "activation"_a, "y"_a, "selected"_a, "threads"_a);
+  m.attr("ffn_panel_group") = midl::kFfnPanelGroup;
   m.def("packed_ffn_size", &packed_ffn_size, "depth"_a, "hidden"_a, "outputs"_a, "rank"_a, "groups"_a, "gated"_a);
   m.def("pack_ffn", &pack_ffn, released, "depth"_a, "hidden"_a, "outputs"_a, "rank"_a, "groups"_a, "weight"_a, "value_weight"_a,
         "down_weight"_a, "light_down"_a, "light_up"_a, "gate_weight"_a, "panels"_a, "threads"_a);

@@ -381,7 +381,7 @@ class PreparedFfn {
  public:
   PreparedFfn(nb::dict parameters, nb::dict states, int64_t depth, int64_t hidden, int64_t outputs, int64_t rank, int64_t groups,
               int64_t selected_groups, float threshold, bool hard, int activation, nb::object panels)
-      : panels_(std::move(panels)), kernels_(&current()), parameters_(kFfnNames, parameters, states, nullptr) {
+      : panels_(std::move(panels)), kernels_(&current()), parameters_(kFfnNames, parameters, states, panels_at(panels_)) {
     call_ = {.x_stride = depth, .depth = depth, .hidden = hidden, .outputs = outputs, .rank = rank, .groups = groups,
              .selected_groups = selected_groups, .threshold = threshold,
              .panels = static_cast<const float*>(address_of(panels_.ptr())), .hard = hard,

@@ -17,7 +17,7 @@ if unavailable_reason("native"):
     pytest.skip(f"native kernels: {unavailable_reason('native')}", allow_module_level=True)
 
 from midl.ops import native
-from midl.serving import PackedMIDConv2d, PackedMIDLinear, pack_, unpack_
+from midl.serving import PackedMIDConv2d, PackedMIDFFN, PackedMIDLinear, pack_, unpack_
 
 
 def make(in_features=40, out_features=96, group_size=16, **choices):
@@ -36,6 +36,16 @@ def make_conv(channels=12, out_channels=48, kernel_size=3, group_size=16, **choi
     return layer.eval()
 
 
+def make_ffn(in_features=40, hidden_features=96, out_features=24, group_size=16, **choices):
+    layer = midl.MIDFFN(
+        in_features, hidden_features, out_features, active=0.5, rank=7, group_size=group_size,
+        **{"gated": True, "activation": "silu", **choices},
+    )  # fmt: skip
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    return layer.eval()
+
+
 def native_outputs(layer, inputs):
     """By the kernels, from the second call on by panels."""
     with midl.kernels("native"):
@@ -46,8 +56,8 @@ def native_outputs(layer, inputs):
 
 def served_bytes(model):
     held = sum(p.nbytes for p in model.parameters() if not p.is_meta)
-    packed = (PackedMIDLinear, PackedMIDConv2d)
-    return held + sum(m._panels.light.nbytes + m._panels.weight.nbytes for m in model if isinstance(m, packed))
+    packed = (PackedMIDLinear, PackedMIDConv2d, PackedMIDFFN)
+    return held + sum(t.nbytes for m in model if isinstance(m, packed) for t in m._panels._panels())
 
 
 @pytest.mark.usefixtures("each_instruction_set", "poisoned_memory")
@@ -120,8 +130,43 @@ def test_a_packed_convolution_has_the_same_bits_and_gives_every_weight_back(dtyp
         layer.train()(inputs[1]).sum().backward()
 
 
+@pytest.mark.usefixtures("each_instruction_set", "poisoned_memory")
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {"group_size": 8},
+        {"in_features": 33, "hidden_features": 120, "group_size": 12, "gated": False, "bias": False},
+        {"out_features": 77, "group_size": 48, "interpolation": "hard", "threshold": 0.1},
+    ],
+)
 @torch.no_grad()
-@pytest.mark.parametrize(("layer", "x"), [(make(), torch.randn(5, 40)), (make_conv(), torch.randn(2, 12, 5, 5))])
+def test_a_packed_ffn_has_the_same_bits_and_gives_every_weight_back(choices):
+    layer = make_ffn(**choices)
+    parameters = {name: p.clone() for name, p in layer.named_parameters()}
+    inputs = [torch.randn(*shape, layer.in_features) for shape in ((1,), (9,), (2, 70), (0,))]
+    expected = native_outputs(layer, inputs)
+    assert pack_(layer) == [""]
+    for x, y in zip(inputs * 2, expected * 2, strict=True):
+        assert torch.equal(layer(x), y)
+        with midl.record_activity(layer):  # the general path
+            assert torch.equal(layer(x), y)
+    layer.active = 0.25
+    assert not torch.equal(layer(inputs[1]), expected[1])
+    layer.active = 0.5
+    assert unpack_(layer) == [""]
+    assert type(layer) is midl.MIDFFN
+    for name, parameter in layer.named_parameters():
+        assert torch.equal(parameter, parameters[name])
+        assert parameter.requires_grad
+    with torch.enable_grad():
+        layer.train()(inputs[1]).sum().backward()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("layer", "x"),
+    [(make(), torch.randn(5, 40)), (make_conv(), torch.randn(2, 12, 5, 5)), (make_ffn(), torch.randn(5, 40))],
+)
 def test_biases_stay_alive_and_may_be_replaced(layer, x):
     def expected():
         unpack_(layer)
@@ -131,7 +176,8 @@ def test_biases_stay_alive_and_may_be_replaced(layer, x):
 
     pack_(layer)
     layer(x)
-    assert layer._panels.calls or layer._panels.linear_call  # what follows is about prepared calls
+    calls = ("calls", "linear_call", "prepared")
+    assert any(getattr(layer._panels, name, None) for name in calls)  # what follows is about prepared calls
     for change in (
         lambda: layer.bias.mul_(2),
         lambda: layer.gate_bias.copy_(torch.randn(len(layer.gate_bias))),
@@ -142,6 +188,13 @@ def test_biases_stay_alive_and_may_be_replaced(layer, x):
         change()
         assert torch.equal(layer(x), layer(x))
         assert torch.equal(layer(x), expected())
+    groups = len(layer.gate_bias)
+    for active in (0.5, 0.25):  # also where the call is prepared anew
+        layer.active = active
+        for wrong in (torch.randn(groups + 1), torch.randn(groups, dtype=torch.float64)):
+            layer.gate_bias = nn.Parameter(wrong)
+            with pytest.raises(MIDLError, match=r"gate_bias has .*expected"):
+                layer(x)
 
 
 @torch.no_grad()
@@ -156,7 +209,9 @@ def test_the_light_gate_and_layers_without_bias():
 
 
 def test_the_plain_weights_are_gone():
-    model = nn.Sequential(make(256, 512, 32), make_conv(32, 128, group_size=32))
+    model = nn.Sequential(
+        make(256, 512, 32), make_conv(32, 128, group_size=32), make_ffn(128, 512, 128, 32, gated=False)
+    )
     plain = sum(p.nbytes for p in model.parameters())
     pack_(model)
     assert served_bytes(model) < 1.2 * plain
@@ -170,7 +225,8 @@ def test_layers_that_need_their_plain_weights_keep_them():
     tied.weight = shared.weight
     model = nn.Sequential(
         make(group_size=1), make(dtype=torch.float64), make(gate="light", dtype=torch.bfloat16), shared, tied,
-        nn.utils.parametrizations.orthogonal(make(96, 96)), nn.Linear(3, 3), make(),
+        nn.utils.parametrizations.orthogonal(make(96, 96)), nn.Linear(3, 3), make(), make_ffn(group_size=4),
+        make_ffn(dtype=torch.bfloat16),
     ).eval()  # fmt: skip
     assert pack_(model) == ["7"]
     assert pack_(model) == []
@@ -202,7 +258,10 @@ def test_what_needs_the_plain_weights_names_the_way_back(what, call):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("layer", "x"), [(make(), torch.randn(3, 40)), (make_conv(), torch.randn(2, 12, 5, 5))])
+@pytest.mark.parametrize(
+    ("layer", "x"),
+    [(make(), torch.randn(3, 40)), (make_conv(), torch.randn(2, 12, 5, 5)), (make_ffn(), torch.randn(3, 40))],
+)
 def test_copies_pickles_and_watchers_of_a_packed_model(layer, x):
     model = nn.Sequential(layer).eval()
     pack_(model)
@@ -224,6 +283,11 @@ def test_wrong_uses_are_errors():
     for x in (torch.randn(3, 39), torch.randn(3, 40).double(), torch.tensor(1.0), None):
         with pytest.raises(MIDLError, match="MIDLinear: input"):
             model(x)
+    ffn = make_ffn()
+    pack_(ffn)
+    for x in (torch.randn(3, 39), torch.randn(3, 40).double(), torch.tensor(1.0), None):
+        with pytest.raises(MIDLError, match="MIDFFN: input"):
+            ffn(x)
     convolution = make_conv()
     pack_(convolution)
     for x in (torch.randn(3, 11, 5, 5), torch.randn(3, 12, 5, 5).double(), torch.tensor(1.0), torch.randn(5, 5), None):

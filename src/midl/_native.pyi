@@ -62,6 +62,9 @@ def ffn_forward(
     gate_weight: int, gate_bias: int, noise: int, panels: int, hard: bool, activation: int, y: int, selected: int,
     threads: int,
 ) -> None: ...  # fmt: skip
+
+ffn_panel_group: int
+
 def packed_ffn_size(depth: int, hidden: int, outputs: int, rank: int, groups: int, gated: bool) -> int: ...
 def pack_ffn(
     depth: int, hidden: int, outputs: int, rank: int, groups: int, weight: int, value_weight: int, down_weight: int,

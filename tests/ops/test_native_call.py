@@ -131,6 +131,18 @@ def test_a_replaced_parameter_is_seen_at_once(parameter):
         assert error_ratio(layer(x), reference(layer, x)) < LIMITS[torch.float32]
 
 
+@pytest.mark.parametrize("name", ["bias", "gate_bias", "light_up"])
+def test_a_parameter_of_the_wrong_dtype_or_shape_is_an_error_still(name):
+    layer, x = make(), torch.randn(10, 40)
+    warm(layer, x)
+    parameter = getattr(layer, name)
+    for wrong in (parameter.double(), parameter[:-1].clone(), parameter.to("meta")):
+        setattr(layer, name, torch.nn.Parameter(wrong))
+        for rows in (10, 3):  # also where the call would be prepared anew
+            with pytest.raises(MIDLError, match=rf"{name}\b.*expected"):
+                layer(x[:rows])
+
+
 def test_a_square_weight_transposed_in_its_own_memory_is_seen_at_once():
     layer, x = midl.MIDLinear(48, 48, active=0.5, rank=5, group_size=16), torch.randn(5, 48)
     warm(layer, x)

@@ -26,7 +26,7 @@ from midl.ops.native_conv2d import conv2d, conv2d_backward, conv2d_on_panels, im
 from midl.ops.native_packing import Packed, State, cast_kept, packed_panels, tensor_states
 
 if TYPE_CHECKING:
-    from midl.ops.native_panels import Panels
+    from midl.ops.native_panels import FFNPanels, Panels
 
 __all__ = [
     "Choices",
@@ -313,44 +313,45 @@ def prepare_conv2d(
 
 
 def prepare_ffn(
-    packed: Packed, parameters: dict[str, Any], choices: Choices, activation: str
+    packed: Packed | FFNPanels, parameters: dict[str, Any], choices: Choices, activation: str
 ) -> _native.PreparedFfn | None:  # fmt: skip
     """:func:`prepare_linear` for an FFN whose panels ``packed.weight`` are.
 
     Args:
-        packed: see there.
-        parameters: of the layer, by name, all of them.
+        packed: the panels, of the parameters or in their place.
+        parameters: of the layer, by name, all of them; those that panels replace are mere shapes.
         choices: the op's.
         activation: between its two layers.
     """
-    states = _states_of(packed, parameters, choices.group_size, native_ffn.PACKED_NAMES)
+    plain, states = _plain(packed, parameters, choices.group_size, native_ffn.PACKED_NAMES)
     if states is None or packed.weight is None:
         return None
-    tensors = [p for p in parameters.values() if p is not None]
+    tensors = [p for p in plain.values() if p is not None]
     if not all(p.is_contiguous() and p.dtype == torch.float32 and p.device.type == "cpu" for p in tensors):
         return None
     (hidden, depth), (groups, rank) = parameters["weight"].shape, parameters["gate_weight"].shape
     return _native.PreparedFfn(
-        parameters, states, depth, hidden, len(parameters["down_weight"]), rank, groups, choices.k,
+        plain, states, depth, hidden, len(parameters["down_weight"]), rank, groups, choices.k,
         _least(choices.threshold), choices.interpolation == "hard", reference_ffn.ACTIVATIONS.index(activation),
         packed.weight,
     )  # fmt: skip
 
 
-def _plain(
-    packed: Packed | Panels, parameters: dict[str, Any], group_size: int
-) -> tuple[dict[str, Any], dict[str, State] | None]:
-    """Return the parameters that a prepared call looks at, and the states of those that the panels were made of."""
-    if isinstance(packed, Packed):
-        return parameters, _states_of(packed, parameters, group_size)
-    return {name: p for name, p in parameters.items() if p is None or not p.is_meta}, {}
-
-
 _PACKED_NAMES = ("weight", "light_down", "light_up", "gate_weight")
 
 
+def _plain(
+    packed: Packed | Panels | FFNPanels, parameters: dict[str, Any], group_size: int,
+    names: Sequence[str] = _PACKED_NAMES,
+) -> tuple[dict[str, Any], dict[str, State] | None]:  # fmt: skip
+    """Return the parameters that a prepared call looks at, and the states of those that the panels were made of."""
+    if isinstance(packed, Packed):
+        return parameters, _states_of(packed, parameters, group_size, names)
+    return {name: p for name, p in parameters.items() if p is None or not p.is_meta}, {}
+
+
 def _states_of(
-    packed: Packed, parameters: dict[str, Any], group_size: int, names: Sequence[str] = _PACKED_NAMES
+    packed: Packed, parameters: dict[str, Any], group_size: int, names: Sequence[str]
 ) -> dict[str, State] | None:
     """Return the states of the parameters that the panels were made of, or None where they have changed since."""
     names = [name for name in names if parameters[name] is not None]
@@ -442,6 +443,15 @@ def ffn(
         _native, x, weight, bias, value_weight, value_bias, down_weight, down_bias, light_down, light_up,
         light_hidden, light_bias, gate_weight, gate_bias, noise, k, activation, interpolation, threshold,
     )  # fmt: skip
+
+
+def ffn_on_panels(
+    x: Tensor, panels: FFNPanels, parameters: dict[str, Any], choices: Choices, activation: str
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """:func:`ffn` without noise from panels alone, where those of ``parameters`` that they copy are mere shapes."""
+    return native_ffn.ffn_on_panels(
+        _native, x, panels.weight, parameters, choices.k, activation, choices.interpolation, choices.threshold
+    )
 
 
 def _dense(t: Tensor | None) -> Tensor | None:

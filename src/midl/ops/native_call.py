@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from midl.config import MIDConfig
 from midl.ops import dense, dispatch, native
 from midl.ops.native_conv2d import image_geometry
+from midl.ops.native_ffn import FFN_NAMES
 from midl.ops.native_packing import Packed, packed_for
 
 __all__ = [
-    "PreparedCall", "Window", "call_ffn_prepared", "call_op_prepared", "call_prepared", "choices_of", "keep_call",
+    "PreparedCall", "Window", "call_ffn_prepared", "call_op_prepared", "call_prepared", "choices_of", "ffn_fits",
+    "fits", "keep_call",
 ]  # fmt: skip
 
 # Sizes of inputs that a layer keeps calls for.
@@ -85,7 +87,7 @@ def call_ffn_prepared(x: Tensor, parameters: dict[str, Any], config: MIDConfig, 
         weight = parameters["weight"]
         if type(weight) not in (nn.Parameter, Tensor) or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
             return None
-        if not _ffn_fits(parameters, config.group_size):
+        if not ffn_fits(parameters, config.group_size):
             return None
         choices = choices_of(parameters, config)
         run = dispatch.resolve(
@@ -128,10 +130,6 @@ def call_op_prepared(
 
 
 _PARAMETERS = ("weight", "bias", "light_down", "light_up", "gate_weight", "gate_bias")
-_FFN_PARAMETERS = (
-    "weight", "bias", "value_weight", "value_bias", "down_weight", "down_bias", "light_down", "light_up",
-    "light_hidden", "light_bias", "gate_weight", "gate_bias",
-)  # fmt: skip
 
 
 def choices_of(parameters: dict[str, Any], config: MIDConfig) -> native.Choices:
@@ -157,7 +155,7 @@ def _prepare(
         return None
     if type(parameters["weight"]) not in (nn.Parameter, Tensor):  # a subclass wants to see the op
         return None
-    if choices.k == 0 or not _fit(parameters, choices.group_size) or not _may_be_native():
+    if choices.k == 0 or not fits(parameters, choices.group_size) or not _may_be_native():
         return None
     if x.dtype != parameters["weight"].dtype:
         return None
@@ -216,20 +214,20 @@ def _dense_product(window: Window, x: Tensor, weight: Tensor) -> Tensor:
     return F.conv2d(x, weight, None, *window).contiguous(memory_format=torch.channels_last)
 
 
-def _fit(parameters: dict[str, Any], group_size: int) -> bool:
-    """Return whether the shapes of the parameters go together; what does not is an error of the general path."""
+def fits(parameters: dict[str, Any], group_size: int, *, packed: bool = False) -> bool:
+    """Return whether shapes, dtypes and devices of a layer's parameters go together.
+
+    What does not is an error of the general path. With ``packed`` some may be mere shapes.
+    """
     n, *fan_in = parameters["weight"].shape
     groups, rank = n // group_size, len(parameters["light_down"])
-    shapes = {
-        "bias": (n,), "light_down": (rank, *fan_in), "light_up": (n, rank), "gate_weight": (groups, rank),
-        "gate_bias": (groups,),
-    }  # fmt: skip
-    return all(parameters[name] is None or parameters[name].shape == shape for name, shape in shapes.items())
+    shapes = ((n, *fan_in), (n,), (rank, *fan_in), (n, rank), (groups, rank), (groups,))
+    return _have_shapes(parameters, _PARAMETERS, shapes, packed)
 
 
-def _ffn_fits(parameters: dict[str, Any], group_size: int) -> bool:
-    """:func:`_fit` for an FFN, whose parameters must all be there by name."""
-    if not parameters.keys() >= set(_FFN_PARAMETERS):  # pruned or parametrized
+def ffn_fits(parameters: dict[str, Any], group_size: int, *, packed: bool = False) -> bool:
+    """:func:`fits` for an FFN, whose parameters must all be there by name."""
+    if not parameters.keys() >= set(FFN_NAMES):  # pruned or parametrized
         return False
     (hidden, depth), n, rank = parameters["weight"].shape, len(parameters["down_weight"]), len(parameters["light_down"])
     groups = hidden // group_size
@@ -237,8 +235,17 @@ def _ffn_fits(parameters: dict[str, Any], group_size: int) -> bool:
         (hidden, depth), (hidden,), (hidden, depth), (hidden,), (n, hidden), (n,), (rank, depth), (n, rank), (hidden,),
         (n,), (groups, rank), (groups,),
     )  # fmt: skip
-    tensors = [parameters[name] for name in _FFN_PARAMETERS]
-    return all(t is None or t.shape == shape for t, shape in zip(tensors, shapes, strict=True))
+    return _have_shapes(parameters, FFN_NAMES, shapes, packed)
+
+
+def _have_shapes(
+    parameters: dict[str, Any], names: Sequence[str], shapes: Sequence[tuple[int, ...]], packed: bool
+) -> bool:  # fmt: skip
+    dtype, devices = parameters["weight"].dtype, ("cpu", "meta") if packed else ("cpu",)
+    return all(
+        t is None or (t.shape == shape and t.dtype == dtype and t.device.type in devices)
+        for t, shape in zip((parameters[name] for name in names), shapes, strict=True)
+    )
 
 
 def _may_be_native() -> bool:

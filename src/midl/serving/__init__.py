@@ -3,6 +3,7 @@
 from midl.serving.batch_norm import fuse_batch_norm_
 from midl.serving.packing import (
     PackedMIDConv2d,
+    PackedMIDFFN,
     PackedMIDLinear,
     PackedReLU,
     PackedSequential,
@@ -14,6 +15,7 @@ from midl.serving.packing import (
 
 __all__ = [
     "PackedMIDConv2d",
+    "PackedMIDFFN",
     "PackedMIDLinear",
     "PackedReLU",
     "PackedSequential",

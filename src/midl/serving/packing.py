@@ -19,11 +19,11 @@ from midl.checks import check_module
 from midl.conversion.convert import replace_modules
 from midl.conversion.families import has_hooks
 from midl.errors import KernelError, MIDLError
-from midl.layers import Factors, MIDConv2d, MIDLayer, MIDLinear
+from midl.layers import MIDFFN, Factors, MIDConv2d, MIDLayer, MIDLinear
 from midl.layers.base import observers
 from midl.ops.dispatch import is_plain_inference, unavailable_reason
 from midl.ops.native import infers_plainly
-from midl.ops.native_panels import Panels, runs_on_panels
+from midl.ops.native_panels import FFNPanels, Panels, ffn_runs_on_panels, runs_on_panels
 from midl.serving.pairs import find_pairs, named_pairs
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PackedMIDConv2d",
+    "PackedMIDFFN",
     "PackedMIDLinear",
     "PackedReLU",
     "PackedSequential",
@@ -39,8 +40,6 @@ __all__ = [
     "pack_",
     "unpack_",
 ]
-
-_COPIED = ("weight", "light_down", "light_up", "gate_weight")
 
 
 class _Direct(nn.Module):
@@ -59,7 +58,7 @@ class _Packed(_Direct, MIDLayer):
 
     may_be_light_alone = False
     _plain_class: type[MIDLayer]
-    _panels: Panels
+    _panels: Panels | FFNPanels
     _plain: dict[str, nn.Parameter]
     """The parameters, without values, for :func:`unpack_` to fill again."""
 
@@ -69,6 +68,18 @@ class _Packed(_Direct, MIDLayer):
         """Raise where autograd or another observer of operations would have to be shown the op."""
         if isinstance(x, Tensor) and not is_plain_inference(x, self._parameters["weight"]):
             raise self._refuse("forward outside of torch.no_grad() or under compilation, tracing or a profiler")
+
+    def _check_replaced(self) -> None:
+        """Raise where a parameter that still has values is no longer what the kernels would read."""
+        tensors = tuple(self._parameters[name] for name in self._tensor_names)
+        self._check_shapes(tensors)
+        dtype = self._parameters["weight"].dtype  # type: ignore[union-attr]
+        for name, t in zip(self._tensor_names, tensors, strict=True):
+            if t is not None and not t.is_meta and (t.dtype != dtype or t.device.type != "cpu"):
+                raise MIDLError(
+                    f"{self._plain_class.__name__}: {name} has dtype {t.dtype} on {t.device}, expected {dtype} on the "
+                    "CPU (the layer is packed)"
+                )
 
     def train(self, mode: bool = True) -> Self:
         """Refuse to train."""
@@ -114,6 +125,7 @@ class PackedMIDLinear(_Packed, MIDLinear):
     """
 
     _plain_class = MIDLinear
+    _panels: Panels
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the layer's output, (..., out_features)."""
@@ -124,6 +136,7 @@ class PackedMIDLinear(_Packed, MIDLinear):
                 return prepared
         self._check_watched(x)
         self._check_input(x, -1, self.in_features, "features")
+        self._check_replaced()
         rows = x if x.dim() > 2 and self.config.span > 1 else x.reshape(-1, self.in_features)
         y, selected = self._panels.linear(rows, self._parameters, self.config)
         self._observe(selected)
@@ -135,6 +148,7 @@ class PackedMIDConv2d(_Packed, MIDConv2d):
     """A :class:`midl.MIDConv2d` packed as :class:`PackedMIDLinear`."""
 
     _plain_class = MIDConv2d
+    _panels: Panels
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the layer's output, (B, n, H', W'), or (n, H', W') for one image."""
@@ -147,12 +161,35 @@ class PackedMIDConv2d(_Packed, MIDConv2d):
                 return prepared
         self._check_watched(x)
         self._check_images(x)
+        self._check_replaced()
         if x.dim() == 3:
             return self.forward(x.unsqueeze(0)).squeeze(0)
         self._output_size(x, images)
         y, selected = self._panels.conv2d(images, self._parameters, self.config, window)
         self._observe(selected)
         return y.relu_() if self._relu else y
+
+
+class PackedMIDFFN(_Packed, MIDFFN):
+    """A :class:`midl.MIDFFN` packed as :class:`PackedMIDLinear`, its ``value_weight`` and ``down_weight`` too."""
+
+    _plain_class = MIDFFN
+    _panels: FFNPanels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the FFN's output, (..., out_features)."""
+        if not (observers or torch.compiler.is_compiling()) and infers_plainly(x):
+            prepared = self._panels.call(x, self._parameters, self.config, self.activation)
+            if prepared is not None:
+                return prepared
+        self._check_watched(x)
+        self._check_input(x, -1, self.in_features, "features")
+        self._check_replaced()
+        y, selected = self._panels.ffn(
+            x.reshape(-1, self.in_features), self._parameters, self.config, self.activation
+        )  # fmt: skip
+        self._observe(selected)
+        return y.view(*x.shape[:-1], self.out_features)
 
 
 class PackedReLU(nn.ReLU):
@@ -183,7 +220,11 @@ class PackedSequential(nn.Sequential):
         return input
 
 
-_PACKED: dict[type[nn.Module], type[_Packed]] = {MIDLinear: PackedMIDLinear, MIDConv2d: PackedMIDConv2d}
+_PACKED: dict[type[nn.Module], type[_Packed]] = {
+    MIDLinear: PackedMIDLinear,
+    MIDConv2d: PackedMIDConv2d,
+    MIDFFN: PackedMIDFFN,
+}
 
 
 def pack_(model: nn.Module) -> list[str]:
@@ -199,8 +240,9 @@ def pack_(model: nn.Module) -> list[str]:
     ['0']
 
     Layers stay as they are, and are not named, where the kernels read the plain weights (groups of few neurons; the
-    light gate in bfloat16), where there are no kernels (other devices and dtypes; FFNs), and where others may need the
-    weights (parametrizations, parameters that modules share), and where they are their light path alone. A packed
+    light gate in bfloat16), where there are no kernels (other devices and dtypes; FFNs in bfloat16), where others may
+    need the weights (parametrizations, parameters that modules share), and where they are their light path alone. A
+    packed
     layer always multiplies what was selected, also where :func:`midl.kernels` ``("auto")`` would find it faster to
     multiply everything.
 
@@ -225,7 +267,8 @@ def pack_(model: nn.Module) -> list[str]:
     packed = []
     for name, layer in layers.items():
         shared = any(users[id(parameter)] > 1 for parameter in layer.parameters(recurse=False))
-        if layer.active and not shared and runs_on_panels(layer._parameters, layer.config.group_size):
+        runs = ffn_runs_on_panels if isinstance(layer, MIDFFN) else runs_on_panels
+        if layer.active and not shared and runs(layer._parameters, layer.config.group_size):
             _pack(layer)
             packed.append(name)
     return packed
@@ -337,7 +380,12 @@ def factor_(model: nn.Module) -> list[str]:
 
 
 def _is_rectified(layer: nn.Module, relu: nn.Module) -> bool:
-    return isinstance(layer, _Packed) and not layer._relu and type(relu) is nn.ReLU and not has_hooks(relu)
+    return (
+        isinstance(layer, (PackedMIDLinear, PackedMIDConv2d))
+        and not layer._relu
+        and type(relu) is nn.ReLU
+        and not has_hooks(relu)
+    )
 
 
 def _is_plain(module: nn.Module) -> TypeGuard[MIDLayer]:
@@ -351,13 +399,17 @@ def _is_light_alone(module: nn.Module) -> TypeGuard[MIDLayer]:
 
 @torch.no_grad()
 def _pack(layer: MIDLayer) -> None:
-    layer._panels = Panels(layer._parameters, layer.config.group_size)  # type: ignore[assignment]
+    if isinstance(layer, MIDFFN):
+        panels: Panels | FFNPanels = FFNPanels(layer._parameters)
+    else:
+        panels = Panels(layer._parameters, layer.config.group_size)
+    layer._panels = panels  # type: ignore[assignment]
     plain: dict[str, nn.Parameter] = {}
-    for name in _COPIED:
+    for name in panels.forms:
         parameter = layer._parameters[name]
-        if parameter is not None:
-            layer._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
-            parameter.data = parameter.new_empty(0)
-            plain[name] = parameter
+        assert parameter is not None
+        layer._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+        parameter.data = parameter.new_empty(0)
+        plain[name] = parameter
     layer._plain = plain  # type: ignore[assignment]
     layer.__class__ = _PACKED[type(layer)]  # type: ignore[assignment]
