@@ -274,9 +274,7 @@ class PreparedLinear {
     nb::object y = new_output(x.ptr(), y_shape.ptr(), call.rows * call.neurons, call.storage);
     nb::object selected;
     if (selection) {
-      nb::list sizes(y_shape);
-      sizes[std::size_t(view.axes) - 1] = call.selected_groups;
-      selected = new_selection(x.ptr(), nb::tuple(sizes).ptr());
+      selected = new_selection(x.ptr(), shape_with_last(view, call.selected_groups).ptr());
       call.selected = static_cast<std::int32_t*>(const_cast<void*>(address_of(selected.ptr())));
     }
     nb::object full;
@@ -388,8 +386,8 @@ class PreparedFfn {
              .activation = Activation(activation)};
   }
 
-  // y, or None where this call was not prepared for x or for the parameters as they are now.
-  nb::object run(nb::handle x, nb::dict parameters, int threads) const {
+  // The same as PreparedLinear.
+  nb::object run(nb::handle x, nb::dict parameters, int threads, bool selection) const {
     View view;
     Parameters::Held held;
     if (&current() != kernels_ || !view.read(x.ptr()) || view.element != Element::float32 || !view.on_cpu || view.axes == 0 ||
@@ -398,6 +396,11 @@ class PreparedFfn {
     FfnForward call = call_;
     call.rows = leading_size(view);
     nb::object y = new_output(x.ptr(), shape_with_last(view, call.outputs).ptr(), call.rows * call.outputs, Storage::float32);
+    nb::object selected;
+    if (selection) {
+      selected = new_selection(x.ptr(), shape_with_last(view, call.selected_groups).ptr());
+      call.selected = static_cast<std::int32_t*>(const_cast<void*>(address_of(selected.ptr())));
+    }
     call.x = static_cast<const float*>(view.data);
     call.y = static_cast<float*>(const_cast<void*>(address_of(y.ptr())));
     // In the order of kFfnNames.
@@ -409,7 +412,7 @@ class PreparedFfn {
       nb::gil_scoped_release released;
       kernels_->ffn_forward(call);
     }
-    return y;
+    return selection ? nb::make_tuple(y, selected) : y;
   }
 
  private:
@@ -438,7 +441,7 @@ void bind_prepared(nb::module_& m) {
       .def(nb::init<nb::dict, nb::dict, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float, bool, int, nb::object>(),
            "parameters"_a, "states"_a, "depth"_a, "hidden"_a, "outputs"_a, "rank"_a, "groups"_a, "selected_groups"_a,
            "threshold"_a, "hard"_a, "activation"_a, "panels"_a)
-      .def("run", &PreparedFfn::run, "x"_a, "parameters"_a, "threads"_a);
+      .def("run", &PreparedFfn::run, "x"_a, "parameters"_a, "threads"_a, "selection"_a = false);
   nb::class_<PreparedConvolution>(m, "PreparedConvolution")
       .def(nb::init<nb::dict, nb::dict, nb::object, bool, nb::object, nb::object, const std::array<int64_t, 17>&, int64_t, int64_t,
                     int64_t, int64_t, int64_t, float, int64_t, int64_t, bool, nb::object, nb::object, nb::object>(),

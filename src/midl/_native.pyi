@@ -89,7 +89,9 @@ class PreparedFfn:
         outputs: int, rank: int, groups: int, selected_groups: int, threshold: float, hard: bool, activation: int,
         panels: Tensor,
     ) -> None: ...  # fmt: skip
-    def run(self, x: Tensor, parameters: dict[str, Any], threads: int) -> Tensor | None: ...
+    def run(
+        self, x: Tensor, parameters: dict[str, Any], threads: int, selection: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor] | None: ...
 
 class PreparedConvolution:
     def __init__(

@@ -17,7 +17,7 @@ if unavailable_reason("native"):
     pytest.skip(f"native kernels: {unavailable_reason('native')}", allow_module_level=True)
 
 from midl.ops import native, native_packing
-from midl.ops.native_call import call_ffn_prepared
+from midl.ops.native_call import call_ffn_op_prepared, call_ffn_prepared
 
 LIMIT = 2e-6
 NAMES = (
@@ -190,3 +190,46 @@ def test_inputs_of_any_layout_and_copies_of_the_layer():
     assert error_ratio(other(x), reference(other, x)) < LIMIT
     del ffn, other
     assert native_packing.packed_bytes() == 0
+
+
+def op_arguments(ffn):
+    c, groups = ffn.config, ffn.num_groups
+    choices = native.Choices(c.num_slots(groups), c.group_size, 1, c.interpolation, c.threshold)
+    return [getattr(ffn, name) for name in NAMES], choices, ffn.activation
+
+
+def call_op(ffn, x):
+    tensors, c, activation = op_arguments(ffn)
+    return torch.ops.midl.ffn(
+        x, *tensors, None, c.k, c.group_size, activation, c.interpolation, "selected", threshold=c.threshold
+    )
+
+
+@pytest.mark.parametrize("choices", [{}, {"gated": False, "bias": False}, {"interpolation": "hard", "threshold": 0.1}])
+def test_a_prepared_op_returns_what_the_op_returns(choices, monkeypatch):
+    ffn = make(**choices)
+    for shape in ((9, 40), (2, 3, 40), (0, 40)):
+        x = torch.randn(shape)
+        native_packing.clear_packed()
+        assert call_ffn_op_prepared(x, *op_arguments(ffn)) is None
+        expected = call_op(ffn, x)
+        call_op(ffn, x)
+        with monkeypatch.context() as patch:
+            patch.setattr(ffn_op, "resolve", lambda *_, **__: pytest.fail("the general path was taken"))
+            again = call_op(ffn, x)
+        for results in (call_ffn_op_prepared(x, *op_arguments(ffn)), again):
+            for result, general in zip(results, expected, strict=True):
+                assert torch.equal(result, general)
+                assert result.stride() == general.stride()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("change", [change_by_copy, change_data, change_through_data])
+def test_a_changed_parameter_of_an_op_is_seen_at_once(name, change):
+    ffn, x = make(), torch.randn(10, 40)
+    for _ in range(3):
+        call_op(ffn, x)
+    assert call_ffn_op_prepared(x, *op_arguments(ffn)) is not None
+    change(getattr(ffn, name))
+    for _ in range(4):
+        assert error_ratio(call_op(ffn, x)[0], reference(ffn, x)) < LIMIT

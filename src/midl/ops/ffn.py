@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from midl.ops import reference_ffn  # noqa: F401 - registers the reference implementation
+from midl.ops import native, reference_ffn  # noqa: F401 - registers the reference implementation
 from midl.ops.dispatch import invoke, is_plain_inference, resolve
 from midl.ops.eager import make_eager
 from midl.ops.linear import option, refuse_second_derivative
+from midl.ops.native_call import call_ffn_op_prepared
 
 __all__ = ["ffn"]
 
@@ -40,7 +41,17 @@ def _forward(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return y, selected
 
 
-torch.library.impl("midl::ffn", "CompositeExplicitAutograd", _forward)
+def _forward_dispatched(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    *tensors, noise, k, group_size, activation, interpolation, _ste = args[: _TENSORS + 5]
+    if noise is None:
+        choices = native.Choices(k, group_size, 1, interpolation, option(args, _TENSORS + 5))
+        prepared = call_ffn_op_prepared(x, tensors, choices, activation)
+        if prepared is not None:
+            return prepared
+    return _forward(x, *args)
+
+
+torch.library.impl("midl::ffn", "CompositeExplicitAutograd", _forward_dispatched)
 
 
 def _backward(grad_y: Tensor, selected: Tensor, x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, ...]:

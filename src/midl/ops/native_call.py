@@ -22,8 +22,8 @@ from midl.ops.native_ffn import FFN_NAMES
 from midl.ops.native_packing import Packed, packed_for
 
 __all__ = [
-    "PreparedCall", "Window", "call_ffn_prepared", "call_op_prepared", "call_prepared", "choices_of", "ffn_fits",
-    "fits", "keep_call",
+    "PreparedCall", "Window", "call_ffn_op_prepared", "call_ffn_prepared", "call_op_prepared", "call_prepared",
+    "choices_of", "ffn_fits", "fits", "keep_call",
 ]  # fmt: skip
 
 # Sizes of inputs that a layer keeps calls for.
@@ -81,23 +81,32 @@ def call_ffn_prepared(x: Tensor, parameters: dict[str, Any], config: MIDConfig, 
     packed = packed_for(parameters.get("weight"))
     if packed is None or packed.weight is None or torch.compiler.is_compiling() or not native.infers_plainly(x):
         return None
-    key, settings = "ffn", (config, dispatch.selected_kernels(), activation)
-    call = packed.calls.get(key)
+    settings = config, dispatch.selected_kernels(), activation
+    call = packed.calls.get("ffn")
     if call is None or call.settings != settings:
-        weight = parameters["weight"]
-        if type(weight) not in (nn.Parameter, Tensor) or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
-            return None
-        if not ffn_fits(parameters, config.group_size):
-            return None
-        choices = choices_of(parameters, config)
-        run = dispatch.resolve(
-            "ffn", x, weight=weight, k=choices.k, group_size=choices.group_size, threshold=choices.threshold
-        )
-        prepared = native.prepare_ffn(packed, parameters, choices, activation) if run is native.ffn else None
+        prepared = _prepare_ffn(packed, x, parameters, choices_of(parameters, config), activation)
         if prepared is None:
             return None
-        call = keep_call(packed.calls, key, settings, prepared)
+        call = keep_call(packed.calls, "ffn", settings, prepared)
     return call.run(x, parameters, torch.get_num_threads())
+
+
+def call_ffn_op_prepared(
+    x: Tensor, tensors: Sequence[Tensor | None], choices: native.Choices, activation: str
+) -> tuple[Tensor, Tensor] | None:
+    """:func:`call_op_prepared` for an FFN; ``tensors`` are the op's from weight to gate_bias."""
+    packed = packed_for(tensors[0])
+    if packed is None or packed.weight is None or type(x) is not Tensor or torch.is_autocast_enabled("cpu"):
+        return None
+    parameters = dict(zip(FFN_NAMES, tensors, strict=True))
+    settings = choices, dispatch.selected_kernels(), activation
+    call = packed.calls.get("ffn op")
+    if call is None or call.settings != settings:
+        prepared = _prepare_ffn(packed, x, parameters, choices, activation)
+        if prepared is None:
+            return None
+        call = keep_call(packed.calls, "ffn op", settings, prepared)
+    return call.run(x, parameters, torch.get_num_threads(), True)
 
 
 def call_op_prepared(
@@ -208,6 +217,20 @@ def _prepare_conv2d(
     ):
         return None
     return native.prepare_conv2d(packed, parameters, x, choices, window, dense=product)
+
+
+def _prepare_ffn(
+    packed: Packed, x: Tensor, parameters: dict[str, Any], choices: native.Choices, activation: str
+) -> Any:  # fmt: skip
+    weight = parameters["weight"]
+    if type(weight) not in (nn.Parameter, Tensor) or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+        return None
+    if not ffn_fits(parameters, choices.group_size):
+        return None
+    run = dispatch.resolve(
+        "ffn", x, weight=weight, k=choices.k, group_size=choices.group_size, threshold=choices.threshold
+    )
+    return native.prepare_ffn(packed, parameters, choices, activation) if run is native.ffn else None
 
 
 def _dense_product(window: Window, x: Tensor, weight: Tensor) -> Tensor:
