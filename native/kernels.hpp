@@ -195,6 +195,29 @@ struct FfnForward {
   int threads;
 };
 
+// Gradients of an FFN through its selected hidden units: those of the weights but for light path and gate.
+struct FfnBackward {
+  const float* grad_y;         // (rows, outputs)
+  const float* x;              // (rows, depth)
+  std::int64_t x_stride;
+  std::int64_t rows, depth, hidden, outputs, groups, selected_groups;
+  const float *weight, *bias, *value_weight, *value_bias, *down_weight, *light_hidden;  // as in FfnForward
+  const std::int32_t* selected;  // (rows, selected_groups), -1 in slots without a group
+  const float* gate;           // (rows, selected_groups): sigmoid of the selected logits
+  bool hard;
+  Activation activation;
+  float* grad_x;               // (rows, depth) or null
+  float* grad_x_of_value;      // (rows, depth), to be added, or null
+  float* grad_weight;          // (hidden, depth) or null
+  float* grad_value_weight;    // (hidden, depth) or null
+  float* grad_down;            // (hidden, outputs) or null: the gradient of down_weight's transpose
+  float* grad_bias;            // (hidden)
+  float* grad_value_bias;      // (hidden) or null
+  float* grad_light_hidden;    // (hidden)
+  float* grad_logits;          // (rows, selected_groups), of slots with a group: sum over the group of grad_y . down (h - light_hidden)
+  int threads;
+};
+
 // The weights of an FFN as panels; the fields are those of FfnForward.
 struct FfnPack {
   std::int64_t depth, hidden, outputs, rank, groups;
@@ -229,6 +252,7 @@ struct Kernels {
   void (*pack)(const LinearPack&);
   void (*topk)(const TopK&);
   void (*ffn_forward)(const FfnForward&);
+  void (*ffn_backward)(const FfnBackward&);
   std::int64_t (*packed_ffn_size)(const FfnPack&);  // elements; value_weight says whether there is one
   void (*pack_ffn)(const FfnPack&);
 };

@@ -190,6 +190,27 @@ void ffn_forward(std::uintptr_t x, int64_t x_stride, int64_t rows, int64_t depth
   });
 }
 
+void ffn_backward(std::uintptr_t grad_y, std::uintptr_t x, int64_t x_stride, int64_t rows, int64_t depth, int64_t hidden, int64_t outputs,
+                  int64_t groups, int64_t selected_groups, std::uintptr_t weight, std::uintptr_t bias, std::uintptr_t value_weight,
+                  std::uintptr_t value_bias, std::uintptr_t down_weight, std::uintptr_t light_hidden, std::uintptr_t selected,
+                  std::uintptr_t gate, bool hard, int activation, std::uintptr_t grad_x, std::uintptr_t grad_x_of_value,
+                  std::uintptr_t grad_weight, std::uintptr_t grad_value_weight, std::uintptr_t grad_down, std::uintptr_t grad_bias,
+                  std::uintptr_t grad_value_bias, std::uintptr_t grad_light_hidden, std::uintptr_t grad_logits, int threads) {
+  midl::current().ffn_backward({
+      .grad_y = pointer<const float>(grad_y), .x = pointer<const float>(x), .x_stride = x_stride, .rows = rows, .depth = depth,
+      .hidden = hidden, .outputs = outputs, .groups = groups, .selected_groups = selected_groups,
+      .weight = pointer<const float>(weight), .bias = pointer<const float>(bias),
+      .value_weight = pointer<const float>(value_weight), .value_bias = pointer<const float>(value_bias),
+      .down_weight = pointer<const float>(down_weight), .light_hidden = pointer<const float>(light_hidden),
+      .selected = pointer<const std::int32_t>(selected), .gate = pointer<const float>(gate), .hard = hard,
+      .activation = midl::Activation(activation), .grad_x = pointer<float>(grad_x),
+      .grad_x_of_value = pointer<float>(grad_x_of_value), .grad_weight = pointer<float>(grad_weight),
+      .grad_value_weight = pointer<float>(grad_value_weight), .grad_down = pointer<float>(grad_down),
+      .grad_bias = pointer<float>(grad_bias), .grad_value_bias = pointer<float>(grad_value_bias),
+      .grad_light_hidden = pointer<float>(grad_light_hidden), .grad_logits = pointer<float>(grad_logits), .threads = threads,
+  });
+}
+
 int64_t packed_ffn_size(int64_t depth, int64_t hidden, int64_t outputs, int64_t rank, int64_t groups, bool gated) {
   const float any = 0;
   return midl::current().packed_ffn_size({.depth = depth, .hidden = hidden, .outputs = outputs, .rank = rank, .groups = groups,
@@ -254,6 +275,10 @@ NB_MODULE(_native, m) {
         "groups"_a, "selected_groups"_a, "threshold"_a, "weight"_a, "bias"_a, "value_weight"_a, "value_bias"_a, "down_weight"_a,
         "down_bias"_a, "light_down"_a, "light_up"_a, "light_hidden"_a, "light_bias"_a, "gate_weight"_a, "gate_bias"_a, "noise"_a,
         "panels"_a, "hard"_a, "activation"_a, "y"_a, "selected"_a, "threads"_a);
+  m.def("ffn_backward", &ffn_backward, released, "grad_y"_a, "x"_a, "x_stride"_a, "rows"_a, "depth"_a, "hidden"_a, "outputs"_a,
+        "groups"_a, "selected_groups"_a, "weight"_a, "bias"_a, "value_weight"_a, "value_bias"_a, "down_weight"_a, "light_hidden"_a,
+        "selected"_a, "gate"_a, "hard"_a, "activation"_a, "grad_x"_a, "grad_x_of_value"_a, "grad_weight"_a, "grad_value_weight"_a,
+        "grad_down"_a, "grad_bias"_a, "grad_value_bias"_a, "grad_light_hidden"_a, "grad_logits"_a, "threads"_a);
   m.attr("ffn_panel_group") = midl::kFfnPanelGroup;
   m.def("packed_ffn_size", &packed_ffn_size, "depth"_a, "hidden"_a, "outputs"_a, "rank"_a, "groups"_a, "gated"_a);
   m.def("pack_ffn", &pack_ffn, released, "depth"_a, "hidden"_a, "outputs"_a, "rank"_a, "groups"_a, "weight"_a, "value_weight"_a,

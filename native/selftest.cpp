@@ -627,6 +627,74 @@ void test_ffn(const Kernels& kernels, const FfnCase& c, int threads) {
   }
 }
 
+// Gradients through the selected hidden units, ReLU, against plain loops.
+void test_ffn_backward(const Kernels& kernels, const FfnCase& c, int threads) {
+  const int64_t hidden = c.groups * c.group_size;
+  const auto matrix = [](int64_t rows, int64_t depth) { return Tensor::random(Storage::float32, rows * depth, Layer::scale(depth)); };
+  Tensor x = Tensor::random(c.rows * c.depth), weight = matrix(hidden, c.depth), bias = Tensor::random(hidden);
+  Tensor value = matrix(hidden, c.depth), down = matrix(c.outputs, hidden), light = Tensor::random(hidden);
+  Tensor grad_y = Tensor::random(c.rows * c.outputs), gate = Tensor::random(c.rows * c.k);
+  vector<std::int32_t> selected(std::size_t(c.rows * c.k));
+  for (int64_t r = 0; r < c.rows; ++r)
+    for (int64_t i = 0; i < c.k; ++i)  // the last slot of every third row stays empty
+      selected[std::size_t(r * c.k + i)] = i > 0 && i + 1 == c.k && r % 3 == 2 ? -1 : std::int32_t((r + i) % c.groups);
+  const vector<double> before = Layer::product(x, weight, c.rows, hidden, c.depth);
+  const vector<double> values = Layer::product(x, value, c.rows, hidden, c.depth);
+  const auto zeros = [](int64_t n) { return vector<double>(std::size_t(n), 0.0); };
+  auto expected_x = zeros(c.rows * c.depth), expected_weight = zeros(hidden * c.depth), expected_value = zeros(hidden * c.depth);
+  auto expected_down = zeros(hidden * c.outputs), expected_bias = zeros(hidden), expected_light = zeros(hidden);
+  auto expected_logits = zeros(c.rows * c.k);
+  for (int64_t r = 0; r < c.rows; ++r)
+    for (int64_t i = 0; i < c.k; ++i) {
+      const std::int32_t g = selected[std::size_t(r * c.k + i)];
+      const double share = c.hard ? 1 : gate[r * c.k + i];
+      for (int64_t u = g * c.group_size; g >= 0 && u < (g + 1) * c.group_size; ++u) {
+        double grad = 0;
+        for (int64_t o = 0; o < c.outputs; ++o) grad += double(grad_y[r * c.outputs + o]) * down[o * hidden + u];
+        const double b = before[std::size_t(r * hidden + u)] + bias[u], a = std::max(b, 0.0);
+        const double v = c.gated ? values[std::size_t(r * hidden + u)] : 1, difference = a * v - light[u];
+        expected_logits[std::size_t(r * c.k + i)] += grad * difference;
+        const double inner = b > 0 ? share * grad * v : 0, other = share * grad * a;
+        expected_bias[std::size_t(u)] += inner;
+        expected_light[std::size_t(u)] -= share * grad;
+        for (int64_t j = 0; j < c.depth; ++j) {
+          expected_x[std::size_t(r * c.depth + j)] += inner * weight[u * c.depth + j] + (c.gated ? other * value[u * c.depth + j] : 0);
+          expected_weight[std::size_t(u * c.depth + j)] += inner * x[r * c.depth + j];
+          expected_value[std::size_t(u * c.depth + j)] += other * x[r * c.depth + j];
+        }
+        for (int64_t o = 0; o < c.outputs; ++o)
+          expected_down[std::size_t(u * c.outputs + o)] += share * difference * grad_y[r * c.outputs + o];
+      }
+    }
+  const auto empty = [](int64_t n) { return Tensor(Storage::float32, n); };
+  Tensor grad_x = empty(c.rows * c.depth), grad_x_of_value = empty(c.rows * c.depth), grad_weight = empty(hidden * c.depth);
+  Tensor grad_value = empty(hidden * c.depth), grad_down = empty(hidden * c.outputs), grad_bias = empty(hidden);
+  Tensor grad_value_bias = empty(hidden), grad_light = empty(hidden), grad_logits = Tensor::random(c.rows * c.k);
+  kernels.ffn_backward({.grad_y = grad_y.as<float>(), .x = x.as<float>(), .x_stride = c.depth, .rows = c.rows, .depth = c.depth,
+                        .hidden = hidden, .outputs = c.outputs, .groups = c.groups, .selected_groups = c.k,
+                        .weight = weight.as<float>(), .bias = bias.as<float>(), .value_weight = c.gated ? value.as<float>() : nullptr,
+                        .value_bias = nullptr, .down_weight = down.as<float>(), .light_hidden = light.as<float>(),
+                        .selected = selected.data(), .gate = gate.as<float>(), .hard = c.hard, .activation = midl::Activation::relu,
+                        .grad_x = grad_x.as<float>(), .grad_x_of_value = c.gated ? grad_x_of_value.as<float>() : nullptr,
+                        .grad_weight = grad_weight.as<float>(), .grad_value_weight = c.gated ? grad_value.as<float>() : nullptr,
+                        .grad_down = grad_down.as<float>(), .grad_bias = grad_bias.as<float>(),
+                        .grad_value_bias = c.gated ? grad_value_bias.as<float>() : nullptr,
+                        .grad_light_hidden = grad_light.as<float>(), .grad_logits = grad_logits.as<float>(), .threads = threads});
+  for (int64_t i = 0; c.gated && i < c.rows * c.depth; ++i) grad_x.set(i, grad_x[i] + grad_x_of_value[i]);
+  for (int64_t i = 0; i < c.rows * c.k; ++i)
+    if (selected[std::size_t(i)] < 0) grad_logits.set(i, 0);
+  const std::string where = std::to_string(c.rows) + " rows, " + std::to_string(c.groups) + " groups of " +
+                            std::to_string(c.group_size) + ", " + std::to_string(threads) + " threads";
+  const double limit = kBackwardLimit[0];
+  compare(kernels, grad_x, expected_x, limit, "ffn grad_x", where);
+  compare(kernels, grad_weight, expected_weight, limit, "ffn grad_weight", where);
+  if (c.gated) compare(kernels, grad_value, expected_value, limit, "ffn grad_value_weight", where);
+  compare(kernels, grad_down, expected_down, limit, "ffn grad_down", where);
+  compare(kernels, grad_bias, expected_bias, limit, "ffn grad_bias", where);
+  compare(kernels, grad_light, expected_light, limit, "ffn grad_light_hidden", where);
+  compare(kernels, grad_logits, expected_logits, limit, "ffn grad_logits", where);
+}
+
 void test(const Kernels& kernels) {
   const Shape shapes[] = {
       // rows depth groups x size rank k span
@@ -705,6 +773,11 @@ void test(const Kernels& kernels) {
       test_ffn(kernels, {15, 1030, 2, 100, 20, 33, 1, gated, true, none}, threads);
       test_ffn(kernels, {37, 33, 5, 1, 64, 7, 4, gated, false, none}, threads);
     }
+    for (const int threads : {1, 3}) {
+      test_ffn_backward(kernels, {9, 17, 3, 40, 101, 5, 2, gated, false, none}, threads);
+      test_ffn_backward(kernels, {37, 33, 6, 8, 20, 5, 3, gated, true, none}, threads);
+    }
+    test_ffn_backward(kernels, {540, 70, 9, 20, 65, 5, 4, gated, false, none}, 2);
     // Work for several threads: few rows, more, and rows enough that each has its own.
     test_ffn(kernels, {2, 300, 20, 32, 200, 70, 9, gated, false, none}, 3);
     test_ffn(kernels, {70, 130, 11, 24, 130, 40, 5, gated, true, none}, 2);

@@ -62,6 +62,13 @@ def ffn_forward(
     gate_weight: int, gate_bias: int, noise: int, panels: int, hard: bool, activation: int, y: int, selected: int,
     threads: int,
 ) -> None: ...  # fmt: skip
+def ffn_backward(
+    grad_y: int, x: int, x_stride: int, rows: int, depth: int, hidden: int, outputs: int, groups: int,
+    selected_groups: int, weight: int, bias: int, value_weight: int, value_bias: int, down_weight: int,
+    light_hidden: int, selected: int, gate: int, hard: bool, activation: int, grad_x: int, grad_x_of_value: int,
+    grad_weight: int, grad_value_weight: int, grad_down: int, grad_bias: int, grad_value_bias: int,
+    grad_light_hidden: int, grad_logits: int, threads: int,
+) -> None: ...  # fmt: skip
 
 ffn_panel_group: int
 

@@ -140,14 +140,54 @@ def test_few_rows_are_shared_by_all_threads(poisoned_memory, rows, interpolation
         torch.set_num_threads(threads)
 
 
-def test_gradients_are_those_of_the_reference():
-    tensors, grad_y = random_ffn((40, 24), 64, 24, 4, 8, dtype=torch.float32), torch.randn(40, 24)
-    rest = (None, 3, 8, "gelu", "sigmoid", "selected")
-    actual = with_gradients(ffn, tensors, *rest, grad_y=grad_y)
+# Groups that fill panels, several panels, folded ones; more rows than are computed at once; narrow groups.
+GRADIENT_SIZES = [
+    (40, 24, 64, 24, 16, 3), (9, 40, 160, 41, 40, 4), (33, 100, 600, 100, 100, 3), (65, 33, 120, 37, 12, 6),
+    (600, 64, 256, 70, 8, 7), (13, 20, 64, 33, 1, 30),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("sizes", GRADIENT_SIZES, ids=str)
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("threshold", [None, 0.1])
+def test_gradients_are_those_of_the_reference(poisoned_memory, sizes, gated, threshold):
+    rows, d, hidden, out, size, k = sizes
+    for activation in ACTIVATIONS:
+        interpolation = "hard" if activation in ("gelu", "relu") else "sigmoid"
+        tensors = random_ffn((rows, d), hidden, out, 3, size, gated=gated, bias=rows % 2 == 1, dtype=torch.float32)
+        grad_y, rest = torch.randn(rows, out), (None, k, size, activation, interpolation, "selected", threshold)
+        actual = with_gradients(ffn, tensors, *rest, grad_y=grad_y)
+        with midl.kernels("reference"):
+            expected = with_gradients(ffn, tensors, *rest, grad_y=grad_y)
+        for name, value in expected.items():
+            assert error_ratio(actual[name], value) < 4e-6, name
+
+
+def test_gradients_are_the_same_on_every_run_and_with_any_number_of_threads():
+    tensors = random_ffn((600, 64), 256, 70, 3, 16, gated=True, dtype=torch.float32)
+    grad_y, rest = torch.randn(600, 70), (None, 7, 16, "gelu", "sigmoid", "selected")
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 2, 3):
+            torch.set_num_threads(count)
+            results.append(with_gradients(ffn, tensors, *rest, grad_y=grad_y))
+    finally:
+        torch.set_num_threads(threads)
+    for name in ("weight", "value_weight", "down_weight", "bias", "light_hidden"):
+        assert torch.equal(results[1][name], results[2][name])
+        assert all(error_ratio(r[name], results[0][name]) < 1e-6 for r in results[1:])
+
+
+def test_gradients_of_some_tensors_alone():
+    tensors = random_ffn((20, 24), 64, 24, 4, 8, gated=True, dtype=torch.float32)
+    grad_y, rest = torch.randn(20, 24), (3, 8, "gelu", "sigmoid", "selected")
     with midl.kernels("reference"):
-        expected = with_gradients(ffn, tensors, *rest, grad_y=grad_y)
-    for name, value in expected.items():
-        assert error_ratio(actual[name], value) < 2e-6
+        expected = with_gradients(ffn, tensors, None, *rest, grad_y=grad_y)
+    for name in ("x", "weight", "down_weight", "light_down"):
+        given = {n: t.detach().requires_grad_(n == name) for n, t in tensors.items()}
+        y, _ = ffn(*given.values(), None, *rest)
+        (grad,) = torch.autograd.grad(y, given[name], grad_y)
+        assert error_ratio(grad, expected[name]) < 4e-6
 
 
 def test_half_precision_is_left_to_others():

@@ -445,6 +445,23 @@ def ffn(
     )  # fmt: skip
 
 
+def _ffn_backward(
+    grad_y: Tensor, selected: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, value_weight: Tensor | None,
+    value_bias: Tensor | None, down_weight: Tensor, down_bias: Tensor | None, light_down: Tensor, light_up: Tensor,
+    light_hidden: Tensor, light_bias: Tensor, gate_weight: Tensor, gate_bias: Tensor, group_size: int, activation: str,
+    interpolation: str, ste: str, needs: list[bool], padded: bool = False,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    if ste == "dense" or x.numel() == 0 or group_size < _native.ffn_panel_group:
+        return reference_ffn.ffn_backward(
+            grad_y, selected, x, weight, bias, value_weight, value_bias, down_weight, down_bias, light_down, light_up,
+            light_hidden, light_bias, gate_weight, gate_bias, group_size, activation, interpolation, ste, needs, padded,
+        )  # fmt: skip
+    return native_ffn.ffn_backward(
+        _native, grad_y, selected, x, weight, bias, value_weight, value_bias, down_weight, light_down, light_up,
+        light_hidden, gate_weight, gate_bias, activation, interpolation, needs, padded,
+    )  # fmt: skip
+
+
 def ffn_on_panels(
     x: Tensor, panels: FFNPanels, parameters: dict[str, Any], choices: Choices, activation: str
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -514,7 +531,7 @@ register(
             "conv2d": convolution,
             "conv2d_backward": _conv2d_backward,
             "ffn": ffn,
-            "ffn_backward": reference_ffn.ffn_backward,
+            "ffn_backward": _ffn_backward,
         },
         unavailable=_unavailable,
         unsupported=_unsupported,

@@ -10,13 +10,15 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from midl.ops import huge_pages
+from midl.ops.native_backward import only_needed, repeat_first
 from midl.ops.native_packing import packed_once
 from midl.ops.reference_ffn import ACTIVATIONS
 
-__all__ = ["FFN_NAMES", "PACKED_NAMES", "ffn", "ffn_on_panels", "pack_ffn"]
+__all__ = ["FFN_NAMES", "PACKED_NAMES", "ffn", "ffn_backward", "ffn_on_panels", "pack_ffn"]
 
 FFN_NAMES = (
     "weight", "bias", "value_weight", "value_bias", "down_weight", "down_bias", "light_down", "light_up",
@@ -91,6 +93,68 @@ def _call(
         torch.get_num_threads(),
     )  # fmt: skip
     return y, selected
+
+
+def ffn_backward(
+    kernels: Any, grad_y: Tensor, selected: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None,
+    value_weight: Tensor | None, value_bias: Tensor | None, down_weight: Tensor, light_down: Tensor, light_up: Tensor,
+    light_hidden: Tensor, gate_weight: Tensor, gate_bias: Tensor, activation: str, interpolation: str,
+    needs: list[bool], padded: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Return the gradients of the thirteen tensors for ``ste="selected"``, empty where not needed.
+
+    The kernel goes through the selected hidden units; products of light path and gate are torch's.
+    """
+    groups, k = gate_weight.shape[0], selected.shape[-1]
+    rows, grad = x.reshape(-1, x.shape[-1]), grad_y.reshape(-1, grad_y.shape[-1]).contiguous()
+    if rows.stride(-1) != 1:
+        rows = rows.contiguous()
+    code = F.linear(rows, light_down)
+    chosen = selected.reshape(-1, k).contiguous()
+    index = repeat_first(chosen, chosen).long() if padded else chosen.long()
+    gate = F.linear(code, gate_weight, gate_bias).gather(1, index).sigmoid_()
+
+    def new(needed: bool, *shape: int) -> Tensor | None:
+        return huge_pages.empty_where_mapped(shape, x.dtype) if needed else None
+
+    hidden, depth, n, gated = *weight.shape, len(down_weight), value_weight is not None
+    grad_x, grad_x_of_value = new(needs[0], *rows.shape), new(needs[0] and gated, *rows.shape)
+    grad_weight, grad_value_weight = new(needs[1], hidden, depth), new(needs[3] and gated, hidden, depth)
+    grad_down = new(needs[5], hidden, n)
+    grad_bias, grad_value_bias, grad_light_hidden = (torch.empty_like(light_hidden) for _ in range(3))
+    grad_chosen = torch.zeros_like(gate)
+    # Kept alive by name until the call returns: only addresses go to the kernel.
+    parameters = [
+        None if t is None else t.contiguous()
+        for t in (weight, bias, value_weight, value_bias, down_weight, light_hidden)
+    ]
+    kernels.ffn_backward(
+        grad.data_ptr(), rows.data_ptr(), rows.stride(0), rows.shape[0], depth, hidden, n, groups, k,
+        *map(_address, parameters), chosen.data_ptr(), gate.data_ptr(), interpolation == "hard",
+        ACTIVATIONS.index(activation), *map(_address, (grad_x, grad_x_of_value, grad_weight, grad_value_weight)),
+        _address(grad_down), grad_bias.data_ptr(), grad_value_bias.data_ptr(), grad_light_hidden.data_ptr(),
+        grad_chosen.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+
+    shares = torch.ones_like(gate) if interpolation == "hard" else gate
+    grad_chosen = grad_chosen.sub_((grad * F.linear(code, light_up)).sum(-1, keepdim=True), alpha=1 / groups)
+    grad_chosen.mul_(gate * (1 - gate))
+    if padded:
+        shares, grad_chosen = (torch.where(chosen < 0, 0, t) for t in (shares, grad_chosen))
+    grad_logits = code.new_zeros(len(rows), groups).scatter_add_(1, index, grad_chosen)
+    grad_light = grad * torch.sub(1, shares.sum(-1, keepdim=True), alpha=1 / groups)
+    grad_code = torch.addmm(grad_logits @ gate_weight, grad_light, light_up)
+    if grad_x is not None:
+        grad_x = grad_x if grad_x_of_value is None else grad_x.add_(grad_x_of_value)
+        grad_x = grad_x.addmm_(grad_code, light_down).view(x.shape)
+    grad_offset = grad.sum(0)
+    out = (
+        grad_x, grad_weight, grad_bias, grad_value_weight, grad_value_bias,
+        None if grad_down is None else grad_down.T.contiguous(), grad_offset,
+        grad_code.T @ rows if needs[7] else None, grad_light.T @ code if needs[8] else None, grad_light_hidden,
+        grad_offset.clone(), grad_logits.T @ code if needs[11] else None, grad_logits.sum(0),
+    )  # fmt: skip
+    return only_needed(list(out), needs, x)
 
 
 def pack_ffn(
