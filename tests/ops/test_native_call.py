@@ -11,6 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from changes import (
+    change_by_copy,
+    change_data,
+    change_in_inference_mode,
+    change_one_value,
+    change_through_data,
+)
 from helpers import error_ratio
 
 import midl
@@ -84,27 +91,6 @@ def test_the_layer_takes_prepared_calls(monkeypatch):
     warm(layer, x)
     monkeypatch.setattr(linear_op, "resolve", lambda *_, **__: pytest.fail("the general path was taken"))
     assert torch.equal(layer(x), expected)
-
-
-def change_by_copy(tensor):
-    tensor.copy_(torch.randn_like(tensor))
-
-
-def change_one_value(tensor):
-    tensor.view(-1)[0] += 100
-
-
-def change_data(tensor):
-    tensor.data = torch.randn_like(tensor)
-
-
-def change_through_data(tensor):
-    tensor.data.mul_(2)
-
-
-def change_in_inference_mode(tensor):
-    with torch.inference_mode():
-        tensor.mul_(2)
 
 
 @pytest.mark.parametrize("parameter", ["weight", "bias", "light_down", "light_up", "gate_weight", "gate_bias"])

@@ -6,6 +6,13 @@ import copy
 
 import pytest
 import torch
+from changes import (
+    change_by_copy,
+    change_data,
+    change_in_inference_mode,
+    change_one_value,
+    change_through_data,
+)
 from helpers import error_ratio
 
 import midl
@@ -16,14 +23,11 @@ from midl.ops.dispatch import unavailable_reason
 if unavailable_reason("native"):
     pytest.skip(f"native kernels: {unavailable_reason('native')}", allow_module_level=True)
 
-from midl.ops import native, native_packing
+from midl.ops import native, native_ffn, native_packing
 from midl.ops.native_call import call_ffn_op_prepared, call_ffn_prepared
 
 LIMIT = 2e-6
-NAMES = (
-    "weight", "bias", "value_weight", "value_bias", "down_weight", "down_bias", "light_down", "light_up",
-    "light_hidden", "light_bias", "gate_weight", "gate_bias",
-)  # fmt: skip
+NAMES = native_ffn.FFN_NAMES
 
 
 @pytest.fixture(autouse=True)
@@ -79,27 +83,6 @@ def test_the_layer_takes_prepared_calls(monkeypatch):
     warm(ffn, x)
     monkeypatch.setattr(ffn_op, "resolve", lambda *_, **__: pytest.fail("the general path was taken"))
     assert torch.equal(ffn(x), expected)
-
-
-def change_by_copy(tensor):
-    tensor.copy_(torch.randn_like(tensor))
-
-
-def change_one_value(tensor):
-    tensor.view(-1)[0] += 100
-
-
-def change_data(tensor):
-    tensor.data = torch.randn_like(tensor)
-
-
-def change_through_data(tensor):
-    tensor.data.mul_(2)
-
-
-def change_in_inference_mode(tensor):
-    with torch.inference_mode():
-        tensor.mul_(2)
 
 
 @pytest.mark.parametrize("name", NAMES)
