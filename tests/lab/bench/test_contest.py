@@ -150,6 +150,20 @@ def test_training_rounds_look_like_new_steps() -> None:
     assert torch.equal(layer.weight, before)
 
 
+def test_the_compiled_baseline_of_training_gives_its_input_a_gradient() -> None:
+    from midl.lab.bench.dense import can_compile, compile_trainable, free_compiled
+
+    if not can_compile():
+        pytest.skip("no C++ compiler")
+    layer, x = torch.nn.Linear(8, 4), torch.ones(2, 8)
+    compiled = compile_trainable(layer, x)
+    x.requires_grad_()
+    compiled(x).sum().backward()
+    assert x.grad is not None
+    assert torch.allclose(x.grad, layer.weight.sum(0).expand(2, 8))
+    free_compiled()
+
+
 @pytest.mark.slow
 def test_compiled_baselines_join_and_agree(session: Session) -> None:
     from midl.lab.bench.cases.forward import forward_case

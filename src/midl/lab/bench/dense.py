@@ -80,8 +80,11 @@ def compile_frozen(module: nn.Module, example: Tensor) -> Callable[..., Any]:
 
 
 def compile_trainable(module: nn.Module, example: Tensor) -> Callable[..., Any]:
-    """Return ``module`` compiled for training on inputs like ``example``; checked as little as `compile_frozen`'s."""
-    return _compile(module, example, freezing=False)
+    """Return ``module`` compiled for training; checked as little as `compile_frozen`'s.
+
+    Its inputs must be like ``example`` and require a gradient.
+    """
+    return _compile(module, example.detach().clone().requires_grad_(), freezing=False)
 
 
 def _compile(module: nn.Module, example: Tensor, *, freezing: bool) -> Callable[..., Any]:
