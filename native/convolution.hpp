@@ -143,6 +143,7 @@ class Pixels {
   using Element = Code<X>;
   using Output = X;
   static constexpr bool kPrepares = true;
+  static constexpr bool kSideBySide = false;
   static constexpr bool kByTiles = kTiles && sizeof(Element) == 2;
 
   Pixels(const midl::Images& images, const X* x) : padded_(images), x_(x) {

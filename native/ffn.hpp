@@ -212,6 +212,7 @@ class FfnThread {
                               (p.by_group ? divide_up(p.output_panels(), team_.threads) : p.narrow ? kFfnWidePanels : 1));
     panels_ = memory.take<float>(p.narrow && !call_.panels ? kPanelWidth * kPanelWidth * kFfnWidePanels : 0);
     slice_ = memory.take<float>(slice_floats());
+    sums_ = memory.take<float>(p.narrow && kPicks<float> && p.room >= kPickRows ? kPickedSums : 0);
     for (float*& vector : vectors_) vector = memory.take<float>(kPanelWidth);
     own_gate_ = memory.take<float>(p.repeat_gate ? p.room * p.gate_stride : 0);
     gate_ = p.repeat_gate ? own_gate_ : p.gate;
@@ -366,11 +367,11 @@ class FfnThread {
       }
   }
 
-  // Narrow groups, many to a part of kPanelWidth units: the up-projection of all units by panels or, for few rows, of those
-  // selected by dot products (see kDotCost); then of each row only the selected units' outputs.
+  // Narrow groups, many to a part of kPanelWidth units: the up-projection as narrow_form() says; then of each row only the
+  // selected units' outputs.
   void compute_parts(std::int64_t begin, std::int64_t rows, std::atomic<std::int64_t>& taken) {
     const std::int64_t parts = plan_.parts.per_group;
-    const bool dense = narrow_and_dense<float>(rows, call_.groups, call_.selected_groups, 1);
+    const Narrow form = narrow_form<float>(rows, call_.groups, call_.selected_groups, true);
     for (std::int64_t p; (p = taken.fetch_add(1, std::memory_order_relaxed)) < parts;) {
       const std::int64_t first = plan_.parts.first(0, p);
       const int count = plan_.parts.count(p);
@@ -383,17 +384,34 @@ class FfnThread {
         multiply_neurons(inputs_, rows, Neurons<float>{weight + first * call_.depth, call_.depth, plan_.panel_at(panel), count},
                          call_.depth, bias, slice_, out, kPanelWidth);
       };
-      if (dense) {
+      std::uint32_t* masks = plan_.masks + p * rows;
+      if (form == Narrow::dense) {
         project(call_.weight, plan_.layout.up_panel(first), vectors_[0], hidden);
         if (call_.value_weight) project(call_.value_weight, plan_.layout.value_panel(first), vectors_[1], value_);
       }
+      if constexpr (kPicks<float>) {
+        if (form == Narrow::picked) {
+          for (std::int64_t r = 0; r < rows; ++r) {
+            float shares[kPanelWidth];
+            spread_shares(r, first, count, shares, masks[r]);
+            inputs_[r] = call_.x + (begin + r) * call_.x_stride;
+          }
+          const auto pick = [&](const float* weight, float* out) {
+            dot_picked(inputs_, masks, rows, weight + first * call_.depth, call_.depth, count, call_.depth, slice_, sums_, out);
+          };
+          pick(call_.weight, hidden);
+          if (call_.value_weight) pick(call_.value_weight, value_);
+        }
+      }
       for (std::int64_t r = 0; r < rows; ++r) {
         float shares[kPanelWidth];
-        std::uint32_t mask = 0;
-        spread_shares(r, first, count, shares, mask);
-        plan_.masks[p * rows + r] = mask;
+        spread_shares(r, first, count, shares, masks[r]);
+        const std::uint32_t mask = masks[r];
         float* unit = hidden + r * kPanelWidth;
-        if (!dense) {
+        if (form == Narrow::picked) {
+          add_bias(vectors_[0], unit);
+          if (call_.value_weight) add_bias(vectors_[1], value_ + r * kPanelWidth);
+        } else if (form == Narrow::sparse) {
           const float* x = call_.x + (begin + r) * call_.x_stride;
           dot_selected(x, call_.weight + first * call_.depth, mask, vectors_[0], unit);
           if (call_.value_weight)
@@ -408,18 +426,18 @@ class FfnThread {
     }
   }
 
+  static void add_bias(const float* bias, float* units) {
+    for (int v = 0; v < kPanelWidth; v += L) store(units + v, load(units + v) + load(bias + v));
+  }
+
   // Each unit's share and, as bits, whether it is selected, of `count` units from `first` on.
   void spread_shares(std::int64_t row, std::int64_t first, int count, float* shares, std::uint32_t& mask) const {
+    mask = 0;
     const float* gate = gate_ + row * plan_.gate_stride;
     const std::int64_t size = call_.hidden / call_.groups;
     if (size == 1 && count == kPanelWidth) {
-      IVec bits = {};
-      for (int v = 0; v < kPanelWidth; v += L) {
-        const Vec weight = load(gate + first + v);
-        store(shares + v, weight);
-        bits |= (IVec)(weight < 0.0f) ? IVec{} : splat(std::int32_t(1)) << (lane_numbers() + v);
-      }
-      for (int lane = 0; lane < L; ++lane) mask |= std::uint32_t(bits[lane]);
+      for (int v = 0; v < kPanelWidth; v += L) store(shares + v, load(gate + first + v));
+      mask = selected_bits(shares);
       return;
     }
     std::int64_t group = first / size, left = (group + 1) * size - first;
@@ -575,7 +593,7 @@ class FfnThread {
   const float** inputs_ = nullptr;
   float** targets_ = nullptr;
   std::int32_t *starts_ = nullptr, *rows_ = nullptr, *keys_ = nullptr, *picks_ = nullptr;
-  float *shares_ = nullptr, *value_ = nullptr, *out_ = nullptr, *panels_ = nullptr, *slice_ = nullptr, *vectors_[3] = {}, *own_gate_ = nullptr,
+  float *shares_ = nullptr, *value_ = nullptr, *out_ = nullptr, *panels_ = nullptr, *slice_ = nullptr, *sums_ = nullptr, *vectors_[3] = {}, *own_gate_ = nullptr,
         *gate_ = nullptr;
 };
 

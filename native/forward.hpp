@@ -14,6 +14,7 @@
 #include "arena.hpp"
 #include "kernels.hpp"
 #include "panel.hpp"
+#include "picked.hpp"
 #include "select.hpp"
 #include "tiles.hpp"
 
@@ -90,10 +91,11 @@ struct NeuronBlocks {
   std::int64_t part_size() const { return divide_up(group_size, parts); }
 };
 
-// Narrow groups (fewer neurons than fill a panel, even a folded one) have two forms. Sparse: dot products of the selected neurons, row by
+// Narrow groups (fewer neurons than fill a panel, even a folded one) have three forms. Sparse: dot products of the selected neurons, row by
 // row. Dense: all neurons by panels, those not selected ignored; per multiply-add that costs kDotCost times less, but
-// reads every weight, which only many rows repay. Dot products of rows with slices of neurons that stay in the nearest
-// cache, rows sorted by how many neurons they chose, need twice the loads of a panel and were no faster at 45 %.
+// reads every weight, which only many rows repay. Picked, for many rows: dot products of the selected neurons, slice by
+// slice, see picked.hpp.
+enum class Narrow { sparse, dense, picked };
 template <class T>
 constexpr double kDotCost = kTiles && sizeof(T) == 2 ? 25 : 3.3;
 constexpr std::int64_t kDenseRows = 8;
@@ -102,9 +104,11 @@ template <class T>
 MIDL_INLINE bool narrow(std::int64_t group_size) {
   return group_size < kPanelWorthNeurons<T>;
 }
+// Of the product of `rows` rows, each with elements `side_by_side`, with narrow groups of which each row selects some.
 template <class T>
-MIDL_INLINE bool narrow_and_dense(std::int64_t rows, std::int64_t groups, std::int64_t selected, std::int64_t size) {
-  return narrow<T>(size) && rows >= kDenseRows && double(selected) * kDotCost<T> > double(groups);
+MIDL_INLINE Narrow narrow_form(std::int64_t rows, std::int64_t groups, std::int64_t selected, bool side_by_side) {
+  if (kPicks<T> && side_by_side && rows >= kPickRows && double(selected) * kPickCost < double(groups)) return Narrow::picked;
+  return rows >= kDenseRows && double(selected) * kDotCost<T> > double(groups) ? Narrow::dense : Narrow::sparse;
 }
 
 // Where the panels of a layer lie, in elements; those of the light path and gate in one buffer, those of the weight in
@@ -135,19 +139,6 @@ constexpr bool kGroupMeansPacked = sizeof(T) == 4;
 template <class T>
 using Code = std::conditional_t<sizeof(T) != 4 && kDotPairs, T, float>;
 
-// Copy elements, widened where they are for float32.
-template <class X, class E>
-MIDL_INLINE void copy_elements(const X* from, std::int64_t count, E* to) {
-  std::int64_t i = 0;
-  if constexpr (sizeof(X) == 2 && sizeof(E) == 2) {
-    for (; i + 2 * L <= count; i += 2 * L) *reinterpret_cast<UnalignedIVec*>(to + i) = (IVec)load_pairs(from + i);
-    for (; i < count; ++i) to[i] = from[i];
-  } else {
-    for (; i + L <= count; i += L) store_as(to + i, load(from + i));
-    for (; i < count; ++i) store_as(to + i, to_float(from[i]));
-  }
-}
-
 // The rows of a matrix, float32 as they are, half precision widened once per chunk, not once per neuron, unless there are
 // dot products for it. A source also says how its rows are multiplied, since their elements need not lie side by side.
 template <class T>
@@ -156,6 +147,7 @@ class PlainRows {
   using Element = T;  // of the parameters
   using Output = T;
   static constexpr bool kPrepares = sizeof(T) != 4 && !kDotPairs;  // whether prepare() and a barrier must precede row()
+  static constexpr bool kSideBySide = true;                        // the elements of a row
 
   explicit PlainRows(const midl::LinearForward& call)
       : x_(static_cast<const T*>(call.x)), stride_(call.x_stride), depth_(call.depth) {}
@@ -236,6 +228,7 @@ struct ForwardPlan {
   const T *packed_light, *packed_weight;
   int threads;
   bool repeat_gate, light_first;
+  Narrow form;  // of narrow groups
   std::int64_t group_size, code_stride, gate_stride, chunk_blocks, chunk_rows, row_parts;
   std::atomic<std::int64_t>* taken;  // items of compute_neurons, per chunk
 
@@ -267,6 +260,7 @@ struct ForwardPlan {
     row_parts = lesser(row_parts, divide_up(chunk_rows, 4 * kTileRows));
     if (threads == 1) row_parts = 1;
     light_first = chunk_rows <= kLightFirstRows;
+    form = narrow_form<T>(c.rows, c.groups, c.selected_groups, Source::kSideBySide);
   }
   std::int64_t chunks() const { return divide_up(blocks.count, chunk_blocks); }
   // Of a block of neurons that fill panels.
@@ -314,6 +308,8 @@ struct ThreadMemory {
   float *slice, *light, *full, *bias;
   std::int32_t *keys, *picks;
   float* gate;  // of the chunk: the plan's, or this thread's own where the gate is computed by every thread
+  std::uint32_t* masks;  // of the rows, which of some neurons they selected, where these are picked
+  float* sums;
 
   template <class S>
   ThreadMemory(Carver& memory, const ForwardPlan<S>& plan) {
@@ -332,6 +328,9 @@ struct ThreadMemory {
     picks = memory.take<std::int32_t>(c.groups + 1);
     gate = memory.take<float>(plan.repeat_gate ? plan.chunk_blocks * plan.gate_stride : 0);
     if (!plan.repeat_gate) gate = plan.gate;
+    const bool picks = narrow<typename S::Element>(plan.group_size) && plan.form == Narrow::picked;
+    masks = memory.take<std::uint32_t>(picks ? plan.chunk_rows : 0);
+    sums = memory.take<float>(picks ? kPickedSums : 0);
   }
 };
 
@@ -524,7 +523,7 @@ MIDL_INLINE void spread_gate(const float* gate, std::int64_t groups, std::int64_
     for (const std::int64_t end = j + size; j < end; ++j) weights[j] = gate[g];
 }
 
-// Narrow groups, many to a block of neurons: see kDotCost.
+// Narrow groups, many to a block of neurons: see Narrow.
 template <class S>
 void mix_narrow_groups(const ForwardPlan<S>& plan, ThreadMemory& memory, std::int64_t index, std::int64_t next,
                        Range rows, std::int64_t chunk_block, std::int64_t chunk_start) {
@@ -533,22 +532,32 @@ void mix_narrow_groups(const ForwardPlan<S>& plan, ThreadMemory& memory, std::in
   const NeuronBlocks::Block block = plan.neuron_blocks[index];
   const T* weight = static_cast<const T*>(c.weight) + block.first * c.depth;
   const std::int64_t m = rows.end - rows.begin;
-  const bool dense = narrow_and_dense<T>(c.rows, c.groups, c.selected_groups, plan.group_size);
-  if (dense) {
-    const auto pointers = row_pointers(plan, memory);
-    for (std::int64_t r = 0; r < m; ++r) pointers[r] = plan.source.row(rows.begin + r, chunk_start);
+  const auto pointers = row_pointers(plan, memory);
+  for (std::int64_t r = 0; r < m; ++r) pointers[r] = plan.source.row(rows.begin + r, chunk_start);
+  float spread[kPanelWidth];
+  const auto weights_of = [&](std::int64_t r) -> const float* {
+    const float* gate = memory.gate + (plan.blocks.block_of(rows.begin + r) - chunk_block) * plan.gate_stride + block.first_group;
+    if (plan.group_size == 1 && block.size == kPanelWidth) return gate;
+    spread_gate(gate, block.end_group - block.first_group, plan.group_size, spread);
+    for (std::int64_t j = block.size; j < kPanelWidth; ++j) spread[j] = kUnselected;
+    return spread;
+  };
+  if (plan.form == Narrow::dense) {
     plan.source.multiply(pointers, m,
                          neurons_at(weight, c.depth, plan.packed_weight, plan.layout.weight(index), block.size,
                                     plan.layout.weight(next)),
                          memory.slice, memory.full, kPanelWidth, true);
+  } else if constexpr (kPicks<T> && S::kSideBySide) {
+    if (plan.form == Narrow::picked) {
+      for (std::int64_t r = 0; r < m; ++r) memory.masks[r] = selected_bits(weights_of(r));
+      const T* after = next < 0 ? nullptr : static_cast<const T*>(c.weight) + plan.neuron_blocks[next].first * c.depth;
+      dot_picked(pointers, memory.masks, m, weight, c.depth, int(block.size), c.depth, memory.slice, memory.sums, memory.full, after);
+    }
   }
   for (std::int64_t r = 0; r < m; ++r) {
-    const float* gate = memory.gate + (plan.blocks.block_of(rows.begin + r) - chunk_block) * plan.gate_stride;
     float* light = memory.light + r * kPanelWidth;
-    float weights[kPanelWidth];
-    spread_gate(gate + block.first_group, block.end_group - block.first_group, plan.group_size, weights);
-    for (std::int64_t j = block.size; j < kPanelWidth; ++j) weights[j] = kUnselected;
-    if (dense) {
+    const float* weights = weights_of(r);
+    if (plan.form != Narrow::sparse) {
       const float* full = memory.full + r * kPanelWidth;
       for (int j = 0; j < kPanelWidth; j += L) {
         const Vec weight = load(weights + j), l = load(light + j);
@@ -565,7 +574,7 @@ void mix_narrow_groups(const ForwardPlan<S>& plan, ThreadMemory& memory, std::in
     }
     float full[kPanelWidth];
     for (int i = 0; i < count; ++i) neurons[i] = weight + picks[i] * c.depth;
-    plan.source.dot(neurons, count, plan.source.row(rows.begin + r, chunk_start), full);
+    plan.source.dot(neurons, count, pointers[r], full);
     for (int i = 0; i < count; ++i)
       light[picks[i]] += weights[picks[i]] * (full[i] + memory.bias[picks[i]] - light[picks[i]]);
   }
@@ -844,10 +853,12 @@ midl::PackedSizes packed_sizes(const midl::LinearPack& call) {
 }
 
 bool wants_weight_panels(midl::Storage storage, std::int64_t rows, std::int64_t groups, std::int64_t selected,
-                         std::int64_t group_size) {
-  if (storage == midl::Storage::bfloat16)
-    return !narrow<bf16>(group_size) || narrow_and_dense<bf16>(rows, groups, selected, group_size);
-  return !narrow<float>(group_size) || narrow_and_dense<float>(rows, groups, selected, group_size);
+                         std::int64_t group_size, bool convolution) {
+  const auto wants = [&](auto element) {
+    using T = decltype(element);
+    return !narrow<T>(group_size) || narrow_form<T>(rows, groups, selected, !convolution) == Narrow::dense;
+  };
+  return storage == midl::Storage::bfloat16 ? wants(bf16{}) : wants(float{});
 }
 
 void pack(const midl::LinearPack& call) {

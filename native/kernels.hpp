@@ -248,7 +248,7 @@ struct Kernels {
   void (*convolution_backward)(const ConvolutionBackward&);
   PackedSizes (*packed_sizes)(const LinearPack&);
   bool (*wants_weight_panels)(Storage, std::int64_t rows, std::int64_t groups, std::int64_t selected,
-                              std::int64_t group_size);
+                              std::int64_t group_size, bool convolution);
   void (*pack)(const LinearPack&);
   void (*topk)(const TopK&);
   void (*ffn_forward)(const FfnForward&);

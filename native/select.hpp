@@ -139,6 +139,21 @@ constexpr float kUnselected = -1.0f;
 
 MIDL_INLINE bool is_selected(float weight) { return !(weight < 0.0f); }
 
+// Which of 32 weights are selected, a bit for each.
+MIDL_INLINE std::uint32_t selected_bits(const float* weights) {
+  std::uint32_t mask = 0;
+#ifdef __AVX512F__
+  for (int v = 0; v < 32; v += L)
+    mask |= std::uint32_t(_mm512_cmp_ps_mask((__m512)load(weights + v), _mm512_setzero_ps(), _CMP_NLT_UQ)) << v;
+#else
+  IVec bits = {};
+  for (int v = 0; v < 32; v += L)
+    bits |= (IVec)(load(weights + v) < 0.0f) ? IVec{} : splat(std::int32_t(1)) << (lane_numbers() + v);
+  for (int lane = 0; lane < L; ++lane) mask |= std::uint32_t(bits[lane]);
+#endif
+  return mask;
+}
+
 // What one row selects.
 struct Rule {
   std::int64_t k;      // groups at most; at least one

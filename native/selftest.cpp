@@ -258,12 +258,12 @@ void test_forward(const Kernels& kernels, const Case& c) {
     if (packed) {
       midl::LinearPack call = parameters;
       call.packed_light = packed_light.data();
-      if (kernels.wants_weight_panels(c.storage, s.rows, s.groups, s.k, s.group_size)) call.packed_weight = packed_weight.data();
+      if (kernels.wants_weight_panels(c.storage, s.rows, s.groups, s.k, s.group_size, false)) call.packed_weight = packed_weight.data();
       kernels.pack(call);
     }
     Tensor y(c.storage, s.rows * s.neurons());
     vector<std::int32_t> selected(std::size_t(s.blocks() * s.k), -2);
-    const bool weight_panels = packed && kernels.wants_weight_panels(c.storage, s.rows, s.groups, s.k, s.group_size);
+    const bool weight_panels = packed && kernels.wants_weight_panels(c.storage, s.rows, s.groups, s.k, s.group_size, false);
     midl::LinearForward call{
         .storage = c.storage, .x = layer.x.data(), .x_stride = s.depth, .rows = s.rows, .depth = s.depth,
         .neurons = s.neurons(), .rank = s.rank, .groups = s.groups, .selected_groups = s.k, .threshold = c.threshold,
@@ -472,7 +472,7 @@ void test_convolution(const Kernels& kernels, Storage storage, bool channels_las
       .gate_weight = c.light_gate ? nullptr : layer.gate_weight.data(), .packed_light = nullptr,
       .packed_weight = nullptr, .threads = 1};
   const midl::PackedSizes sizes = kernels.packed_sizes(parameters);
-  const bool panels = kernels.wants_weight_panels(c.storage, s.rows, s.groups, s.k, s.group_size);
+  const bool panels = kernels.wants_weight_panels(c.storage, s.rows, s.groups, s.k, s.group_size, true);
   Tensor packed_light(c.storage, sizes.light), packed_weight(c.storage, sizes.weight);
   parameters.packed_light = packed_light.data();
   if (panels) parameters.packed_weight = packed_weight.data();
@@ -707,6 +707,8 @@ void test(const Kernels& kernels) {
       // Panels that end with a folded sub-panel, behind another or alone; the gate's in passes over a deep code.
       {30, 1030, 3, 20, 41, 2, 1}, {9, 1050, 21, 24, 6, 9, 1}, {5, 31, 4, 12, 12, 2, 1},
       {6, 40, 3, 16, 1100, 2, 1},  {26, 21, 39, 32, 1030, 20, 1},
+      // Neurons picked by many rows: several passes of the depth and of the rows, a last vector that is not whole.
+      {150, 403, 40, 1, 7, 17, 1}, {33, 21, 70, 1, 3, 20, 1},  {60, 193, 23, 3, 5, 8, 2},  {70, 16, 9, 4, 4, 2, 1},
   };
   state = 1;  // the same numbers for every instruction set, whatever ran before
   test_topk(kernels);
@@ -772,6 +774,8 @@ void test(const Kernels& kernels) {
       test_ffn(kernels, {9, 17, 3, 40, 100, 5, 2, gated, false, 0.1f}, threads);
       test_ffn(kernels, {15, 1030, 2, 100, 20, 33, 1, gated, true, none}, threads);
       test_ffn(kernels, {37, 33, 5, 1, 64, 7, 4, gated, false, none}, threads);
+      test_ffn(kernels, {140, 201, 45, 1, 64, 7, 15, gated, true, none}, threads);
+      test_ffn(kernels, {70, 40, 12, 3, 33, 7, 4, gated, false, 0.3f}, threads);
     }
     for (const int threads : {1, 3}) {
       test_ffn_backward(kernels, {9, 17, 3, 40, 101, 5, 2, gated, false, none}, threads);

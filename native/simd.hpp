@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#ifdef __AVX512BF16__
+#ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 
@@ -141,5 +141,18 @@ MIDL_INLINE void store_as(bf16* p, Vec v) {
 }
 MIDL_INLINE void store_as(float* p, float value) { *p = value; }
 MIDL_INLINE void store_as(bf16* p, float value) { *p = to_bf16(value); }
+
+// Copy elements, widened where they are for float32.
+template <class X, class E>
+MIDL_INLINE void copy_elements(const X* from, std::int64_t count, E* to) {
+  std::int64_t i = 0;
+  if constexpr (sizeof(X) == 2 && sizeof(E) == 2) {
+    for (; i + 2 * L <= count; i += 2 * L) *reinterpret_cast<UnalignedIVec*>(to + i) = (IVec)load_pairs(from + i);
+    for (; i < count; ++i) to[i] = from[i];
+  } else {
+    for (; i + L <= count; i += L) store_as(to + i, load(from + i));
+    for (; i < count; ++i) store_as(to + i, to_float(from[i]));
+  }
+}
 
 }  // namespace

@@ -98,18 +98,36 @@ def test_neighbours_that_share_a_selection(instruction_set, dtype, gate, shape, 
     check(random_tensors(shape, (48, 20), 4, 8, gate=gate, dtype=dtype), 2, 8, span=span)
 
 
+@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize("rows", [31, 32, 150, 530])
+@pytest.mark.parametrize(("group_size", "k"), [(1, 1), (1, 29), (2, 15), (4, 7)])
+def test_many_rows_pick_among_narrow_groups(instruction_set, dtype, rows, group_size, k):
+    for depth in (1, 193, 416):
+        tensors = random_tensors((rows, depth), (68, depth), min(depth, 5), group_size, dtype=dtype)
+        # What nobody selects must not matter.
+        _, selected = expected(tensors, k, group_size)
+        idle = set(range(68 // group_size)) - set(selected.unique().tolist())
+        for group in idle:
+            tensors["weight"][group * group_size : (group + 1) * group_size] = torch.nan
+        y, _ = expected({**tensors, "weight": tensors["weight"].nan_to_num()}, k, group_size)
+        actual, chosen = call(tensors, k, group_size)
+        assert torch.equal(chosen, selected)
+        assert error_ratio(actual, y) < LIMITS[dtype]
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3, 4])
 @pytest.mark.parametrize("rows", [1, 5, 40, 1300])
-def test_any_number_of_threads_gives_the_same_bits(threads, rows):
-    tensors = random_tensors((rows, 256), (512, 256), 24, 16)
+@pytest.mark.parametrize(("group_size", "k"), [(16, 14), (1, 230)])
+def test_any_number_of_threads_gives_the_same_bits(threads, rows, group_size, k):
+    tensors = random_tensors((rows, 256), (512, 256), 24, group_size)
     torch.set_num_threads(1)
-    alone, _ = call(tensors, 14, 16)
+    alone, _ = call(tensors, k, group_size)
     torch.set_num_threads(threads)
     for _ in range(2):
         native_packing.clear_packed()
-        together, _ = call(tensors, 14, 16)
+        together, _ = call(tensors, k, group_size)
         assert torch.equal(alone, together)
-    check(tensors, 14, 16)
+    check(tensors, k, group_size)
 
 
 def test_a_row_gives_the_same_bits_in_any_batch_of_a_packed_layer():

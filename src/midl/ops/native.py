@@ -233,9 +233,11 @@ def multiplies_as_is(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and _native.dot_pairs())
 
 
-def wants_weight_panels(dtype: torch.dtype, rows: int, groups: int, k: int, group_size: int) -> bool:
+def wants_weight_panels(
+    dtype: torch.dtype, rows: int, groups: int, k: int, group_size: int, *, convolution: bool = False
+) -> bool:
     """Return whether a forward call of these sizes with weights of ``dtype`` reads the weight's panels."""
-    return _native.wants_weight_panels(dtype == torch.bfloat16, rows, groups, k, group_size)
+    return _native.wants_weight_panels(dtype == torch.bfloat16, rows, groups, k, group_size, convolution)
 
 
 def infers_plainly(x: Any) -> bool:

@@ -212,7 +212,7 @@ def _prepare_conv2d(
         product = functools.partial(_dense_product, window)
     elif (
         run is not native.convolution
-        or not native.wants_weight_panels(x.dtype, rows, n // group_size, k, group_size)
+        or not native.wants_weight_panels(x.dtype, rows, n // group_size, k, group_size, convolution=True)
         or packed.weight is None
     ):
         return None

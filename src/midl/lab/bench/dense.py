@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 from collections.abc import Callable
@@ -14,7 +15,15 @@ from torch import Tensor, nn
 from midl.lab.bench.contest import Contender, Contest, dense_contender
 from midl.lab.bench.parity import Parity, compare_tensors
 
-__all__ = ["add_dense_linears", "can_compile", "compile_frozen", "compile_trainable", "dense_count", "free_compiled"]
+__all__ = [
+    "add_dense_linears",
+    "can_compile",
+    "compile_frozen",
+    "compile_trainable",
+    "dense_count",
+    "free_compiled",
+    "pack_linear",
+]
 
 # One compiled graph per shape and copy, all from the same code object, is what we ask for.
 _RECOMPILE_LIMIT = 256
@@ -48,7 +57,8 @@ def add_dense_linears(
 
     contest.add("nn.Linear", lambda: contender("nn.Linear", lambda layer: layer))
     contest.add("F.linear", lambda: contender("F.linear", _functional))
-    contest.add("oneDNN packed", lambda: contender("oneDNN packed", lambda layer: _packed(layer, inputs[0].shape[0])))
+    packed = functools.partial(pack_linear, batch=inputs[0].shape[0])
+    contest.add("oneDNN packed", lambda: contender("oneDNN packed", packed))
     if compiling:
         contest.add(
             "compiled, frozen", lambda: contender("compiled, frozen", lambda layer: compile_frozen(layer, inputs[0]))
@@ -60,10 +70,11 @@ def _functional(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
     return lambda x: F.linear(x, weight, bias)
 
 
-def _packed(layer: nn.Linear, batch: int) -> Callable[[Tensor], Tensor]:
-    weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight, batch)
-    bias = layer.bias
-    return lambda x: torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+def pack_linear(layer: nn.Linear, batch: int, *, gelu: bool = False) -> Callable[[Tensor], Tensor]:
+    """Return ``layer``, with a GELU behind it if asked, as oneDNN's kernel on weights packed for ``batch`` rows."""
+    weight, bias = torch.ops.mkldnn._reorder_linear_weight(layer.weight, batch), layer.bias
+    attribute, algorithm = ("gelu", "none") if gelu else ("none", "")
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x, weight, bias, attribute, [], algorithm)
 
 
 def can_compile() -> bool:

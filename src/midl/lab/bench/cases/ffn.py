@@ -1,4 +1,4 @@
-"""Forward pass of a transformer's FFN against the two nn.Linear and the activation between them, eager and compiled."""
+"""Forward pass of a transformer's FFN against two nn.Linear with an activation between: eager, oneDNN, compiled."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import midl
 from midl.lab.bench.cases.forward import ACTIVE
 from midl.lab.bench.contest import Contender, Contest, dense_contender, hold
-from midl.lab.bench.dense import compile_frozen, free_compiled
+from midl.lab.bench.dense import compile_frozen, free_compiled, pack_linear
 from midl.lab.bench.midl_layers import check_ffn, contender_name, count_flops, implementation, make_ffn
 from midl.lab.bench.parity import Parity, compare_tensors
 from midl.lab.bench.registry import Case, register
@@ -35,9 +35,11 @@ def _case(features: int, hidden: int, batch: int) -> Case:
     def measure(session: Session, case: Case) -> list[Row]:
         with torch.no_grad():
             inputs = fresh_inputs(batch, features, dtype=torch.float32)
-            contenders = len(_GROUP_SIZES) + (2 if session.compile else 1)
+            packed = functools.partial(_pack, batch=batch)
+            contenders = len(_GROUP_SIZES) + (3 if session.compile else 2)
             contest = Contest(session.keep_cold(contenders * 8 * features * hidden), session.peak_gflops(torch.float32))
             contest.add("dense FFN", lambda: _dense(contest, "dense FFN", hidden, inputs, lambda ffn: ffn))
+            contest.add("oneDNN packed", lambda: _dense(contest, "oneDNN packed", hidden, inputs, packed))
             if session.compile:
                 compiled = functools.partial(compile_frozen, example=inputs[0])
                 contest.add("compiled, frozen", lambda: _dense(contest, "compiled, frozen", hidden, inputs, compiled))
@@ -56,8 +58,17 @@ def _case(features: int, hidden: int, batch: int) -> Case:
     )
 
 
+def _pack(ffn: nn.Sequential, batch: int) -> Callable[[Tensor], Tensor]:
+    up, down = ffn[0], ffn[2]
+    assert isinstance(up, nn.Linear)
+    assert isinstance(down, nn.Linear)
+    first, second = pack_linear(up, batch, gelu=True), pack_linear(down, batch)
+    return lambda x: second(first(x))
+
+
 def _dense(
-    contest: Contest, name: str, hidden: int, inputs: list[Tensor], of_ffn: Callable[[nn.Module], Callable[..., Tensor]]
+    contest: Contest, name: str, hidden: int, inputs: list[Tensor],
+    of_ffn: Callable[[nn.Sequential], Callable[..., Tensor]],
 ) -> Contender:  # fmt: skip
     features, copies = inputs[0].shape[1], contest.cold.copies
     ffns = [
