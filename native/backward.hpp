@@ -717,12 +717,4 @@ void split_gradient(const midl::GradientSplit& call) {
   run_split<float>(call);
 }
 
-void linear_backward(const midl::LinearBackward& call) {
-  if (call.rows == 0) return;
-  if constexpr (kDotPairs) {
-    if (call.storage == midl::Storage::bfloat16) return run_backward<bf16>(call);
-  }
-  run_backward<float>(call);
-}
-
 }  // namespace

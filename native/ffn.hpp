@@ -167,7 +167,7 @@ struct FfnPlan {
   FfnPlan(const midl::FfnForward& c, int team)
       : call(c), layout(c.depth, c.rank, c.outputs, c.groups, c.hidden, c.value_weight),
         parts(groups_of_panels(c.groups, c.hidden), c.hidden),
-        room(lesser(c.rows, kFfnRows)), code_stride(round_up(c.rank, kPanelWidth)), gate_stride(round_up(c.groups, kPanelWidth)),
+        room(lesser(c.rows, kFfnRows)), code_stride(round_up(c.rank, kPanelWidth)), gate_stride(gate_row(c.groups)),
         repeat_gate(team > 1 && double(room) * double(c.groups) * double(c.rank) < kRepeatWorth),
         by_group(room <= kFfnByGroupRows), narrow(c.hidden / c.groups < midl::kFfnPanelGroup) {}
   std::int64_t chunks() const { return divide_up(call.rows, room); }

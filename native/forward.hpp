@@ -202,6 +202,10 @@ class PlainRows {
   float* wide_ = nullptr;
 };
 
+// Floats of a row of the gate matrix, which is read column by column: an odd number of cache lines, since rows a power of two
+// apart would share a few cache sets.
+MIDL_INLINE std::int64_t gate_row(std::int64_t groups) { return round_up(groups, kPanelWidth) + 16; }
+
 // Multiply-adds of a call, roughly.
 inline double forward_work(const midl::LinearForward& c) {
   const double full = c.full ? double(c.neurons) : double(c.selected_groups) * double(c.neurons / c.groups) * double(c.depth);
@@ -244,7 +248,7 @@ struct ForwardPlan {
         packed_weight(static_cast<const T*>(c.packed_weight)) {
     group_size = c.neurons / c.groups;
     code_stride = round_up(c.rank, kPanelWidth);
-    gate_stride = round_up(c.groups, kPanelWidth);
+    gate_stride = gate_row(c.groups);
     threads = team;
     repeat_gate = threads > 1 && double(blocks.count) * double(c.groups) * double(c.rank) < kRepeatWorth;
     const std::int64_t chunks = round_up(divide_up(c.rows, source.chunk_rows()), chunk_step);

@@ -249,6 +249,8 @@ struct Kernels {
   PackedSizes (*packed_sizes)(const LinearPack&);
   bool (*wants_weight_panels)(Storage, std::int64_t rows, std::int64_t groups, std::int64_t selected,
                               std::int64_t group_size, bool convolution);
+  // Whether linear_backward multiplies what was picked, see picked_backward.hpp.
+  bool (*backward_picks)(Storage, std::int64_t rows, std::int64_t groups, std::int64_t selected, std::int64_t group_size);
   void (*pack)(const LinearPack&);
   void (*topk)(const TopK&);
   void (*ffn_forward)(const FfnForward&);

@@ -152,6 +152,10 @@ bool wants_weight_panels(bool bfloat16, int64_t rows, int64_t groups, int64_t se
   return midl::current().wants_weight_panels(storage_of(bfloat16), rows, groups, selected_groups, group_size, convolution);
 }
 
+bool backward_picks(bool bfloat16, int64_t rows, int64_t groups, int64_t selected_groups, int64_t group_size) {
+  return midl::current().backward_picks(storage_of(bfloat16), rows, groups, selected_groups, group_size);
+}
+
 void pack(bool bfloat16, int64_t depth, int64_t neurons, int64_t rank, int64_t groups, std::uintptr_t weight,
           std::uintptr_t light_down, std::uintptr_t light_up, std::uintptr_t gate_weight, std::uintptr_t packed_light,
           std::uintptr_t packed_weight, int threads) {
@@ -269,6 +273,7 @@ NB_MODULE(_native, m) {
   m.def("packed_sizes", &packed_sizes, "bfloat16"_a, "depth"_a, "neurons"_a, "rank"_a, "groups"_a);
   m.def("wants_weight_panels", &wants_weight_panels, "bfloat16"_a, "rows"_a, "groups"_a, "selected_groups"_a,
         "group_size"_a, "convolution"_a);
+  m.def("backward_picks", &backward_picks, "bfloat16"_a, "rows"_a, "groups"_a, "selected_groups"_a, "group_size"_a);
   m.def("pack", &pack, released, "bfloat16"_a, "depth"_a, "neurons"_a, "rank"_a, "groups"_a, "weight"_a,
         "light_down"_a, "light_up"_a, "gate_weight"_a, "packed_light"_a, "packed_weight"_a, "threads"_a);
   m.def("topk", &topk, released, "scores"_a, "rows"_a, "groups"_a, "k"_a, "threshold"_a, "selected"_a, "threads"_a);

@@ -48,6 +48,7 @@ def packed_sizes(bfloat16: bool, depth: int, neurons: int, rank: int, groups: in
 def wants_weight_panels(
     bfloat16: bool, rows: int, groups: int, selected_groups: int, group_size: int, convolution: bool
 ) -> bool: ...  # fmt: skip
+def backward_picks(bfloat16: bool, rows: int, groups: int, selected_groups: int, group_size: int) -> bool: ...
 def pack(
     bfloat16: bool, depth: int, neurons: int, rank: int, groups: int, weight: int, light_down: int, light_up: int,
     gate_weight: int, packed_light: int, packed_weight: int, threads: int,

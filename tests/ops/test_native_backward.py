@@ -113,12 +113,37 @@ def test_empty_batch():
     assert not grads[1].any()
 
 
+@pytest.mark.parametrize("gate", ["projection", "light"])
+@pytest.mark.parametrize("rule", ["sigmoid", "hard"])
+@pytest.mark.parametrize(("rows", "span"), [(31, 1), (32, 1), (150, 1), (1100, 1), (530, 60)])
+@pytest.mark.parametrize(("group_size", "k"), [(1, 1), (1, 43), (2, 20)])
+def test_many_rows_that_picked_among_narrow_groups(instruction_set, gate, rule, rows, span, group_size, k):
+    for depth in (17, 193, 416):
+        tensors = random_tensors((rows, depth), (70, depth), 5, group_size, gate=gate)
+        check(tensors, k, group_size, span=span, rule=rule)
+
+
+def test_neurons_without_a_gradient_and_those_that_nobody_picked_do_not_matter(instruction_set):
+    tensors = random_tensors((150, 200), (70, 200), 5, 1)
+    _, selected = reference.linear(*tensors.values(), None, 1, 1, 1, "sigmoid", "selected")
+    grad_y = torch.randn(150, 70).relu()
+    rest = (1, 1, "sigmoid", "selected", [True] * 7)
+    expected = reference.linear_backward(grad_y.double(), selected, *doubles(tensors), *rest)
+    idle = [j for j in range(70) if j not in selected]
+    assert idle
+    if native.extension().backward_picks(False, 150, 70, 1, 1):  # elsewhere they are multiplied by zeros
+        tensors["weight"][idle] = torch.nan
+    for actual, right in zip(backward(grad_y, selected, *tensors.values(), *rest), expected, strict=True):
+        assert error_ratio(actual, right) < 10 * LIMITS[torch.float32]
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3, 4])
-def test_the_same_bits_on_every_run(threads):
-    tensors = random_tensors((300, 520), (256, 520), 24, 16)
-    _, selected = reference.linear(*tensors.values(), None, 7, 16, 1, "sigmoid", "selected")
+@pytest.mark.parametrize(("group_size", "k"), [(16, 7), (1, 110)])
+def test_the_same_bits_on_every_run(threads, group_size, k):
+    tensors = random_tensors((300, 520), (256, 520), 24, group_size)
+    _, selected = reference.linear(*tensors.values(), None, k, group_size, 1, "sigmoid", "selected")
     grad_y = torch.randn(300, 256)
-    rest = (16, 1, "sigmoid", "selected", [True] * 7)
+    rest = (group_size, 1, "sigmoid", "selected", [True] * 7)
     torch.set_num_threads(threads)
     first, second = (backward(grad_y, selected, *tensors.values(), *rest) for _ in range(2))
     for one, other in zip(first, second, strict=True):

@@ -376,7 +376,8 @@ def _linear_backward(
         )  # fmt: skip
     return linear_backward(
         _native, grad_y, selected, x, weight, bias, light_down, light_up, gate_weight, gate_bias, group_size, span,
-        interpolation, needs, padded, _backward_densely("linear", x, weight, group_size),
+        interpolation, needs, padded,
+        _backward_densely("linear", x, weight, group_size) and not _backward_picks(x, weight, selected, group_size),
     )  # fmt: skip
 
 
@@ -424,6 +425,13 @@ def _conv2d_backward(
         dilation, group_size, span, interpolation, needs, padded,
         _backward_densely("conv2d", x, weight, group_size),
     )  # fmt: skip
+
+
+def _backward_picks(x: Tensor, weight: Tensor, selected: Tensor, group_size: int) -> bool:
+    """Return whether a linear layer's kernel for narrow groups multiplies the selected neurons of many rows alone."""
+    n, d = weight.shape
+    as_is = x.dtype == torch.bfloat16 and _native.dot_pairs()
+    return _native.backward_picks(as_is, x.numel() // d, n // group_size, selected.shape[-1], group_size)
 
 
 def _backward_densely(op: str, x: Tensor, weight: Tensor, group_size: int) -> bool:
