@@ -58,8 +58,8 @@ def make_record(
         "accuracy": accuracy, "train_accuracy": accuracy + 1.0 + hard * (0.5 if method in MID else 0.9),
         "accuracy_before_distillation": None, "losses": [1.0, 0.5], "seconds": 30.0,
         "flops": dense_flops if method in ("dense", "dropout") else dense_flops / 1.705, "dense_flops": dense_flops,
-        "active_neurons": 928 if sparse else 2048, "neurons": 2048,
-        "fraction_active": {"hidden1": 0.453}, "parameters": 2_110_000, "weight_bytes": 8_440_000,
+        "active_neurons": 896 if sparse else 2048, "neurons": 2048,
+        "fraction_active": {"hidden1": 0.4375}, "parameters": 2_110_000, "weight_bytes": 8_440_000,
         "saved_bytes": 11_000, "peak_bytes": 90_000_000,
         "measures": make_measures(method, accuracy, generator),
     }  # fmt: skip

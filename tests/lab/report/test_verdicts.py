@@ -46,7 +46,7 @@ def test_bounds() -> None:
     assert judge_bound(1.7, least=1.7) is HOLDS
     assert judge_bound(1.69, least=1.7) is FAILS
     assert judge_bound(45, most=45) is HOLDS
-    assert judge_bound(46, most=45) is FAILS
+    assert judge_bound(45.3, most=45) is FAILS
 
 
 def test_faster_needs_an_interval_of_the_ratio_below_one() -> None:

@@ -105,15 +105,14 @@ def _test_active(results: Results, dataset: str) -> tuple[str, Verdict]:
     share = _mean_ratio(results, dataset, "active_neurons", "neurons")
     if share is None:
         return _NOT_RUN
-    # To the whole per cent, as the paper's number: groups cannot be cut.
-    return f"{100 * share:.1f} % active", judge_bound(round(100 * share), most=45)
+    return f"{100 * share:.1f} % active", judge_bound(100 * share, most=45)
 
 
 def _test_flops(results: Results, dataset: str) -> tuple[str, Verdict]:
     ratio = _mean_ratio(results, dataset, "dense_flops", "flops")
     if ratio is None:
         return _NOT_RUN
-    return f"{ratio:.2f}x fewer", judge_bound(round(ratio, 2), least=1.7)
+    return f"{ratio:.2f}x fewer", judge_bound(ratio, least=1.7)
 
 
 def _mean_ratio(results: Results, dataset: str, above: str, below: str) -> float | None:

@@ -33,8 +33,7 @@ RULES = (
     "not if it lies above. Every network is timed in its fastest form, eager, compiled with frozen weights or packed "
     "for serving (MID-L alone), batch normalisation folded into the layers in front; where a text says that eager "
     "alone was timed, nothing was folded, and dense would be faster compiled at some sizes. "
-    "Counted numbers (active neurons, FLOPs, bytes) need no interval; active neurons are "
-    "rounded to the whole per cent, as groups cannot be cut: 29 of 64, 45.3 %, count as 45 %. "
+    "Counted numbers (active neurons, FLOPs, bytes) need no interval and are not rounded. "
     f"Everything between is undecided; fewer than {SEEDS} seeds decide nothing."
 )
 """The rules in words."""
