@@ -183,13 +183,6 @@ void split_members(const BackwardPlan<E>& plan, BackwardMemory<E>& memory, std::
   }
 }
 
-// Copy `width` columns, padded with zeros to a multiple of `step`.
-template <class E>
-MIDL_INLINE void copy_columns(const E* from, std::int64_t width, std::int64_t step, E* to) {
-  copy_elements(from, width, to);
-  for (std::int64_t j = width; j < round_up(width, step); ++j) to[j] = E{};
-}
-
 // A group's words over some columns: neurons as they are, or two and two, zeros behind the last.
 template <class E, int Step = kOuterColumns>
 void gather_weights(const E* from, std::int64_t size, std::int64_t depth, std::int64_t width, float* to, std::int64_t stride) {

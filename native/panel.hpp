@@ -21,6 +21,13 @@ MIDL_INLINE std::int64_t lesser(std::int64_t a, std::int64_t b) { return a < b ?
 MIDL_INLINE std::int64_t round_up(std::int64_t n, std::int64_t step) { return (n + step - 1) / step * step; }
 MIDL_INLINE std::int64_t divide_up(std::int64_t n, std::int64_t step) { return (n + step - 1) / step; }
 
+// Copy `width` elements, padded with zeros to a multiple of `step`.
+template <class X, class E>
+MIDL_INLINE void copy_columns(const X* from, std::int64_t width, std::int64_t step, E* to) {
+  copy_elements(from, width, to);
+  for (std::int64_t j = width; j < round_up(width, step); ++j) to[j] = E{};
+}
+
 // Neurons as the op gets them and, where the caller packed them, as a panel.
 template <class W>
 struct Neurons {

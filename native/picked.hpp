@@ -31,6 +31,14 @@ MIDL_INLINE HalfVec add_halves(Vec v, std::index_sequence<I...>) {
   return __builtin_shufflevector(v, v, int(I)...) + __builtin_shufflevector(v, v, (int(I) + L / 2)...);
 }
 
+// The depth in slices of at most kPickVectors vectors of `lanes` elements.
+struct Slices {
+  std::int64_t depth, lanes, vectors, count;
+  Slices(std::int64_t depth_, std::int64_t lanes_)
+      : depth(depth_), lanes(lanes_), vectors(divide_up(depth, lanes)), count(divide_up(vectors, kPickVectors)) {}
+  std::int64_t begin(std::int64_t i) const { return i < count ? vectors * i / count * lanes : depth; }
+};
+
 // Neurons' slices that are fetched into the cache meanwhile, or null.
 struct NextSlice {
   const char* from = nullptr;
@@ -113,24 +121,19 @@ void dot_picked(const A* const* rows, const std::uint32_t* masks, std::int64_t m
                 int count, std::int64_t depth, float* slice, float* sums, float* out, const W* after = nullptr) {
   constexpr int E = L * kWord<A>;
   static_assert(kPanelWidth * kPickVectors * L <= slice_floats());
-  const std::int64_t all = divide_up(depth, E), slices = divide_up(all, kPickVectors);
-  const auto cut = [&](std::int64_t i) { return all * i / slices * E; };
+  const Slices slices(depth, E);
   A* neurons = reinterpret_cast<A*>(slice);
   for (std::int64_t first = 0; first < m; first += kPickedAtOnce, rows += kPickedAtOnce, masks += kPickedAtOnce, out += kPickedAtOnce * kPanelWidth) {
     const std::int64_t some = lesser(kPickedAtOnce, m - first);
-    for (std::int64_t i = 0; i < slices; ++i) {
-      const std::int64_t start = cut(i), length = lesser(cut(i + 1), depth) - start, vectors = divide_up(length, E);
-      for (int j = 0; j < count; ++j) {
-        A* to = neurons + j * vectors * E;
-        copy_elements(w + j * ldw + start, length, to);
-        for (std::int64_t k = length; k < vectors * E; ++k) to[k] = A{};
-      }
+    for (std::int64_t i = 0; i < slices.count; ++i) {
+      const std::int64_t start = slices.begin(i), end = slices.begin(i + 1), length = end - start, vectors = divide_up(length, E);
+      for (int j = 0; j < count; ++j) copy_columns(w + j * ldw + start, length, E, neurons + j * vectors * E);
       NextSlice next;
-      if (i + 1 < slices)
-        next = {reinterpret_cast<const char*>(w + cut(i + 1)), ldw * std::int64_t(sizeof(W)),
-                (lesser(cut(i + 2 > slices ? slices : i + 2), depth) - cut(i + 1)) * std::int64_t(sizeof(W)), count};
+      constexpr std::int64_t kBytes = sizeof(W);
+      if (end < depth)
+        next = {reinterpret_cast<const char*>(w + end), ldw * kBytes, (slices.begin(i + 2) - end) * kBytes, count};
       else if (after && first + some == m)
-        next = {reinterpret_cast<const char*>(after), ldw * std::int64_t(sizeof(W)), lesser(cut(1), depth) * std::int64_t(sizeof(W)), count};
+        next = {reinterpret_cast<const char*>(after), ldw * kBytes, slices.begin(1) * kBytes, count};
       picks_vectors(vectors, rows, masks, some, start, length - (vectors - 1) * E, static_cast<const A*>(neurons), sums, i > 0, next);
     }
     std::int64_t total = 0;

@@ -81,24 +81,14 @@ void add_picked_vectors(std::int64_t vectors, Args... args) {
   if constexpr (N > 1) add_picked_vectors<N - 1>(vectors, args...);
 }
 
-// The depth in slices of at most kPickVectors vectors.
-struct Slices {
-  std::int64_t depth, vectors, count;
-  explicit Slices(std::int64_t d) : depth(d), vectors(divide_up(d, L)), count(divide_up(vectors, kPickVectors)) {}
-  std::int64_t begin(std::int64_t i) const { return lesser(depth, vectors * i / count * L); }
-};
-
 // out[targets][slice i] (+)= coefficients . sources, all `count` of them. `slice` holds slice_floats() floats.
 inline void add_picked(const Picked& picked, Range targets, const float* sources, std::int64_t source_stride, std::int64_t count,
                        const Slices& slices, std::int64_t i, float* slice, float* out, std::int64_t ldo, bool accumulate) {
   const std::int64_t start = slices.begin(i), length = slices.begin(i + 1) - start, vectors = divide_up(length, L);
   for (std::int64_t first = 0; first < count; first += kPickedBlock) {
     const std::int64_t block = first / kPickedBlock, some = lesser(kPickedBlock, count - first);
-    for (std::int64_t j = 0; j < some; ++j) {
-      float* to = slice + j * vectors * L;
-      copy_elements(sources + (first + j) * source_stride + start, length, to);
-      for (std::int64_t e = length; e < vectors * L; ++e) to[e] = 0;
-    }
+    for (std::int64_t j = 0; j < some; ++j)
+      copy_columns(sources + (first + j) * source_stride + start, length, L, slice + j * vectors * L);
     NextSlice next;
     if (first + kPickedBlock < count)
       next = {reinterpret_cast<const char*>(sources + (first + kPickedBlock) * source_stride + start), source_stride * 4, length * 4,
@@ -125,7 +115,7 @@ struct PickedBackwardPlan {
 
   explicit PickedBackwardPlan(const midl::LinearBackward& c)
       : call(c), grad_y(static_cast<const float*>(c.grad_y)), x(static_cast<const float*>(c.x)),
-        weight(static_cast<const float*>(c.weight)), blocks(c.rows, c.positions, c.span), slices(c.depth),
+        weight(static_cast<const float*>(c.weight)), blocks(c.rows, c.positions, c.span), slices(c.depth, L),
         group_size(c.neurons / c.groups), width(round_up(c.neurons, kPickedBlock)), room(lesser(c.rows, kPickedRows)),
         row_blocks(divide_up(room, kPickedBlock)) {}
   float* scaled_at(std::int64_t row, std::int64_t neuron) const {

@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 
 
+@torch.no_grad()
 def change_by_copy(tensor):
     tensor.copy_(torch.randn_like(tensor))
 
 
+@torch.no_grad()
 def change_one_value(tensor):
     tensor.view(-1)[0] += 100
 

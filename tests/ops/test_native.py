@@ -12,6 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from changes import (
+    change_by_copy,
+    change_data,
+    change_in_inference_mode,
+    change_one_value,
+    change_through_data,
+)
 from helpers import error_ratio, instruction_sets_to_test
 from helpers import random_tensors as draw_tensors
 from hypothesis import given
@@ -242,29 +249,6 @@ def test_selection_equals_the_rule_on_usual_and_clustered_scores(instruction_set
 def change_by_optimizer(weight):
     weight.grad = torch.ones_like(weight)
     torch.optim.SGD([weight], lr=0.1).step()
-
-
-def change_by_copy(weight):
-    with torch.no_grad():
-        weight.copy_(torch.randn_like(weight))
-
-
-def change_one_value(weight):
-    with torch.no_grad():
-        weight[0, 0] += 100
-
-
-def change_data(weight):
-    weight.data = torch.randn_like(weight)
-
-
-def change_through_data(weight):
-    weight.data.mul_(2)
-
-
-def change_in_inference_mode(weight):
-    with torch.inference_mode():
-        weight.mul_(2)
 
 
 @pytest.mark.parametrize("parameter", ["weight", "light_down", "light_up", "gate_weight"])
