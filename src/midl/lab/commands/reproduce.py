@@ -45,6 +45,7 @@ def reproduce(
     Stop it at any time, even with kill -9: the same command goes on where it was. Several may run at once on the same
     folder. `midl runs` shows how things stand.
     """
+    from midl.lab.processes import accelerator, end_process
     from midl.lab.reproduce.plan import Request
     from midl.lab.reproduce.sweep import Options, sweep
 
@@ -56,3 +57,4 @@ def reproduce(
             failed, blocked = len(found.outcome.failed), len(found.outcome.blocked)
             typer.echo(f"midl: {failed} failed, {blocked} need them: midl runs {out}", err=True)
             raise typer.Exit(1)
+        end_process(accelerator())
