@@ -39,6 +39,35 @@ MIDL_INLINE Vec activate(Vec x, midl::Activation activation) {
   }
 }
 
+// A call whose parameters, rows and results are of type T; what midl::FfnForward says.
+template <class T>
+struct FfnCall {
+  const T* x;
+  std::int64_t x_stride, rows, depth, hidden, outputs, rank, groups, selected_groups;
+  float threshold;
+  const T *weight, *bias, *value_weight, *value_bias, *down_weight, *down_bias, *light_down, *light_up, *light_hidden, *light_bias,
+      *gate_weight, *gate_bias;
+  const float* noise;
+  const T* panels;
+  bool hard;
+  midl::Activation activation;
+  T* y;
+  std::int32_t* selected;
+  int threads;
+
+  explicit FfnCall(const midl::FfnForward& c)
+      : x(of(c.x)), x_stride(c.x_stride), rows(c.rows), depth(c.depth), hidden(c.hidden), outputs(c.outputs), rank(c.rank),
+        groups(c.groups), selected_groups(c.selected_groups), threshold(c.threshold), weight(of(c.weight)), bias(of(c.bias)),
+        value_weight(of(c.value_weight)), value_bias(of(c.value_bias)), down_weight(of(c.down_weight)),
+        down_bias(of(c.down_bias)), light_down(of(c.light_down)), light_up(of(c.light_up)), light_hidden(of(c.light_hidden)),
+        light_bias(of(c.light_bias)), gate_weight(of(c.gate_weight)), gate_bias(of(c.gate_bias)), noise(c.noise),
+        panels(of(c.panels)), hard(c.hard), activation(c.activation), y(static_cast<T*>(c.y)), selected(c.selected),
+        threads(c.threads) {}
+
+ private:
+  static const T* of(const void* p) { return static_cast<const T*>(p); }
+};
+
 // The hidden units of each group in parts that a panel holds.
 struct UnitParts {
   std::int64_t group_size, per_group;
@@ -48,14 +77,21 @@ struct UnitParts {
   int count(std::int64_t part) const { return int(lesser(group_size - part * kPanelWidth, kPanelWidth)); }
 };
 
+// Of a panel of the down-projection, whose depth `count` units are.
+template <class T>
+constexpr std::int64_t padded_units(std::int64_t count) {
+  return round_up(count, kPadding<T>);
+}
+
 // Where the panels lie, in elements: those of the code, the gate and the light path; then those of all groups'
 // up-projections, of the value's, and of the down-projection, whose depth the units are. Narrow groups share panels: all
 // units are one group here.
+template <class T>
 struct FfnLayout {
   std::int64_t depth, rank, group_size, padded_size, padded_outputs, gate, light, up, value, down, size;
   FfnLayout(std::int64_t depth_, std::int64_t rank_, std::int64_t outputs, std::int64_t groups, std::int64_t hidden, bool gated)
-      : depth(packed_depth<float>(depth_)), rank(packed_depth<float>(rank_)), group_size(hidden / groups_of_panels(groups, hidden)),
-        padded_size(round_up(group_size, L)), padded_outputs(round_up(outputs, kPanelWidth)) {
+      : depth(packed_depth<T>(depth_)), rank(packed_depth<T>(rank_)), group_size(hidden / groups_of_panels(groups, hidden)),
+        padded_size(round_up(group_size, L > kPadding<T> ? L : kPadding<T>)), padded_outputs(round_up(outputs, kPanelWidth)) {
     const std::int64_t lanes = hidden / group_size * padded_size;
     gate = round_up(rank_, kPanelWidth) * depth;
     light = gate + round_up(groups, kPanelWidth) * rank;
@@ -69,69 +105,122 @@ struct FfnLayout {
   std::int64_t up_panel(std::int64_t first) const { return up + lane(first) * depth; }
   std::int64_t value_panel(std::int64_t first) const { return value + lane(first) * depth; }
   std::int64_t down_panel(std::int64_t first, int count, std::int64_t output) const {
-    return down + lane(first) * padded_outputs + output * count;
+    return down + lane(first) * padded_outputs + output * padded_units<T>(count);
   }
 };
 
 // The panel of `count` units for kPanelWidth outputs or, with zeros behind them, less: sub-panels of 2 L outputs, one line of
-// them per unit.
-inline void pack_outputs(const float* down_weight, std::int64_t stride, std::int64_t outputs, int count, float* panel) {
+// them per word of the units.
+template <class T>
+void pack_outputs(const T* down_weight, std::int64_t stride, std::int64_t outputs, int count, T* panel) {
   for (int o = 0; o < kPanelWidth; o += 2 * L)
     pack_sub_panel(down_weight + o * stride, stride, int(outputs < o ? 0 : lesser(outputs - o, 2 * L)), 2 * L, count,
-                   panel + o * count);
+                   panel + o * padded_units<T>(count));
 }
 
-// out[r] (2 L values) += row r of hidden, `count` units, . sub-panel; meanwhile fetches a line of `ahead` per unit.
-template <int R>
-[[gnu::noinline]] void add_units(const float* hidden, const float* panel, int count, float* const* out, std::int64_t column,
-                                 const float* ahead) {
+// Hidden units as the down-projection multiplies them: bfloat16 where there are dot products for it.
+template <class T>
+using HiddenUnit = Code<T>;
+
+// out[r] (2 L values) += row r of hidden, `count` units, zeros behind them as in the panel, . sub-panel; meanwhile fetches
+// the lines of `ahead`.
+template <int R, class T>
+[[gnu::noinline]] void add_units(const HiddenUnit<T>* hidden, const T* panel, int count, float* const* out, std::int64_t column,
+                                 const T* ahead) {
   Vec acc[R][2];
+  const HiddenUnit<T>* a[R];
 #pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
+  for (int r = 0; r < R; ++r) {
+    a[r] = hidden + r * kPanelWidth;
     for (int v = 0; v < 2; ++v) acc[r][v] = load(out[r] + column + v * L);
+  }
 #pragma GCC unroll 2
-  for (int i = 0; i < count; ++i) {
-    const Vec left = load(panel + i * (2 * L)), right = load(panel + i * (2 * L) + L);
+  for (int i = 0; i < count; i += kWord<T>) {
     __builtin_prefetch(ahead + i * (2 * L), 0, 2);
-    if constexpr (L >= 16) __builtin_prefetch(ahead + i * (2 * L) + L, 0, 2);
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      const Vec unit = splat(hidden[r * kPanelWidth + i]);
-      acc[r][0] += unit * left;
-      acc[r][1] += unit * right;
-    }
+    if constexpr (L >= 16) __builtin_prefetch(ahead + i * (2 * L) + L * kWord<T>, 0, 2);
+    add_word<R, 2, HiddenUnit<T>, T>(acc, a, i, true, [&](int v) { return panel + i * (2 * L) + v * (L * kWord<T>); });
   }
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < 2; ++v) store(out[r] + column + v * L, acc[r][v]);
 }
 
-template <int R = int(kTallTile), class... Args>
+template <class T, int R = int(kTallTile), class... Args>
 void add_units_of(std::int64_t rows, Args... args) {
-  if (rows == R) return add_units<R>(args...);
-  if constexpr (R > 1) add_units_of<R - 1>(rows, args...);
+  if (rows == R) return add_units<R, T>(args...);
+  if constexpr (R > 1) add_units_of<T, R - 1>(rows, args...);
 }
+
+// More rows than this are worth tile registers, which hold their sums beside the outputs.
+constexpr std::int64_t kFfnTileRows = 4;
+
+#ifdef MIDL_TILES
+// The same for any number of rows, by tiles of 16; whole tiles of hidden are read.
+inline void add_units_by_tiles(const bf16* hidden, std::int64_t m, const bf16* panel, float* const* out, std::int64_t column,
+                               const bf16* ahead) {
+  constexpr std::int64_t kStride = 2 * kTileRegisterRows * 4;
+  static_assert(kPanelWidth == kTileDepth);
+  const char* lines = reinterpret_cast<const char*>(panel);
+  for (int line = 0; line < kPanelWidth; ++line) __builtin_prefetch(reinterpret_cast<const char*>(ahead) + line * 64, 0, 2);
+  tile_load<4>(lines, kStride);
+  tile_load<5>(lines + 64, kStride);
+  alignas(64) float sums[2][kTileRegisterRows * L];
+  for (std::int64_t first = 0; first < m; first += kTileRegisterRows) {
+    tile_zero<0>();
+    tile_zero<1>();
+    tile_load<6>(hidden + first * kPanelWidth, kPanelWidth * 2);
+    tile_multiply<0, 6, 4>();
+    tile_multiply<1, 6, 5>();
+    tile_store<0>(sums[0], 4 * L);
+    tile_store<1>(sums[1], 4 * L);
+    for (std::int64_t r = 0; r < lesser(kTileRegisterRows, m - first); ++r)
+      for (int v = 0; v < 2; ++v) {
+        float* to = out[first + r] + column + v * L;
+        store(to, load(to) + load(sums[v] + r * L));
+      }
+  }
+}
+#else
+inline void add_units_by_tiles(const bf16*, std::int64_t, const bf16*, float* const*, std::int64_t, const bf16*) {}
+#endif
 
 // Panels of outputs that registers can sum at once for one row.
 constexpr int kFfnWidePanels = 12 * L / kPanelWidth < 1 ? 1 : 12 * L / kPanelWidth;
 
-// out (P panels of outputs) += the units of a row that `mask` names . their lines of the panels.
-template <int P>
-[[gnu::noinline]] void add_masked(const float* hidden, std::uint32_t mask, const float* panels, int count, float* out) {
-  constexpr int V = kPanelWidth / L;  // vectors of a panel, two to a sub-panel
+// out (P panels of outputs) += the units of a row that `mask` names . their lines of the panels. Units that share a word
+// with them are zero.
+template <int P, class T>
+[[gnu::noinline]] void add_masked(const HiddenUnit<T>* hidden, std::uint32_t mask, const T* panels, int count, float* out) {
+  constexpr int V = kPanelWidth / L, K = kWord<T>;  // vectors of a panel, two to a sub-panel
+  const std::int64_t units = padded_units<T>(count);
   Vec acc[P][V];
 #pragma GCC unroll 16
   for (int p = 0; p < P; ++p)
 #pragma GCC unroll 16
     for (int v = 0; v < V; ++v) acc[p][v] = load(out + p * kPanelWidth + v * L);
+  if constexpr (K == 2) mask = (mask | mask >> 1) & 0x55555555u;
   for (; mask; mask &= mask - 1) {
     const int i = __builtin_ctz(mask);
-    const Vec unit = splat(hidden[i]);
-    const float* line = panels + i * (2 * L);
+    const T* line = panels + i * (2 * L);
+    const auto add = [&](auto product) {
 #pragma GCC unroll 16
-    for (int p = 0; p < P; ++p)
+      for (int p = 0; p < P; ++p)
 #pragma GCC unroll 16
-      for (int v = 0; v < V; ++v) acc[p][v] += unit * load(line + (p * kPanelWidth + v / 2 * (2 * L)) * count + v % 2 * L);
+        for (int v = 0; v < V; ++v) product(acc[p][v], line + (p * kPanelWidth + v / 2 * (2 * L)) * units + v % 2 * (L * K));
+    };
+    if constexpr (sizeof(HiddenUnit<T>) == 2) {
+      const UVec pair = splat(pair_at(hidden + i));
+      add([&](Vec& sum, const T* column) { sum = add_dot_pairs(sum, pair, load_pairs(column)); });
+    } else if constexpr (K == 2) {
+      const Vec even = splat(hidden[i]), odd = splat(hidden[i + 1]);
+      add([&](Vec& sum, const T* column) {
+        sum += even * first_of_pairs(load_pairs(column));
+        sum += odd * second_of_pairs(load_pairs(column));
+      });
+    } else {
+      const Vec unit = splat(hidden[i]);
+      add([&](Vec& sum, const T* column) { sum += unit * load(column); });
+    }
   }
 #pragma GCC unroll 16
   for (int p = 0; p < P; ++p)
@@ -139,32 +228,36 @@ template <int P>
     for (int v = 0; v < V; ++v) store(out + p * kPanelWidth + v * L, acc[p][v]);
 }
 
-template <int P = kFfnWidePanels, class... Args>
+template <class T, int P = kFfnWidePanels, class... Args>
 void add_masked_of(std::int64_t panels, Args... args) {
-  if (panels == P) return add_masked<P>(args...);
-  if constexpr (P > 1) add_masked_of<P - 1>(panels, args...);
+  if (panels == P) return add_masked<P, T>(args...);
+  if constexpr (P > 1) add_masked_of<T, P - 1>(panels, args...);
 }
 
-// Copy `count` values, zeros behind them up to kPanelWidth.
-inline void pad_panel(const float* from, std::int64_t count, float* to) {
-  for (std::int64_t i = 0; i < kPanelWidth; ++i) to[i] = from && i < count ? from[i] : 0.0f;
+// Copy `count` values, or none from null, zeros behind them up to kPanelWidth.
+template <class T>
+void pad_panel(const T* from, std::int64_t count, float* to) {
+  for (std::int64_t i = 0; i < kPanelWidth; ++i) to[i] = from && i < count ? to_float(from[i]) : 0.0f;
 }
 
 // Everything the threads of a team share.
+template <class T>
 struct FfnPlan {
-  const midl::FfnForward& call;
-  FfnLayout layout;
+  const FfnCall<T>& call;
+  FfnLayout<T> layout;
   UnitParts parts;
   std::int64_t room, code_stride, gate_stride;
   bool repeat_gate, by_group, narrow;
 
-  // For the chunk at hand.
-  float *code, *gate, *light_share, *hidden;
+  // For the chunk at hand. light_code is code or its rounded copy; `wide` its rows where they are multiplied as float32.
+  float *code, *gate, *light_share, *wide;
+  Code<T>* light_code;
+  HiddenUnit<T>* hidden;
   std::int32_t* selected;
   std::uint32_t* masks;  // of narrow groups: which of a part's units a row selected
   std::atomic<std::int64_t>* taken;  // items of compute_hidden, per chunk
 
-  FfnPlan(const midl::FfnForward& c, int team)
+  FfnPlan(const FfnCall<T>& c, int team)
       : call(c), layout(c.depth, c.rank, c.outputs, c.groups, c.hidden, c.value_weight),
         parts(groups_of_panels(c.groups, c.hidden), c.hidden),
         room(lesser(c.rows, kFfnRows)), code_stride(round_up(c.rank, kPanelWidth)), gate_stride(gate_row(c.groups)),
@@ -172,12 +265,33 @@ struct FfnPlan {
         by_group(room <= kFfnByGroupRows), narrow(c.hidden / c.groups < midl::kFfnPanelGroup) {}
   std::int64_t chunks() const { return divide_up(call.rows, room); }
 
+  // Whether prepare() and a barrier precede row().
+  static constexpr bool kPrepares = sizeof(Code<T>) != sizeof(T);
+  void prepare(std::int64_t begin, Range rows) const {
+    for (std::int64_t r = rows.begin; r < rows.end; ++r)
+      copy_elements(call.x + (begin + r) * call.x_stride, call.depth, wide + r * call.depth);
+  }
+  // Row r of the chunk that begins with row `begin`.
+  const Code<T>* row(std::int64_t begin, std::int64_t r) const {
+    if constexpr (kPrepares)
+      return wide + r * call.depth;
+    else
+      return call.x + (begin + r) * call.x_stride;
+  }
+
   void carve(Carver& memory) {
     code = memory.take<float>(room * code_stride);
+    if constexpr (sizeof(Code<T>) == 4)
+      light_code = code;
+    else
+      light_code = memory.take<Code<T>>(room * code_stride);
+    wide = memory.take<float>(kPrepares ? room * call.depth : 0);
     gate = memory.take<float>(room * gate_stride);
     light_share = memory.take<float>(room);
     selected = memory.take<std::int32_t>(room * call.selected_groups);
-    hidden = memory.take<float>(room * (narrow ? 1 : call.selected_groups) * parts.per_group * kPanelWidth);
+    // Tile registers read whole tiles.
+    hidden = memory.take<HiddenUnit<T>>((room * (narrow ? 1 : call.selected_groups) * parts.per_group + (kTiles ? kTileRegisterRows : 0)) *
+                                  kPanelWidth);
     masks = memory.take<std::uint32_t>(narrow ? room * parts.per_group : 0);
     taken = memory.take<std::atomic<std::int64_t>>(chunks());
   }
@@ -186,33 +300,36 @@ struct FfnPlan {
     carve(carver);
     for (std::int64_t i = 0; i < chunks(); ++i) new (taken + i) std::atomic<std::int64_t>(0);
   }
-  const float* panel_at(std::int64_t offset) const { return call.panels ? call.panels + offset : nullptr; }
+  const T* panel_at(std::int64_t offset) const { return call.panels ? call.panels + offset : nullptr; }
   // Blocks of kPanelWidth outputs.
   std::int64_t output_panels() const { return layout.padded_outputs / kPanelWidth; }
 };
 
 // What one thread computes.
+template <class T>
 class FfnThread {
  public:
-  FfnThread(const FfnPlan& plan, Team team)
+  FfnThread(const FfnPlan<T>& plan, Team team)
       : plan_(plan), call_(plan.call), team_(team), outputs_(part_of(plan.output_panels(), team.thread, team.threads, 1)) {}
 
   void carve(Carver& memory) {
-    const FfnPlan& p = plan_;
-    inputs_ = memory.take<const float*>(p.room);
+    const FfnPlan<T>& p = plan_;
+    inputs_ = memory.take<const Code<T>*>(p.room);
+    codes_ = memory.take<const float*>(p.room);
     targets_ = memory.take<float*>(p.room);
     starts_ = memory.take<std::int32_t>(p.narrow ? 0 : call_.groups + 1);
     rows_ = memory.take<std::int32_t>(p.narrow ? 0 : p.room * call_.selected_groups);
     shares_ = memory.take<float>(p.narrow ? 0 : p.room * call_.selected_groups);
     keys_ = memory.take<std::int32_t>(round_up(call_.groups, L));
     picks_ = memory.take<std::int32_t>(call_.groups + 1);
+    unit_ = memory.take<float>(sizeof(HiddenUnit<T>) == 4 ? 0 : p.room * kPanelWidth);
     value_ = memory.take<float>(p.room * kPanelWidth);
     // Whole blocks, of all outputs of its own or of one after the other.
     out_ = memory.take<float>(p.room * kPanelWidth *
                               (p.by_group ? divide_up(p.output_panels(), team_.threads) : p.narrow ? kFfnWidePanels : 1));
-    panels_ = memory.take<float>(p.narrow && !call_.panels ? kPanelWidth * kPanelWidth * kFfnWidePanels : 0);
+    panels_ = memory.take<T>(p.narrow && !call_.panels ? kPanelWidth * kPanelWidth * kFfnWidePanels : 0);
     slice_ = memory.take<float>(slice_floats());
-    sums_ = memory.take<float>(p.narrow && kPicks<float> && p.room >= kPickRows ? kPickedSums : 0);
+    sums_ = memory.take<float>(p.narrow && kPicks<T> && p.room >= kPickRows ? kPickedSums : 0);
     for (float*& vector : vectors_) vector = memory.take<float>(kPanelWidth);
     own_gate_ = memory.take<float>(p.repeat_gate ? p.room * p.gate_stride : 0);
     gate_ = p.repeat_gate ? own_gate_ : p.gate;
@@ -224,6 +341,10 @@ class FfnThread {
     // Many rows are dealt out by rows, few rows by columns.
     const bool by_rows = rows >= team_.threads * kTileRows;
     const Range all{0, rows}, own = part_of(rows, team_.thread, team_.threads, 1);
+    if constexpr (FfnPlan<T>::kPrepares) {
+      plan_.prepare(begin, own);
+      team_.wait();
+    }
     compute_code(begin, by_rows ? own : all,
                  by_rows ? Range{0, call_.rank} : part_of(call_.rank, team_.thread, team_.threads, kPanelWidth));
     team_.wait();
@@ -254,29 +375,38 @@ class FfnThread {
  private:
   std::int64_t own_stride() const { return (outputs_.end - outputs_.begin) * kPanelWidth; }
 
-  void compute_code(std::int64_t begin, Range rows, Range columns) {
-    if (rows.begin == rows.end) return;
-    for (std::int64_t r = rows.begin; r < rows.end; ++r) inputs_[r - rows.begin] = call_.x + (begin + r) * call_.x_stride;
-    for (std::int64_t i = columns.begin; i < columns.end; i += kPanelWidth)
-      multiply_neurons(inputs_, rows.end - rows.begin,
-                       Neurons<float>{call_.light_down + i * call_.depth, call_.depth, plan_.panel_at(i * plan_.layout.depth),
-                                      int(lesser(kPanelWidth, columns.end - i)),
-                                      i + kPanelWidth < columns.end ? plan_.panel_at((i + kPanelWidth) * plan_.layout.depth) : nullptr},
-                       call_.depth, nullptr, slice_, plan_.code + rows.begin * plan_.code_stride + i, plan_.code_stride);
+  // out (m x count) = rows . neurons^T + bias (kPanelWidth values, or null)
+  void multiply(const Code<T>* const* rows, std::int64_t m, const Neurons<T>& neurons, std::int64_t depth, const float* bias,
+                float* out, std::int64_t stride) {
+    if constexpr (kTiles && sizeof(T) == 2)
+      multiply_tiles(rows, m, neurons, depth, whole_steps(depth), bias, slice_, out, stride);
+    else
+      multiply_neurons(rows, m, neurons, depth, bias, slice_, out, stride);
   }
 
-  void point_at_code(Range rows) {
-    for (std::int64_t r = rows.begin; r < rows.end; ++r) inputs_[r - rows.begin] = plan_.code + r * plan_.code_stride;
+  void compute_code(std::int64_t begin, Range rows, Range columns) {
+    if (rows.begin == rows.end) return;
+    for (std::int64_t r = rows.begin; r < rows.end; ++r) inputs_[r - rows.begin] = plan_.row(begin, r);
+    for (std::int64_t i = columns.begin; i < columns.end; i += kPanelWidth)
+      multiply(inputs_, rows.end - rows.begin,
+               {call_.light_down + i * call_.depth, call_.depth, plan_.panel_at(i * plan_.layout.depth),
+                int(lesser(kPanelWidth, columns.end - i)),
+                i + kPanelWidth < columns.end ? plan_.panel_at((i + kPanelWidth) * plan_.layout.depth) : nullptr},
+               call_.depth, nullptr, plan_.code + rows.begin * plan_.code_stride + i, plan_.code_stride);
+    if constexpr (sizeof(Code<T>) != 4)
+      for (std::int64_t r = rows.begin; r < rows.end; ++r)
+        for (std::int64_t i = columns.begin; i < columns.end; i += L)
+          store_as(plan_.light_code + r * plan_.code_stride + i, load(plan_.code + r * plan_.code_stride + i));
   }
 
   void compute_logits(Range rows, Range groups) {
-    point_at_code(rows);
+    for (std::int64_t r = rows.begin; r < rows.end; ++r) codes_[r - rows.begin] = plan_.code + r * plan_.code_stride;
     for (std::int64_t g = groups.begin; g < groups.end; g += kPanelWidth) {
       const std::int64_t count = lesser(kPanelWidth, groups.end - g);
       pad_panel(call_.gate_bias + g, count, vectors_[0]);
-      multiply_neurons(inputs_, rows.end - rows.begin,
-                       Neurons<float>{call_.gate_weight + g * call_.rank, call_.rank,
-                                      plan_.panel_at(plan_.layout.gate + g * plan_.layout.rank), int(count)},
+      multiply_neurons(codes_, rows.end - rows.begin,
+                       Neurons<T>{call_.gate_weight + g * call_.rank, call_.rank,
+                                  plan_.panel_at(plan_.layout.gate + g * plan_.layout.rank), int(count)},
                        call_.rank, vectors_[0], slice_, gate_ + rows.begin * plan_.gate_stride + g, plan_.gate_stride);
     }
   }
@@ -322,7 +452,7 @@ class FfnThread {
   }
 
   // Of a group's part: (members, kPanelWidth).
-  float* hidden_of(std::int64_t group, std::int64_t part) const {
+  HiddenUnit<T>* hidden_of(std::int64_t group, std::int64_t part) const {
     return plan_.hidden + (starts_[group] * plan_.parts.per_group + part * members(group)) * kPanelWidth;
   }
 
@@ -337,7 +467,7 @@ class FfnThread {
     for (std::int64_t g = take(), next; g < call_.groups; g = next) {
       next = take();
       const std::int64_t m = members(g), parts = plan_.parts.per_group;
-      for (std::int64_t r = 0; r < m; ++r) inputs_[r] = call_.x + (begin + rows_[starts_[g] + r]) * call_.x_stride;
+      for (std::int64_t r = 0; r < m; ++r) inputs_[r] = plan_.row(begin, rows_[starts_[g] + r]);
       for (std::int64_t p = 0; p < parts; ++p) {
         const std::int64_t after = p + 1 < parts ? plan_.parts.first(g, p + 1) : next < call_.groups ? plan_.parts.first(next, 0) : -1;
         compute_units(m, shares_ + starts_[g], plan_.parts.first(g, p), plan_.parts.count(p), after, hidden_of(g, p));
@@ -345,61 +475,82 @@ class FfnThread {
     }
   }
 
+  // Where the up-projection of units is summed up that become `hidden`.
+  float* sums_for(HiddenUnit<T>* hidden) const {
+    if constexpr (sizeof(HiddenUnit<T>) == 4)
+      return hidden;
+    else
+      return unit_;
+  }
+
   // share * (act(x . weight) [* x . value] - light) of `count` units from `first` on, for m rows
-  void compute_units(std::int64_t m, const float* shares, std::int64_t first, int count, std::int64_t after, float* hidden) {
-    const auto project = [&](const float* weight, std::int64_t panel, const float* bias, const float* next, float* padded, float* out) {
+  void compute_units(std::int64_t m, const float* shares, std::int64_t first, int count, std::int64_t after, HiddenUnit<T>* hidden) {
+    const auto project = [&](const T* weight, std::int64_t panel, const T* bias, const T* next, float* padded, float* out) {
       pad_panel(bias ? bias + first : nullptr, count, padded);
-      multiply_neurons(inputs_, m, Neurons<float>{weight + first * call_.depth, call_.depth, plan_.panel_at(panel), count, next},
-                       call_.depth, padded, slice_, out, kPanelWidth);
+      multiply(inputs_, m, {weight + first * call_.depth, call_.depth, plan_.panel_at(panel), count, next}, call_.depth, padded, out,
+               kPanelWidth);
     };
-    const FfnLayout& layout = plan_.layout;
-    const float* next = after < 0 ? nullptr : plan_.panel_at(layout.up_panel(after));
+    const FfnLayout<T>& layout = plan_.layout;
+    const T* next = after < 0 ? nullptr : plan_.panel_at(layout.up_panel(after));
+    float* sums = sums_for(hidden);
     project(call_.weight, layout.up_panel(first), call_.bias,
-            call_.value_weight ? plan_.panel_at(layout.value_panel(first)) : next, vectors_[0], hidden);
+            call_.value_weight ? plan_.panel_at(layout.value_panel(first)) : next, vectors_[0], sums);
     if (call_.value_weight) project(call_.value_weight, layout.value_panel(first), call_.value_bias, next, vectors_[1], value_);
     pad_panel(call_.light_hidden + first, count, vectors_[2]);
-    for (std::int64_t r = 0; r < m; ++r)
+    for (std::int64_t r = 0; r < m; ++r) {
       for (int v = 0; v < count; v += L) {
-        float* unit = hidden + r * kPanelWidth + v;
-        Vec h = activate(load(unit), call_.activation);
-        if (call_.value_weight) h *= load(value_ + r * kPanelWidth + v);
-        store(unit, (h - load(vectors_[2] + v)) * shares[r]);
+        const std::int64_t at = r * kPanelWidth + v;
+        store_as(hidden + at, activated(load(sums + at), value_ + at, v) * shares[r]);
       }
+      pad_units(hidden + r * kPanelWidth, count);
+    }
+  }
+
+  // Units from `unit` of the part at hand on, of which x . weight and, at `value`, x . value are known; less their light value.
+  Vec activated(Vec before, const float* value, int unit) const {
+    Vec h = activate(before, call_.activation);
+    if (call_.value_weight) h *= load(value);
+    return h - load(vectors_[2] + unit);
+  }
+
+  // What the padding of panels is multiplied with.
+  static void pad_units(HiddenUnit<T>* units, int count) {
+    for (std::int64_t i = count; i < padded_units<T>(count); ++i) store_as(units + i, 0.0f);
   }
 
   // Narrow groups, many to a part of kPanelWidth units: the up-projection as narrow_form() says; then of each row only the
   // selected units' outputs.
   void compute_parts(std::int64_t begin, std::int64_t rows, std::atomic<std::int64_t>& taken) {
     const std::int64_t parts = plan_.parts.per_group;
-    const Narrow form = narrow_form<float>(rows, call_.groups, call_.selected_groups, true);
+    const Narrow form = narrow_form<T>(rows, call_.groups, call_.selected_groups, true);
     for (std::int64_t p; (p = taken.fetch_add(1, std::memory_order_relaxed)) < parts;) {
       const std::int64_t first = plan_.parts.first(0, p);
       const int count = plan_.parts.count(p);
-      float* hidden = plan_.hidden + p * rows * kPanelWidth;
+      HiddenUnit<T>* hidden = plan_.hidden + p * rows * kPanelWidth;
+      float* sums = sums_for(hidden);
       pad_panel(call_.bias ? call_.bias + first : nullptr, count, vectors_[0]);
       pad_panel(call_.value_bias ? call_.value_bias + first : nullptr, count, vectors_[1]);
       pad_panel(call_.light_hidden + first, count, vectors_[2]);
-      const auto project = [&](const float* weight, std::int64_t panel, const float* bias, float* out) {
-        for (std::int64_t r = 0; r < rows; ++r) inputs_[r] = call_.x + (begin + r) * call_.x_stride;
-        multiply_neurons(inputs_, rows, Neurons<float>{weight + first * call_.depth, call_.depth, plan_.panel_at(panel), count},
-                         call_.depth, bias, slice_, out, kPanelWidth);
+      for (std::int64_t r = 0; r < rows; ++r) inputs_[r] = plan_.row(begin, r);
+      const auto project = [&](const T* weight, std::int64_t panel, const float* bias, float* out) {
+        multiply(inputs_, rows, {weight + first * call_.depth, call_.depth, plan_.panel_at(panel), count}, call_.depth, bias, out,
+                 kPanelWidth);
       };
       std::uint32_t* masks = plan_.masks + p * rows;
       if (form == Narrow::dense) {
-        project(call_.weight, plan_.layout.up_panel(first), vectors_[0], hidden);
+        project(call_.weight, plan_.layout.up_panel(first), vectors_[0], sums);
         if (call_.value_weight) project(call_.value_weight, plan_.layout.value_panel(first), vectors_[1], value_);
       }
-      if constexpr (kPicks<float>) {
+      if constexpr (kPicks<T>) {
         if (form == Narrow::picked) {
           for (std::int64_t r = 0; r < rows; ++r) {
             float shares[kPanelWidth];
             spread_shares(r, first, count, shares, masks[r]);
-            inputs_[r] = call_.x + (begin + r) * call_.x_stride;
           }
-          const auto pick = [&](const float* weight, float* out) {
+          const auto pick = [&](const T* weight, float* out) {
             dot_picked(inputs_, masks, rows, weight + first * call_.depth, call_.depth, count, call_.depth, slice_, sums_, out);
           };
-          pick(call_.weight, hidden);
+          pick(call_.weight, sums);
           if (call_.value_weight) pick(call_.value_weight, value_);
         }
       }
@@ -407,21 +558,20 @@ class FfnThread {
         float shares[kPanelWidth];
         spread_shares(r, first, count, shares, masks[r]);
         const std::uint32_t mask = masks[r];
-        float* unit = hidden + r * kPanelWidth;
+        float *unit = sums + r * kPanelWidth, *value = value_ + r * kPanelWidth;
         if (form == Narrow::picked) {
           add_bias(vectors_[0], unit);
-          if (call_.value_weight) add_bias(vectors_[1], value_ + r * kPanelWidth);
+          if (call_.value_weight) add_bias(vectors_[1], value);
         } else if (form == Narrow::sparse) {
-          const float* x = call_.x + (begin + r) * call_.x_stride;
-          dot_selected(x, call_.weight + first * call_.depth, mask, vectors_[0], unit);
-          if (call_.value_weight)
-            dot_selected(x, call_.value_weight + first * call_.depth, mask, vectors_[1], value_ + r * kPanelWidth);
+          dot_selected(inputs_[r], call_.weight + first * call_.depth, mask, vectors_[0], unit);
+          if (call_.value_weight) dot_selected(inputs_[r], call_.value_weight + first * call_.depth, mask, vectors_[1], value);
         }
         for (int v = 0; v < count; v += L) {
-          Vec h = activate(load(unit + v), call_.activation);
-          if (call_.value_weight) h *= load(value_ + r * kPanelWidth + v);
-          store(unit + v, (h - load(vectors_[2] + v)) * load(shares + v));
+          Vec h = activated(load(unit + v), value + v, v) * load(shares + v);
+          if constexpr (kWord<T> == 2) h = load(shares + v) < 0.0f ? Vec{} : h;  // may share a word with what is selected
+          store_as(hidden + r * kPanelWidth + v, h);
         }
+        pad_units(hidden + r * kPanelWidth, count);
       }
     }
   }
@@ -449,8 +599,8 @@ class FfnThread {
   }
 
   // out[i] = x . unit i + bias[i], of the units that `mask` names; anything elsewhere.
-  void dot_selected(const float* x, const float* weight, std::uint32_t mask, const float* bias, float* out) {
-    const float* units[kPanelWidth];
+  void dot_selected(const Code<T>* x, const T* weight, std::uint32_t mask, const float* bias, float* out) {
+    const T* units[kPanelWidth];
     int picks[kPanelWidth], count = 0;
     for (std::uint32_t left = mask; left; left &= left - 1) {
       picks[count] = __builtin_ctz(left);
@@ -458,7 +608,7 @@ class FfnThread {
       ++count;
     }
     float sums[kPanelWidth];
-    dot_block(units, count, x, 0, 1, 0, call_.depth, sums, 1, false);
+    dot_block(units, count, x, call_.depth, 1, 0, call_.depth, sums, 1, false);
     for (int i = 0; i < kPanelWidth; i += L) store(out + i, Vec{});
     for (int i = 0; i < count; ++i) out[picks[i]] = sums[i] + bias[picks[i]];
   }
@@ -469,15 +619,15 @@ class FfnThread {
     const auto add = [&](std::int64_t p, std::int64_t panel, std::int64_t panels, float* out, std::int64_t stride) {
       const std::int64_t first = plan_.parts.first(0, p), output = panel * kPanelWidth;
       const int count = plan_.parts.count(p);
-      const float* lines = plan_.panel_at(plan_.layout.down_panel(first, count, output));
+      const T* lines = plan_.panel_at(plan_.layout.down_panel(first, count, output));
       if (!lines) {
         for (std::int64_t i = 0; i < panels; ++i)
           pack_outputs(call_.down_weight + (output + i * kPanelWidth) * call_.hidden + first, call_.hidden,
-                       call_.outputs - output - i * kPanelWidth, count, panels_ + i * kPanelWidth * count);
+                       call_.outputs - output - i * kPanelWidth, count, panels_ + i * kPanelWidth * padded_units<T>(count));
         lines = panels_;
       }
       for (std::int64_t r = 0; r < rows; ++r)
-        add_masked_of(panels, plan_.hidden + (p * rows + r) * kPanelWidth, plan_.masks[p * rows + r], lines, count, out + r * stride);
+        add_masked_of<T>(panels, plan_.hidden + (p * rows + r) * kPanelWidth, plan_.masks[p * rows + r], lines, count, out + r * stride);
     };
     const auto tile = [&](std::int64_t o) { return lesser(outputs_.end - o, kFfnWidePanels); };
     const auto columns = [&](std::int64_t from, std::int64_t to) { return Range{from * kPanelWidth, lesser(to * kPanelWidth, call_.outputs)}; };
@@ -500,11 +650,11 @@ class FfnThread {
     const std::int64_t count = lesser(kPanelWidth, call_.outputs - output);
     pad_panel(call_.light_bias + output, count, vectors_[0]);
     pad_panel(call_.down_bias ? call_.down_bias + output : nullptr, count, vectors_[1]);
-    point_at_code({0, rows});
-    multiply_neurons(inputs_, rows,
-                     Neurons<float>{call_.light_up + output * call_.rank, call_.rank,
-                                    plan_.panel_at(plan_.layout.light + output * plan_.layout.rank), int(count)},
-                     call_.rank, nullptr, slice_, out, stride);
+    for (std::int64_t r = 0; r < rows; ++r) inputs_[r] = plan_.light_code + r * plan_.code_stride;
+    multiply(inputs_, rows,
+             {call_.light_up + output * call_.rank, call_.rank,
+              plan_.panel_at(plan_.layout.light + output * plan_.layout.rank), int(count)},
+             call_.rank, nullptr, out, stride);
     for (std::int64_t r = 0; r < rows; ++r) {
       float* to = out + r * stride;
       const float share = plan_.light_share[r];
@@ -515,27 +665,32 @@ class FfnThread {
   }
 
   // out, where the rows of a group have their targets, += hidden . down, for a block of outputs.
-  void add_outputs(std::int64_t m, std::int64_t first, int count, const float* hidden, std::int64_t output, std::int64_t column,
-                   const float* next) {
-    const float* panel = plan_.panel_at(plan_.layout.down_panel(first, count, output));
+  void add_outputs(std::int64_t m, std::int64_t first, int count, const HiddenUnit<T>* hidden, std::int64_t output, std::int64_t column,
+                   const T* next) {
+    const T* panel = plan_.panel_at(plan_.layout.down_panel(first, count, output));
     if (!panel) {
-      pack_outputs(call_.down_weight + output * call_.hidden + first, call_.hidden, call_.outputs - output, count, slice_);
-      panel = slice_;
+      T* packed = reinterpret_cast<T*>(slice_);
+      pack_outputs(call_.down_weight + output * call_.hidden + first, call_.hidden, call_.outputs - output, count, packed);
+      panel = packed;
     }
     if (!next) next = panel;
+    const std::int64_t units = padded_units<T>(count);
+    if constexpr (kTiles && sizeof(T) == 2) {
+      if (m > kFfnTileRows) return add_units_by_tiles(hidden, m, panel, targets_, column, next);
+    }
     const std::int64_t tiles = m <= kTallTile ? 1 : divide_up(m, panel_rows(2)), even = divide_up(m, tiles);
     for (std::int64_t r = 0; r < m; r += even)
       for (int c = 0; c < kPanelWidth; c += 2 * L)
-        add_units_of(lesser(even, m - r), hidden + r * kPanelWidth, panel + c * count, count, targets_ + r, column + c,
-                     r == 0 ? next + c * count : panel);
+        add_units_of<T>(lesser(even, m - r), hidden + r * kPanelWidth, panel + c * units, count, targets_ + r, column + c,
+                        r == 0 ? next + c * units : panel);
   }
 
   void write_outputs(std::int64_t begin, std::int64_t rows, Range outputs, const float* from, std::int64_t stride) {
     for (std::int64_t r = 0; r < rows; ++r) {
-      float* to = call_.y + (begin + r) * call_.outputs;
+      T* to = call_.y + (begin + r) * call_.outputs;
       std::int64_t o = outputs.begin;
-      for (; o + L <= outputs.end; o += L) store(to + o, load(from + r * stride + o - outputs.begin));
-      for (; o < outputs.end; ++o) to[o] = from[r * stride + o - outputs.begin];
+      for (; o + L <= outputs.end; o += L) store_as(to + o, load(from + r * stride + o - outputs.begin));
+      for (; o < outputs.end; ++o) store_as(to + o, from[r * stride + o - outputs.begin]);
     }
   }
 
@@ -549,7 +704,7 @@ class FfnThread {
         const int count = plan_.parts.count(p);
         if (m == 1 && call_.panels) {  // for one row, registers hold many outputs
           for (std::int64_t o = outputs_.begin; o < outputs_.end; o += kFfnWidePanels)
-            add_masked_of(lesser(outputs_.end - o, kFfnWidePanels), hidden_of(g, p), ~std::uint32_t(0) >> (kPanelWidth - count),
+            add_masked_of<T>(lesser(outputs_.end - o, kFfnWidePanels), hidden_of(g, p), ~std::uint32_t(0) >> (kPanelWidth - count),
                           plan_.panel_at(plan_.layout.down_panel(first, count, o * kPanelWidth)), count,
                           targets_[0] + (o - outputs_.begin) * kPanelWidth);
           continue;
@@ -575,7 +730,7 @@ class FfnThread {
         for (std::int64_t r = 0; r < m; ++r) targets_[r] = out_ + rows_[starts_[g] + r] * kPanelWidth;
         for (std::int64_t p = 0; p < parts; ++p) {
           const bool last = p + 1 == parts;
-          const float* after = last && next == call_.groups
+          const T* after = last && next == call_.groups
                                    ? nullptr
                                    : plan_.panel_at(plan_.layout.down_panel(plan_.parts.first(last ? next : g, last ? 0 : p + 1),
                                                                             plan_.parts.count(last ? 0 : p + 1), output));
@@ -586,19 +741,22 @@ class FfnThread {
     }
   }
 
-  const FfnPlan& plan_;
-  const midl::FfnForward& call_;
+  const FfnPlan<T>& plan_;
+  const FfnCall<T>& call_;
   const Team team_;
   const Range outputs_;  // blocks of them
-  const float** inputs_ = nullptr;
+  const Code<T>** inputs_ = nullptr;
+  const float** codes_ = nullptr;
   float** targets_ = nullptr;
   std::int32_t *starts_ = nullptr, *rows_ = nullptr, *keys_ = nullptr, *picks_ = nullptr;
-  float *shares_ = nullptr, *value_ = nullptr, *out_ = nullptr, *panels_ = nullptr, *slice_ = nullptr, *sums_ = nullptr, *vectors_[3] = {}, *own_gate_ = nullptr,
-        *gate_ = nullptr;
+  float *shares_ = nullptr, *unit_ = nullptr, *value_ = nullptr, *out_ = nullptr, *slice_ = nullptr, *sums_ = nullptr, *vectors_[3] = {},
+        *own_gate_ = nullptr, *gate_ = nullptr;
+  T* panels_ = nullptr;
 };
 
 // All chunks of a call, whose memory is settled.
-inline void compute_ffn(const FfnPlan& plan, FfnThread& thread, Team team) {
+template <class T>
+void compute_ffn(const FfnPlan<T>& plan, FfnThread<T>& thread, Team team) {
   for (std::int64_t begin = 0; begin < plan.call.rows; begin += plan.room) {
     const std::int64_t end = lesser(plan.call.rows, begin + plan.room);
     thread.compute_chunk(begin, end);
@@ -607,11 +765,12 @@ inline void compute_ffn(const FfnPlan& plan, FfnThread& thread, Team team) {
 }
 
 // All threads share the rows.
-inline void ffn_together(const midl::FfnForward& call, int threads) {
-  FfnPlan plan(call, threads);
+template <class T>
+void ffn_together(const FfnCall<T>& call, int threads) {
+  FfnPlan<T> plan(call, threads);
   Carver shared(nullptr), own(nullptr);
   plan.carve(shared);
-  FfnThread(plan, {threads, 0}).carve(own);
+  FfnThread<T>(plan, {threads, 0}).carve(own);
   const std::size_t common = shared.used();
   // A smaller team than asked for, as in a nested region, has more outputs per thread.
   const std::size_t each = own.used() + std::size_t(plan.by_group ? plan.room * plan.layout.padded_outputs : 0) * sizeof(float);
@@ -620,7 +779,8 @@ inline void ffn_together(const midl::FfnForward& call, int threads) {
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     const Team team{omp_get_num_threads(), omp_get_thread_num()};
-    FfnThread thread(plan, team);
+    FfnThread<T> thread(plan, team);
+    [[maybe_unused]] const TilesFor<T> tiles;
     Carver mine(memory + common + each * std::size_t(team.thread));
     thread.carve(mine);
     compute_ffn(plan, thread, team);
@@ -628,11 +788,12 @@ inline void ffn_together(const midl::FfnForward& call, int threads) {
 }
 
 // Each thread has rows of its own.
-inline void ffn_by_rows(const midl::FfnForward& call, int threads) {
+template <class T>
+void ffn_by_rows(const FfnCall<T>& call, int threads) {
 #pragma omp parallel num_threads(threads)
   {
     const Range own = part_of(call.rows, omp_get_thread_num(), omp_get_num_threads(), 1);
-    midl::FfnForward part = call;
+    FfnCall<T> part = call;
     part.rows = own.end - own.begin;
     part.x += own.begin * call.x_stride;
     part.y += own.begin * call.outputs;
@@ -642,8 +803,8 @@ inline void ffn_by_rows(const midl::FfnForward& call, int threads) {
   }
 }
 
-void ffn_forward(const midl::FfnForward& call) {
-  if (call.rows == 0) return;
+template <class T>
+void run_ffn(const FfnCall<T>& call) {
   const double full = double(call.selected_groups) * double(call.hidden / call.groups) *
                       double((call.value_weight ? 2 : 1) * call.depth + call.outputs);
   const double work = double(call.rows) * (full + double(call.rank) * double(call.depth + call.outputs + call.groups));
@@ -654,43 +815,63 @@ void ffn_forward(const midl::FfnForward& call) {
     ffn_together(call, threads);
 }
 
-FfnLayout layout_of(const midl::FfnPack& call) {
+void ffn_forward(const midl::FfnForward& call) {
+  if (call.rows == 0) return;
+  if (call.storage == midl::Storage::bfloat16)
+    run_ffn(FfnCall<bf16>(call));
+  else
+    run_ffn(FfnCall<float>(call));
+}
+
+template <class T>
+FfnLayout<T> layout_of(const midl::FfnPack& call) {
   return {call.depth, call.rank, call.outputs, call.groups, call.hidden, call.value_weight != nullptr};
 }
 
-std::int64_t packed_ffn_size(const midl::FfnPack& call) { return layout_of(call).size; }
+std::int64_t packed_ffn_size(const midl::FfnPack& call) {
+  return call.storage == midl::Storage::bfloat16 ? layout_of<bf16>(call).size : layout_of<float>(call).size;
+}
 
-void pack_ffn(const midl::FfnPack& call) {
-  const FfnLayout layout = layout_of(call);
+template <class T>
+void run_pack_ffn(const midl::FfnPack& call) {
+  const FfnLayout<T> layout = layout_of<T>(call);
   const std::int64_t groups = groups_of_panels(call.groups, call.hidden);
   const UnitParts parts(groups, call.hidden);
-  const auto pack_rows = [&](const float* matrix, std::int64_t i, std::int64_t end, std::int64_t depth, float* panels, std::int64_t padded) {
-    pack_panel(matrix + i * depth, depth, int(lesser(kPanelWidth, end - i)), depth, panels + i * padded);
+  T* panels = static_cast<T*>(call.panels);
+  const auto of = [](const void* matrix) { return static_cast<const T*>(matrix); };
+  const auto pack_rows = [](const T* matrix, std::int64_t i, std::int64_t end, std::int64_t depth, T* to, std::int64_t padded) {
+    pack_panel(matrix + i * depth, depth, int(lesser(kPanelWidth, end - i)), depth, to + i * padded);
   };
 #pragma omp parallel num_threads(call.threads) if (call.threads > 1)
   {
 #pragma omp for schedule(static) nowait
     for (std::int64_t i = 0; i < call.rank; i += kPanelWidth)
-      pack_rows(call.light_down, i, call.rank, call.depth, call.panels, layout.depth);
+      pack_rows(of(call.light_down), i, call.rank, call.depth, panels, layout.depth);
 #pragma omp for schedule(static) nowait
     for (std::int64_t i = 0; i < call.groups; i += kPanelWidth)
-      pack_rows(call.gate_weight, i, call.groups, call.rank, call.panels + layout.gate, layout.rank);
+      pack_rows(of(call.gate_weight), i, call.groups, call.rank, panels + layout.gate, layout.rank);
 #pragma omp for schedule(static) nowait
     for (std::int64_t i = 0; i < call.outputs; i += kPanelWidth)
-      pack_rows(call.light_up, i, call.outputs, call.rank, call.panels + layout.light, layout.rank);
+      pack_rows(of(call.light_up), i, call.outputs, call.rank, panels + layout.light, layout.rank);
 #pragma omp for schedule(static) nowait
     for (std::int64_t i = 0; i < groups * parts.per_group; ++i) {
       const std::int64_t first = parts.first(i / parts.per_group, i % parts.per_group);
       const int count = parts.count(i % parts.per_group);
-      pack_panel(call.weight + first * call.depth, call.depth, count, call.depth, call.panels + layout.up_panel(first));
+      pack_panel(of(call.weight) + first * call.depth, call.depth, count, call.depth, panels + layout.up_panel(first));
       if (call.value_weight)
-        pack_panel(call.value_weight + first * call.depth, call.depth, count, call.depth,
-                   call.panels + layout.value_panel(first));
+        pack_panel(of(call.value_weight) + first * call.depth, call.depth, count, call.depth, panels + layout.value_panel(first));
       for (std::int64_t o = 0; o < call.outputs; o += kPanelWidth)
-        pack_outputs(call.down_weight + o * call.hidden + first, call.hidden, call.outputs - o, count,
-                     call.panels + layout.down_panel(first, count, o));
+        pack_outputs(of(call.down_weight) + o * call.hidden + first, call.hidden, call.outputs - o, count,
+                     panels + layout.down_panel(first, count, o));
     }
   }
+}
+
+void pack_ffn(const midl::FfnPack& call) {
+  if (call.storage == midl::Storage::bfloat16)
+    run_pack_ffn<bf16>(call);
+  else
+    run_pack_ffn<float>(call);
 }
 
 }  // namespace

@@ -167,30 +167,31 @@ enum class Activation : int { gelu = 0, gelu_tanh = 1, relu = 2, silu = 3 };
 // are multiplied, plain weights are read.
 constexpr std::int64_t kFfnPanelGroup = 8;
 
-// One call of an FFN, float32 throughout; see src/midl/ops/reference_ffn.py.
+// One call of an FFN, all of one type but for the noise; see src/midl/ops/reference_ffn.py.
 struct FfnForward {
-  const float* x;              // (rows, depth)
+  Storage storage;
+  const void* x;               // (rows, depth)
   std::int64_t x_stride;
   std::int64_t rows, depth, hidden, outputs, rank, groups;
   std::int64_t selected_groups;  // by a row; with `threshold`, at most
   float threshold = -__builtin_inff();  // logit that all but a row's first group must reach
-  const float* weight;         // (hidden, depth)
-  const float* bias;           // (hidden) or null
-  const float* value_weight;   // (hidden, depth) or null
-  const float* value_bias;     // (hidden) or null
-  const float* down_weight;    // (outputs, hidden)
-  const float* down_bias;      // (outputs) or null
-  const float* light_down;     // (rank, depth)
-  const float* light_up;       // (outputs, rank)
-  const float* light_hidden;   // (hidden)
-  const float* light_bias;     // (outputs)
-  const float* gate_weight;    // (groups, rank)
-  const float* gate_bias;      // (groups)
+  const void* weight;          // (hidden, depth)
+  const void* bias;            // (hidden) or null
+  const void* value_weight;    // (hidden, depth) or null
+  const void* value_bias;      // (hidden) or null
+  const void* down_weight;     // (outputs, hidden)
+  const void* down_bias;       // (outputs) or null
+  const void* light_down;      // (rank, depth)
+  const void* light_up;        // (outputs, rank)
+  const void* light_hidden;    // (hidden)
+  const void* light_bias;      // (outputs)
+  const void* gate_weight;     // (groups, rank)
+  const void* gate_bias;       // (groups)
   const float* noise;          // (rows, groups) or null
-  const float* panels;         // of the weights, as pack_ffn writes them, or null
+  const void* panels;          // of the weights, as pack_ffn writes them, or null
   bool hard;                   // interpolation weight 1 instead of sigmoid
   Activation activation;
-  float* y;                    // (rows, outputs)
+  void* y;                     // (rows, outputs)
   std::int32_t* selected;      // (rows, selected_groups), -1 behind the selected; or null where nobody wants it
   int threads;
 };
@@ -220,9 +221,10 @@ struct FfnBackward {
 
 // The weights of an FFN as panels; the fields are those of FfnForward.
 struct FfnPack {
+  Storage storage;
   std::int64_t depth, hidden, outputs, rank, groups;
-  const float *weight, *value_weight, *down_weight, *light_down, *light_up, *gate_weight;
-  float* panels;               // packed_ffn_size() elements
+  const void *weight, *value_weight, *down_weight, *light_down, *light_up, *gate_weight;
+  void* panels;                // packed_ffn_size() elements
   int threads;
 };
 

@@ -174,23 +174,23 @@ void topk(std::uintptr_t scores, int64_t rows, int64_t groups, int64_t k, float 
       {pointer<const float>(scores), rows, groups, k, threshold, pointer<std::int32_t>(selected), threads});
 }
 
-void ffn_forward(std::uintptr_t x, int64_t x_stride, int64_t rows, int64_t depth, int64_t hidden, int64_t outputs,
+void ffn_forward(bool bfloat16, std::uintptr_t x, int64_t x_stride, int64_t rows, int64_t depth, int64_t hidden, int64_t outputs,
                  int64_t rank, int64_t groups, int64_t selected_groups, float threshold, std::uintptr_t weight, std::uintptr_t bias,
                  std::uintptr_t value_weight, std::uintptr_t value_bias, std::uintptr_t down_weight, std::uintptr_t down_bias,
                  std::uintptr_t light_down, std::uintptr_t light_up, std::uintptr_t light_hidden, std::uintptr_t light_bias,
                  std::uintptr_t gate_weight, std::uintptr_t gate_bias, std::uintptr_t noise, std::uintptr_t panels, bool hard,
                  int activation, std::uintptr_t y, std::uintptr_t selected, int threads) {
   midl::current().ffn_forward({
-      .x = pointer<const float>(x), .x_stride = x_stride, .rows = rows, .depth = depth, .hidden = hidden,
+      .storage = storage_of(bfloat16), .x = pointer<const void>(x), .x_stride = x_stride, .rows = rows, .depth = depth, .hidden = hidden,
       .outputs = outputs, .rank = rank, .groups = groups, .selected_groups = selected_groups, .threshold = threshold,
-      .weight = pointer<const float>(weight), .bias = pointer<const float>(bias),
-      .value_weight = pointer<const float>(value_weight), .value_bias = pointer<const float>(value_bias),
-      .down_weight = pointer<const float>(down_weight), .down_bias = pointer<const float>(down_bias),
-      .light_down = pointer<const float>(light_down), .light_up = pointer<const float>(light_up),
-      .light_hidden = pointer<const float>(light_hidden), .light_bias = pointer<const float>(light_bias),
-      .gate_weight = pointer<const float>(gate_weight), .gate_bias = pointer<const float>(gate_bias),
-      .noise = pointer<const float>(noise), .panels = pointer<const float>(panels), .hard = hard,
-      .activation = midl::Activation(activation), .y = pointer<float>(y), .selected = pointer<std::int32_t>(selected),
+      .weight = pointer<const void>(weight), .bias = pointer<const void>(bias),
+      .value_weight = pointer<const void>(value_weight), .value_bias = pointer<const void>(value_bias),
+      .down_weight = pointer<const void>(down_weight), .down_bias = pointer<const void>(down_bias),
+      .light_down = pointer<const void>(light_down), .light_up = pointer<const void>(light_up),
+      .light_hidden = pointer<const void>(light_hidden), .light_bias = pointer<const void>(light_bias),
+      .gate_weight = pointer<const void>(gate_weight), .gate_bias = pointer<const void>(gate_bias),
+      .noise = pointer<const float>(noise), .panels = pointer<const void>(panels), .hard = hard,
+      .activation = midl::Activation(activation), .y = pointer<void>(y), .selected = pointer<std::int32_t>(selected),
       .threads = threads,
   });
 }
@@ -216,20 +216,20 @@ void ffn_backward(std::uintptr_t grad_y, std::uintptr_t x, int64_t x_stride, int
   });
 }
 
-int64_t packed_ffn_size(int64_t depth, int64_t hidden, int64_t outputs, int64_t rank, int64_t groups, bool gated) {
+int64_t packed_ffn_size(bool bfloat16, int64_t depth, int64_t hidden, int64_t outputs, int64_t rank, int64_t groups, bool gated) {
   const float any = 0;
-  return midl::current().packed_ffn_size({.depth = depth, .hidden = hidden, .outputs = outputs, .rank = rank, .groups = groups,
+  return midl::current().packed_ffn_size({.storage = storage_of(bfloat16), .depth = depth, .hidden = hidden, .outputs = outputs, .rank = rank, .groups = groups,
                                           .value_weight = gated ? &any : nullptr});
 }
 
-void pack_ffn(int64_t depth, int64_t hidden, int64_t outputs, int64_t rank, int64_t groups, std::uintptr_t weight,
+void pack_ffn(bool bfloat16, int64_t depth, int64_t hidden, int64_t outputs, int64_t rank, int64_t groups, std::uintptr_t weight,
               std::uintptr_t value_weight, std::uintptr_t down_weight, std::uintptr_t light_down, std::uintptr_t light_up,
               std::uintptr_t gate_weight, std::uintptr_t panels, int threads) {
-  midl::current().pack_ffn({.depth = depth, .hidden = hidden, .outputs = outputs, .rank = rank, .groups = groups,
-                            .weight = pointer<const float>(weight), .value_weight = pointer<const float>(value_weight),
-                            .down_weight = pointer<const float>(down_weight), .light_down = pointer<const float>(light_down),
-                            .light_up = pointer<const float>(light_up), .gate_weight = pointer<const float>(gate_weight),
-                            .panels = pointer<float>(panels), .threads = threads});
+  midl::current().pack_ffn({.storage = storage_of(bfloat16), .depth = depth, .hidden = hidden, .outputs = outputs, .rank = rank, .groups = groups,
+                            .weight = pointer<const void>(weight), .value_weight = pointer<const void>(value_weight),
+                            .down_weight = pointer<const void>(down_weight), .light_down = pointer<const void>(light_down),
+                            .light_up = pointer<const void>(light_up), .gate_weight = pointer<const void>(gate_weight),
+                            .panels = pointer<void>(panels), .threads = threads});
 }
 
 std::vector<std::string> names(bool supported_only) {
@@ -277,7 +277,7 @@ NB_MODULE(_native, m) {
   m.def("pack", &pack, released, "bfloat16"_a, "depth"_a, "neurons"_a, "rank"_a, "groups"_a, "weight"_a,
         "light_down"_a, "light_up"_a, "gate_weight"_a, "packed_light"_a, "packed_weight"_a, "threads"_a);
   m.def("topk", &topk, released, "scores"_a, "rows"_a, "groups"_a, "k"_a, "threshold"_a, "selected"_a, "threads"_a);
-  m.def("ffn_forward", &ffn_forward, released, "x"_a, "x_stride"_a, "rows"_a, "depth"_a, "hidden"_a, "outputs"_a, "rank"_a,
+  m.def("ffn_forward", &ffn_forward, released, "bfloat16"_a, "x"_a, "x_stride"_a, "rows"_a, "depth"_a, "hidden"_a, "outputs"_a, "rank"_a,
         "groups"_a, "selected_groups"_a, "threshold"_a, "weight"_a, "bias"_a, "value_weight"_a, "value_bias"_a, "down_weight"_a,
         "down_bias"_a, "light_down"_a, "light_up"_a, "light_hidden"_a, "light_bias"_a, "gate_weight"_a, "gate_bias"_a, "noise"_a,
         "panels"_a, "hard"_a, "activation"_a, "y"_a, "selected"_a, "threads"_a);
@@ -286,8 +286,8 @@ NB_MODULE(_native, m) {
         "selected"_a, "gate"_a, "hard"_a, "activation"_a, "grad_x"_a, "grad_x_of_value"_a, "grad_weight"_a, "grad_value_weight"_a,
         "grad_down"_a, "grad_bias"_a, "grad_value_bias"_a, "grad_light_hidden"_a, "grad_logits"_a, "threads"_a);
   m.attr("ffn_panel_group") = midl::kFfnPanelGroup;
-  m.def("packed_ffn_size", &packed_ffn_size, "depth"_a, "hidden"_a, "outputs"_a, "rank"_a, "groups"_a, "gated"_a);
-  m.def("pack_ffn", &pack_ffn, released, "depth"_a, "hidden"_a, "outputs"_a, "rank"_a, "groups"_a, "weight"_a, "value_weight"_a,
+  m.def("packed_ffn_size", &packed_ffn_size, "bfloat16"_a, "depth"_a, "hidden"_a, "outputs"_a, "rank"_a, "groups"_a, "gated"_a);
+  m.def("pack_ffn", &pack_ffn, released, "bfloat16"_a, "depth"_a, "hidden"_a, "outputs"_a, "rank"_a, "groups"_a, "weight"_a, "value_weight"_a,
         "down_weight"_a, "light_down"_a, "light_up"_a, "gate_weight"_a, "panels"_a, "threads"_a);
   m.def("sample", &midl::sample, "data"_a, "bytes"_a);
   midl::bind_prepared(m);

@@ -374,15 +374,16 @@ class PreparedConvolution {
   ConvolutionForward call_;
 };
 
-// The same for an FFN, float32.
+// The same for an FFN.
 class PreparedFfn {
  public:
-  PreparedFfn(nb::dict parameters, nb::dict states, int64_t depth, int64_t hidden, int64_t outputs, int64_t rank, int64_t groups,
+  PreparedFfn(nb::dict parameters, nb::dict states, bool bfloat16, int64_t depth, int64_t hidden, int64_t outputs, int64_t rank, int64_t groups,
               int64_t selected_groups, float threshold, bool hard, int activation, nb::object panels)
-      : panels_(std::move(panels)), kernels_(&current()), parameters_(kFfnNames, parameters, states, panels_at(panels_)) {
-    call_ = {.x_stride = depth, .depth = depth, .hidden = hidden, .outputs = outputs, .rank = rank, .groups = groups,
+      : panels_(std::move(panels)), kernels_(&current()), parameters_(kFfnNames, parameters, states, panels_at(panels_)),
+        element_(bfloat16 ? Element::bfloat16 : Element::float32) {
+    call_ = {.storage = bfloat16 ? Storage::bfloat16 : Storage::float32, .x_stride = depth, .depth = depth, .hidden = hidden, .outputs = outputs, .rank = rank, .groups = groups,
              .selected_groups = selected_groups, .threshold = threshold,
-             .panels = static_cast<const float*>(address_of(panels_.ptr())), .hard = hard,
+             .panels = address_of(panels_.ptr()), .hard = hard,
              .activation = Activation(activation)};
   }
 
@@ -390,23 +391,23 @@ class PreparedFfn {
   nb::object run(nb::handle x, nb::dict parameters, int threads, bool selection) const {
     View view;
     Parameters::Held held;
-    if (&current() != kernels_ || !view.read(x.ptr()) || view.element != Element::float32 || !view.on_cpu || view.axes == 0 ||
+    if (&current() != kernels_ || !view.read(x.ptr()) || view.element != element_ || !view.on_cpu || view.axes == 0 ||
         view.shape[view.axes - 1] != call_.depth || !view.is_contiguous() || !parameters_.fit(parameters, held))
       return nb::none();
     FfnForward call = call_;
     call.rows = leading_size(view);
-    nb::object y = new_output(x.ptr(), shape_with_last(view, call.outputs).ptr(), call.rows * call.outputs, Storage::float32);
+    nb::object y = new_output(x.ptr(), shape_with_last(view, call.outputs).ptr(), call.rows * call.outputs, call.storage);
     nb::object selected;
     if (selection) {
       selected = new_selection(x.ptr(), shape_with_last(view, call.selected_groups).ptr());
       call.selected = static_cast<std::int32_t*>(const_cast<void*>(address_of(selected.ptr())));
     }
-    call.x = static_cast<const float*>(view.data);
-    call.y = static_cast<float*>(const_cast<void*>(address_of(y.ptr())));
+    call.x = view.data;
+    call.y = const_cast<void*>(address_of(y.ptr()));
     // In the order of kFfnNames.
-    const float** const fields[] = {&call.weight,     &call.bias,     &call.value_weight, &call.value_bias, &call.down_weight, &call.down_bias,
+    const void** const fields[] = {&call.weight,     &call.bias,     &call.value_weight, &call.value_bias, &call.down_weight, &call.down_bias,
                                     &call.light_down, &call.light_up, &call.light_hidden, &call.light_bias, &call.gate_weight, &call.gate_bias};
-    for (std::size_t i = 0; i < std::size(fields); ++i) *fields[i] = static_cast<const float*>(held.addresses[i]);
+    for (std::size_t i = 0; i < std::size(fields); ++i) *fields[i] = held.addresses[i];
     call.threads = threads;
     {
       nb::gil_scoped_release released;
@@ -419,6 +420,7 @@ class PreparedFfn {
   nb::object panels_;
   const Kernels* kernels_;
   Parameters parameters_;
+  Element element_;
   FfnForward call_{};
 };
 
@@ -438,8 +440,8 @@ void bind_prepared(nb::module_& m) {
       .def("run", &PreparedLinear::run, "x"_a, "parameters"_a, "threads"_a, "selection"_a = false, "relu"_a = false)
       .def("run_plainly", &PreparedLinear::run_plainly, "x"_a.none(), "parameters"_a, "relu"_a = false);
   nb::class_<PreparedFfn>(m, "PreparedFfn")
-      .def(nb::init<nb::dict, nb::dict, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float, bool, int, nb::object>(),
-           "parameters"_a, "states"_a, "depth"_a, "hidden"_a, "outputs"_a, "rank"_a, "groups"_a, "selected_groups"_a,
+      .def(nb::init<nb::dict, nb::dict, bool, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float, bool, int, nb::object>(),
+           "parameters"_a, "states"_a, "bfloat16"_a, "depth"_a, "hidden"_a, "outputs"_a, "rank"_a, "groups"_a, "selected_groups"_a,
            "threshold"_a, "hard"_a, "activation"_a, "panels"_a)
       .def("run", &PreparedFfn::run, "x"_a, "parameters"_a, "threads"_a, "selection"_a = false);
   nb::class_<PreparedConvolution>(m, "PreparedConvolution")

@@ -548,17 +548,19 @@ struct FfnCase {
   int64_t rows, depth, groups, group_size, outputs, rank, k;
   bool gated, hard;
   float threshold;
+  Storage storage = Storage::float32;
 };
 
 // relu(x . weight + bias) [* (x . value)] of the selected groups, less a light value, times down, and the light path; with
 // and without panels, whose results have the same bits.
 void test_ffn(const Kernels& kernels, const FfnCase& c, int threads) {
   const int64_t hidden = c.groups * c.group_size;
-  const auto matrix = [](int64_t rows, int64_t depth) { return Tensor::random(Storage::float32, rows * depth, Layer::scale(depth)); };
-  Tensor x = Tensor::random(c.rows * c.depth), weight = matrix(hidden, c.depth), bias = Tensor::random(hidden);
-  Tensor value = matrix(hidden, c.depth), down = matrix(c.outputs, hidden), down_bias = Tensor::random(c.outputs);
-  Tensor light_down = matrix(c.rank, c.depth), light_up = matrix(c.outputs, c.rank), light = Tensor::random(hidden);
-  Tensor light_bias = Tensor::random(c.outputs), gate_weight = matrix(c.groups, c.rank), gate_bias = Tensor::random(c.groups);
+  const auto matrix = [&](int64_t rows, int64_t depth) { return Tensor::random(c.storage, rows * depth, Layer::scale(depth)); };
+  const auto vector_of = [&](int64_t size) { return Tensor::random(c.storage, size, 1.0f); };
+  Tensor x = vector_of(c.rows * c.depth), weight = matrix(hidden, c.depth), bias = vector_of(hidden);
+  Tensor value = matrix(hidden, c.depth), down = matrix(c.outputs, hidden), down_bias = vector_of(c.outputs);
+  Tensor light_down = matrix(c.rank, c.depth), light_up = matrix(c.outputs, c.rank), light = vector_of(hidden);
+  Tensor light_bias = vector_of(c.outputs), gate_weight = matrix(c.groups, c.rank), gate_bias = vector_of(c.groups);
   Tensor noise = Tensor::random(c.rows * c.groups);
   const vector<double> code = Layer::product(x, light_down, c.rows, c.rank, c.depth);
   const vector<double> before = Layer::product(x, weight, c.rows, hidden, c.depth);
@@ -593,34 +595,34 @@ void test_ffn(const Kernels& kernels, const FfnCase& c, int threads) {
       expected[std::size_t(r * c.outputs + o)] = y;
     }
   }
-  const midl::FfnPack sizes{.depth = c.depth, .hidden = hidden, .outputs = c.outputs, .rank = c.rank, .groups = c.groups,
-                            .weight = weight.as<float>(), .value_weight = c.gated ? value.as<float>() : nullptr,
-                            .down_weight = down.as<float>(), .light_down = light_down.as<float>(),
-                            .light_up = light_up.as<float>(), .gate_weight = gate_weight.as<float>(), .panels = nullptr,
+  const midl::FfnPack sizes{.storage = c.storage, .depth = c.depth, .hidden = hidden, .outputs = c.outputs, .rank = c.rank, .groups = c.groups,
+                            .weight = weight.data(), .value_weight = c.gated ? value.data() : nullptr,
+                            .down_weight = down.data(), .light_down = light_down.data(),
+                            .light_up = light_up.data(), .gate_weight = gate_weight.data(), .panels = nullptr,
                             .threads = 1};
-  Tensor panels(Storage::float32, kernels.packed_ffn_size(sizes));
+  Tensor panels(c.storage, kernels.packed_ffn_size(sizes));
   midl::FfnPack packing = sizes;
-  packing.panels = panels.as<float>();
+  packing.panels = panels.data();
   kernels.pack_ffn(packing);
   const std::string where = std::to_string(c.rows) + " rows, " + std::to_string(c.groups) + " groups of " +
                             std::to_string(c.group_size) + ", " + std::to_string(threads) + " threads";
   report(panels.strip_is_whole(), kernels.name, "pack_ffn wrote past the end", where);
-  Tensor first(Storage::float32, 0);
+  Tensor first(c.storage, 0);
   for (const bool packed : {false, true}) {
-    Tensor y(Storage::float32, c.rows * c.outputs);
+    Tensor y(c.storage, c.rows * c.outputs);
     vector<std::int32_t> selected(std::size_t(c.rows * c.k), -2);
-    kernels.ffn_forward({.x = x.as<float>(), .x_stride = c.depth, .rows = c.rows, .depth = c.depth, .hidden = hidden,
+    kernels.ffn_forward({.storage = c.storage, .x = x.data(), .x_stride = c.depth, .rows = c.rows, .depth = c.depth, .hidden = hidden,
                          .outputs = c.outputs, .rank = c.rank, .groups = c.groups, .selected_groups = c.k,
-                         .threshold = c.threshold, .weight = weight.as<float>(), .bias = bias.as<float>(),
-                         .value_weight = sizes.value_weight, .value_bias = nullptr, .down_weight = down.as<float>(),
-                         .down_bias = down_bias.as<float>(), .light_down = light_down.as<float>(),
-                         .light_up = light_up.as<float>(), .light_hidden = light.as<float>(),
-                         .light_bias = light_bias.as<float>(), .gate_weight = gate_weight.as<float>(),
-                         .gate_bias = gate_bias.as<float>(), .noise = noise.as<float>(),
-                         .panels = packed ? panels.as<float>() : nullptr, .hard = c.hard,
-                         .activation = midl::Activation::relu, .y = y.as<float>(), .selected = selected.data(),
+                         .threshold = c.threshold, .weight = weight.data(), .bias = bias.data(),
+                         .value_weight = sizes.value_weight, .value_bias = nullptr, .down_weight = down.data(),
+                         .down_bias = down_bias.data(), .light_down = light_down.data(),
+                         .light_up = light_up.data(), .light_hidden = light.data(),
+                         .light_bias = light_bias.data(), .gate_weight = gate_weight.data(),
+                         .gate_bias = gate_bias.data(), .noise = noise.as<float>(),
+                         .panels = packed ? panels.data() : nullptr, .hard = c.hard,
+                         .activation = midl::Activation::relu, .y = y.data(), .selected = selected.data(),
                          .threads = threads});
-    compare(kernels, y, expected, kForwardLimit[0], packed ? "ffn on panels" : "ffn", where);
+    compare(kernels, y, expected, kForwardLimit[int(c.storage)], packed ? "ffn on panels" : "ffn", where);
     report(selected == chosen, kernels.name, "selection of the ffn", where);
     if (packed) report(y.halves == first.halves, kernels.name, "ffn on panels has other bits", where);
     first = y;
@@ -766,26 +768,33 @@ void test(const Kernels& kernels) {
     test_projection(kernels, storage, 9, 75, 1050, 2);
     test_projection(kernels, storage, 1100, 21, 7, 0);
   }
+  const FfnCase ffns[] = {
+      {1, 5, 4, 3, 7, 3, 2, false, false, kNone},        {13, 40, 6, 16, 33, 9, 3, false, true, 0.3f},
+      {9, 17, 3, 40, 100, 5, 2, false, false, 0.1f},     {15, 1030, 2, 100, 20, 33, 1, false, true, kNone},
+      {37, 33, 5, 1, 64, 7, 4, false, false, kNone},     {140, 201, 45, 1, 64, 7, 15, false, true, kNone},
+      {70, 40, 12, 3, 33, 7, 4, false, false, 0.3f},
+  };
+  const auto test_ffns = [&](bool gated, Storage storage) {
+    for (const int threads : {1, 3})
+      for (FfnCase c : ffns) {
+        c.gated = gated, c.storage = storage;
+        test_ffn(kernels, c, threads);
+      }
+  };
+  // Work for several threads: few rows, more, and rows enough that each has its own.
+  const auto test_large_ffns = [&](bool gated, Storage storage) {
+    test_ffn(kernels, {2, 300, 20, 32, 200, 70, 9, gated, false, kNone, storage}, 3);
+    test_ffn(kernels, {70, 130, 11, 24, 130, 40, 5, gated, true, kNone, storage}, 2);
+    test_ffn(kernels, {270, 70, 9, 20, 65, 20, 4, gated, false, kNone, storage}, 2);
+  };
   for (const bool gated : {false, true}) {
-    const float none = kNone;
+    test_ffns(gated, Storage::float32);
     for (const int threads : {1, 3}) {
-      test_ffn(kernels, {1, 5, 4, 3, 7, 3, 2, gated, false, none}, threads);
-      test_ffn(kernels, {13, 40, 6, 16, 33, 9, 3, gated, true, 0.3f}, threads);
-      test_ffn(kernels, {9, 17, 3, 40, 100, 5, 2, gated, false, 0.1f}, threads);
-      test_ffn(kernels, {15, 1030, 2, 100, 20, 33, 1, gated, true, none}, threads);
-      test_ffn(kernels, {37, 33, 5, 1, 64, 7, 4, gated, false, none}, threads);
-      test_ffn(kernels, {140, 201, 45, 1, 64, 7, 15, gated, true, none}, threads);
-      test_ffn(kernels, {70, 40, 12, 3, 33, 7, 4, gated, false, 0.3f}, threads);
+      test_ffn_backward(kernels, {9, 17, 3, 40, 101, 5, 2, gated, false, kNone}, threads);
+      test_ffn_backward(kernels, {37, 33, 6, 8, 20, 5, 3, gated, true, kNone}, threads);
     }
-    for (const int threads : {1, 3}) {
-      test_ffn_backward(kernels, {9, 17, 3, 40, 101, 5, 2, gated, false, none}, threads);
-      test_ffn_backward(kernels, {37, 33, 6, 8, 20, 5, 3, gated, true, none}, threads);
-    }
-    test_ffn_backward(kernels, {540, 70, 9, 20, 65, 5, 4, gated, false, none}, 2);
-    // Work for several threads: few rows, more, and rows enough that each has its own.
-    test_ffn(kernels, {2, 300, 20, 32, 200, 70, 9, gated, false, none}, 3);
-    test_ffn(kernels, {70, 130, 11, 24, 130, 40, 5, gated, true, none}, 2);
-    test_ffn(kernels, {270, 70, 9, 20, 65, 20, 4, gated, false, none}, 2);
+    test_ffn_backward(kernels, {540, 70, 9, 20, 65, 5, 4, gated, false, kNone}, 2);
+    test_large_ffns(gated, Storage::float32);
   }
   // Neurons picked by many rows: several passes of the depth and of the rows, a last vector that is not whole.
   const Shape picked[] = {
@@ -793,6 +802,13 @@ void test(const Kernels& kernels) {
       {530, 33, 41, 2, 3, 9, 7},
   };
   for (const Shape& shape : picked) test_layer(shape);
+  for (const bool gated : {false, true}) {
+    test_ffns(gated, Storage::bfloat16);
+    test_large_ffns(gated, Storage::bfloat16);
+    // Parts of an odd number of units, one and several rows to a group.
+    test_ffn(kernels, {1, 33, 5, 35, 70, 3, 3, gated, false, kNone, Storage::bfloat16}, 1);
+    test_ffn(kernels, {41, 33, 5, 35, 70, 3, 3, gated, false, kNone, Storage::bfloat16}, 2);
+  }
 }
 
 }  // namespace

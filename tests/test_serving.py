@@ -137,13 +137,16 @@ def test_a_packed_convolution_has_the_same_bits_and_gives_every_weight_back(dtyp
         {"group_size": 8},
         {"in_features": 33, "hidden_features": 120, "group_size": 12, "gated": False, "bias": False},
         {"out_features": 77, "group_size": 48, "interpolation": "hard", "threshold": 0.1},
+        {"out_features": 77, "group_size": 24, "dtype": torch.bfloat16},
+        {"in_features": 33, "hidden_features": 90, "group_size": 9, "gated": False, "dtype": torch.bfloat16},
     ],
 )
 @torch.no_grad()
 def test_a_packed_ffn_has_the_same_bits_and_gives_every_weight_back(choices):
     layer = make_ffn(**choices)
     parameters = {name: p.clone() for name, p in layer.named_parameters()}
-    inputs = [torch.randn(*shape, layer.in_features) for shape in ((1,), (9,), (2, 70), (0,))]
+    dtype = layer.weight.dtype
+    inputs = [torch.randn(*shape, layer.in_features, dtype=dtype) for shape in ((1,), (9,), (2, 70), (0,))]
     expected = native_outputs(layer, inputs)
     assert pack_(layer) == [""]
     for x, y in zip(inputs * 2, expected * 2, strict=True):
@@ -226,7 +229,7 @@ def test_layers_that_need_their_plain_weights_keep_them():
     model = nn.Sequential(
         make(group_size=1), make(dtype=torch.float64), make(gate="light", dtype=torch.bfloat16), shared, tied,
         nn.utils.parametrizations.orthogonal(make(96, 96)), nn.Linear(3, 3), make(), make_ffn(group_size=4),
-        make_ffn(dtype=torch.bfloat16),
+        make_ffn(dtype=torch.float64),
     ).eval()  # fmt: skip
     assert pack_(model) == ["7"]
     assert pack_(model) == []

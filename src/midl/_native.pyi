@@ -57,7 +57,7 @@ def topk(
     scores: int, rows: int, groups: int, k: int, threshold: float, selected: int, threads: int
 ) -> None: ...  # fmt: skip
 def ffn_forward(
-    x: int, x_stride: int, rows: int, depth: int, hidden: int, outputs: int, rank: int, groups: int,
+    bfloat16: bool, x: int, x_stride: int, rows: int, depth: int, hidden: int, outputs: int, rank: int, groups: int,
     selected_groups: int, threshold: float, weight: int, bias: int, value_weight: int, value_bias: int,
     down_weight: int, down_bias: int, light_down: int, light_up: int, light_hidden: int, light_bias: int,
     gate_weight: int, gate_bias: int, noise: int, panels: int, hard: bool, activation: int, y: int, selected: int,
@@ -73,10 +73,12 @@ def ffn_backward(
 
 ffn_panel_group: int
 
-def packed_ffn_size(depth: int, hidden: int, outputs: int, rank: int, groups: int, gated: bool) -> int: ...
+def packed_ffn_size(
+    bfloat16: bool, depth: int, hidden: int, outputs: int, rank: int, groups: int, gated: bool
+) -> int: ...  # fmt: skip
 def pack_ffn(
-    depth: int, hidden: int, outputs: int, rank: int, groups: int, weight: int, value_weight: int, down_weight: int,
-    light_down: int, light_up: int, gate_weight: int, panels: int, threads: int,
+    bfloat16: bool, depth: int, hidden: int, outputs: int, rank: int, groups: int, weight: int, value_weight: int,
+    down_weight: int, light_down: int, light_up: int, gate_weight: int, panels: int, threads: int,
 ) -> None: ...  # fmt: skip
 def sample(data: int, bytes: int) -> int: ...
 
@@ -93,9 +95,9 @@ class PreparedLinear:
 
 class PreparedFfn:
     def __init__(
-        self, parameters: dict[str, Any], states: dict[str, tuple[int, int, int]], depth: int, hidden: int,
-        outputs: int, rank: int, groups: int, selected_groups: int, threshold: float, hard: bool, activation: int,
-        panels: Tensor,
+        self, parameters: dict[str, Any], states: dict[str, tuple[int, int, int]], bfloat16: bool,
+        depth: int, hidden: int, outputs: int, rank: int, groups: int, selected_groups: int, threshold: float,
+        hard: bool, activation: int, panels: Tensor,
     ) -> None: ...  # fmt: skip
     def run(
         self, x: Tensor, parameters: dict[str, Any], threads: int, selection: bool = False

@@ -329,11 +329,12 @@ def prepare_ffn(
     if states is None or packed.weight is None:
         return None
     tensors = [p for p in plain.values() if p is not None]
-    if not all(p.is_contiguous() and p.dtype == torch.float32 and p.device.type == "cpu" for p in tensors):
+    dtype = packed.weight.dtype
+    if not all(p.is_contiguous() and p.dtype == dtype and p.device.type == "cpu" for p in tensors):
         return None
     (hidden, depth), (groups, rank) = parameters["weight"].shape, parameters["gate_weight"].shape
     return _native.PreparedFfn(
-        plain, states, depth, hidden, len(parameters["down_weight"]), rank, groups, choices.k,
+        plain, states, dtype == torch.bfloat16, depth, hidden, len(parameters["down_weight"]), rank, groups, choices.k,
         _least(choices.threshold), choices.interpolation == "hard", reference_ffn.ACTIVATIONS.index(activation),
         packed.weight,
     )  # fmt: skip
@@ -508,8 +509,6 @@ def _unsupported(op: str, x: Tensor, *, weight: Tensor, **_: Any) -> str | None:
         return f"x is on {x.device}, expected the CPU"
     if x.dtype not in (torch.float32, torch.bfloat16):
         return f"x has dtype {x.dtype}, expected float32 or bfloat16"
-    if op.startswith("ffn") and x.dtype != torch.float32:
-        return f"x has dtype {x.dtype}, expected float32 for FFNs"
     if weight.dtype != x.dtype:
         return f"weight has dtype {weight.dtype}, expected {x.dtype} like x"
     return None

@@ -87,8 +87,8 @@ def _call(
     y = huge_pages.empty_where_mapped((*x.shape[:-1], n), x.dtype)
     selected = x.new_empty((*x.shape[:-1], k), dtype=torch.int32)
     kernels.ffn_forward(
-        rows.data_ptr(), rows.stride(0), rows.shape[0], rows.shape[1], hidden, n, rank, groups, k,
-        -math.inf if threshold is None else threshold, *parameters, _address(noise), _address(panels),
+        x.dtype == torch.bfloat16, rows.data_ptr(), rows.stride(0), rows.shape[0], rows.shape[1], hidden, n, rank,
+        groups, k, -math.inf if threshold is None else threshold, *parameters, _address(noise), _address(panels),
         interpolation == "hard", ACTIVATIONS.index(activation), y.data_ptr(), selected.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip
@@ -103,8 +103,18 @@ def ffn_backward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Return the gradients of the thirteen tensors for ``ste="selected"``, empty where not needed.
 
-    The kernel goes through the selected hidden units; products of light path and gate are torch's.
+    The kernel goes through the selected hidden units; products of light path and gate are torch's. All is float32: half
+    precision is widened first.
     """
+    if x.dtype != torch.float32:
+        given = (
+            grad_y, x, weight, bias, value_weight, value_bias, down_weight, light_down, light_up, light_hidden,
+            gate_weight, gate_bias,
+        )  # fmt: skip
+        wide_grad_y, *wide = (None if t is None else t.float() for t in given)
+        rest: tuple[Any, ...] = (*wide, activation, interpolation, needs, padded)
+        grads = ffn_backward(kernels, wide_grad_y, selected, *rest)  # type: ignore[arg-type]
+        return tuple(g.to(x.dtype) for g in grads)
     groups, k = gate_weight.shape[0], selected.shape[-1]
     rows, grad = x.reshape(-1, x.shape[-1]), grad_y.reshape(-1, grad_y.shape[-1]).contiguous()
     if rows.stride(-1) != 1:
@@ -163,7 +173,7 @@ def pack_ffn(
 ) -> Tensor:  # fmt: skip
     """Return new panels of contiguous weights; their padding is zero with ``clean``, else whatever was there."""
     (hidden, depth), (groups, rank) = weight.shape, gate_weight.shape
-    sizes = (depth, hidden, len(down_weight), rank, groups)
+    sizes = (weight.dtype == torch.bfloat16, depth, hidden, len(down_weight), rank, groups)
     panels = huge_pages.empty(kernels.packed_ffn_size(*sizes, value_weight is not None), weight.dtype)
     if clean:
         panels.zero_()

@@ -54,7 +54,6 @@ def ffn_runs_on_panels(parameters: dict[str, Any], group_size: int) -> bool:
     tensors = [parameters[name] for name in PACKED_NAMES if parameters[name] is not None]
     return (
         native.takes(weight, weight)
-        and weight.dtype == torch.float32
         and all(t.is_contiguous() and t.dtype == weight.dtype and t.device == weight.device for t in tensors)
         and group_size >= native.extension().ffn_panel_group
     )

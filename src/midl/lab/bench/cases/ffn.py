@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterator
 
@@ -26,18 +27,20 @@ _GROUP_SIZES = (1, 16, 32)
 @register
 def cases() -> Iterator[Case]:
     """Yield FFNs of a small and of a large encoder, GELU, four times as wide inside, batch 1 to 128."""
-    for features in (768, 1024):
-        for batch in (1, 16, 128):
-            yield _case(features, 4 * features, batch)
+    for dtype in (torch.float32, torch.bfloat16):
+        for features in (768, 1024):
+            for batch in (1, 16, 128):
+                yield _case(features, 4 * features, batch, dtype)
 
 
-def _case(features: int, hidden: int, batch: int) -> Case:
+def _case(features: int, hidden: int, batch: int, dtype: torch.dtype) -> Case:
     def measure(session: Session, case: Case) -> list[Row]:
         with torch.no_grad():
-            inputs = fresh_inputs(batch, features, dtype=torch.float32)
+            inputs = fresh_inputs(batch, features, dtype=dtype)
             packed = functools.partial(_pack, batch=batch)
             contenders = len(_GROUP_SIZES) + (3 if session.compile else 2)
-            contest = Contest(session.keep_cold(contenders * 8 * features * hidden), session.peak_gflops(torch.float32))
+            bytes_of_one = 2 * features * hidden * dtype.itemsize
+            contest = Contest(session.keep_cold(contenders * bytes_of_one), session.peak_gflops(dtype))
             contest.add("dense FFN", lambda: _dense(contest, "dense FFN", hidden, inputs, lambda ffn: ffn))
             contest.add("oneDNN packed", lambda: _dense(contest, "oneDNN packed", hidden, inputs, packed))
             if session.compile:
@@ -52,9 +55,10 @@ def _case(features: int, hidden: int, batch: int) -> Case:
             free_compiled()
         return rows
 
-    params = {"dtype": "float32", "in_features": features, "hidden_features": hidden, "batch": batch}
+    name = str(dtype).removeprefix("torch.")
+    params = {"dtype": name, "in_features": features, "hidden_features": hidden, "batch": batch}
     return Case(
-        "ffn/float32", f"{features}x{hidden}x{features}/batch{batch}", measure, (features, batch) == (768, 1), params
+        f"ffn/{name}", f"{features}x{hidden}x{features}/batch{batch}", measure, (features, batch) == (768, 1), params
     )
 
 
@@ -70,23 +74,26 @@ def _dense(
     contest: Contest, name: str, hidden: int, inputs: list[Tensor],
     of_ffn: Callable[[nn.Sequential], Callable[..., Tensor]],
 ) -> Contender:  # fmt: skip
-    features, copies = inputs[0].shape[1], contest.cold.copies
-    ffns = [
-        nn.Sequential(nn.Linear(features, hidden), nn.GELU(), nn.Linear(hidden, features)).eval().requires_grad_(False)
-        for _ in range(copies)
-    ]
+    (_, features), dtype, copies = inputs[0].shape, inputs[0].dtype, contest.cold.copies
+
+    def ffn() -> nn.Sequential:
+        up, down = nn.Linear(features, hidden, dtype=dtype), nn.Linear(hidden, features, dtype=dtype)
+        return nn.Sequential(up, nn.GELU(), down).eval().requires_grad_(False)
+
+    ffns = [ffn() for _ in range(copies)]
     calls = [of_ffn(ffn) for ffn in ffns]
 
     def check() -> Parity:
-        return compare_tensors({"y": calls[0](inputs[0])}, {"y": ffns[0](inputs[0])}, torch.float32)
+        expected = copy.deepcopy(ffns[0]).float()(inputs[0].float())
+        return compare_tensors({"y": calls[0](inputs[0])}, {"y": expected}, dtype)
 
     return dense_contender(name, "dense FFN", calls, inputs, check)
 
 
 def _midl(contest: Contest, kernel: str, hidden: int, group_size: int, inputs: list[Tensor]) -> Contender:
-    batch, features = inputs[0].shape
+    (batch, features), dtype = inputs[0].shape, inputs[0].dtype
     copies = contest.cold.copies
-    layers = [make_ffn(features, hidden, active=ACTIVE, group_size=group_size) for _ in range(copies)]
+    layers = [make_ffn(features, hidden, active=ACTIVE, group_size=group_size, dtype=dtype) for _ in range(copies)]
 
     def prepare(i: int) -> tuple[midl.MIDFFN, Tensor]:
         midl.kernels(kernel)
@@ -103,7 +110,7 @@ def _midl(contest: Contest, kernel: str, hidden: int, group_size: int, inputs: l
         call=lambda argument: argument[0](argument[1]),
         check=lambda: check_ffn(layer, inputs[0], kernel),
         flops=count_flops(lambda: layer(inputs[0])),
-        read_bytes=4 * (wanted * full + others + 2 * batch * features),
+        read_bytes=dtype.itemsize * (wanted * full + others + 2 * batch * features),
         implementation=implementation(layer, inputs[0], kernel),
         params={"group_size": group_size, "active": ACTIVE, "rank": layer.rank, "kernels": kernel},
     )
