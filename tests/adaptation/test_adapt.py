@@ -232,6 +232,9 @@ def test_layers_that_are_converted_already_are_named():
         ({"budget": float("nan")}, r"budget=nan, expected"),
         ({"budget": 50}, r"budget=50 cannot be met, expected at most \d+\.\d+: \d+\.\d% of the FLOPs are outside"),
         ({"group_size": 0}, r"group_size=0, expected a positive int"),
+        ({"max_active": 1.1}, r"max_active=1.1, expected None or a share of the neurons, from 0 to 1"),
+        ({"max_active": "all"}, r"max_active='all', expected None or a share"),
+        ({"max_active": 0.0, "light_alone": False}, r"max_active=0 cannot be met, expected at least 0\.\d+, which"),
         ({"group_size": 7}, r"nothing in the Sequential could be converted: 0: group_size=7 does not divide its 96"),
         ({"filter_fn": lambda m, n: False}, r"nothing in the Sequential could be converted: 0: filter_fn returned"),
         ({"data": torch.randn(64, 31)}, r"the Sequential does not take the data, a batch of shape \(64, 31\)"),
@@ -389,3 +392,37 @@ def test_a_full_path_stays_where_it_is_asked_for(choice):
     model = _low_rank_network()
     report = midl.adapt(model, torch.randn(512, 64), 1.5, group_size=16, **choice)
     assert all(layer.active > 0 for layer in report.changed)
+
+
+def active_share(model, like):
+    """Of the neurons of all layers that could be converted."""
+    neurons = {name: m.weight.shape[0] for name, m in like.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    layers = {name: model.get_submodule(name) for name in neurons}
+    active = sum(n * getattr(layers[name], "active", 1.0) for name, n in neurons.items())
+    return active / sum(neurons.values())
+
+
+@pytest.mark.parametrize("choices", [{"light_alone": False}, {}, {"light_alone": False, "allocation": "uniform"}])
+def test_no_more_neurons_are_active_than_allowed(choices):
+    dense, x = mlp()[:-1], torch.randn(512, 32)  # all of its layers may be converted
+    free = copy.deepcopy(dense)
+    without = midl.adapt(free, x, 1.2, group_size=4, **choices)
+    share = active_share(free, dense)
+    for limit in (1.0, 0.8 * share, 0.4 * share):
+        model = copy.deepcopy(dense)
+        report = midl.adapt(model, x, 1.2, group_size=4, max_active=limit, **choices)
+        assert report.flops_ratio >= 1.2
+        assert active_share(model, dense) <= limit
+        if limit == 1.0:
+            assert str(model) == str(free)
+            assert report.error == without.error
+        else:
+            assert report.error > without.error
+
+
+def test_the_least_share_of_active_neurons_that_an_error_names_can_be_met():
+    choices = {"group_size": 4, "light_alone": False}
+    with pytest.raises(MIDLError, match=r"max_active=0.01 cannot be met, expected at least 0\.\d+, which") as error:
+        midl.adapt(mlp(), torch.randn(512, 32), 1.2, max_active=0.01, **choices)
+    least = float(str(error.value).split("at least ")[1].split(",")[0])
+    midl.adapt(mlp(), torch.randn(512, 32), 1.2, max_active=least, **choices)

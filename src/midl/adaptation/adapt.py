@@ -12,14 +12,14 @@ from torch.optim import Optimizer
 
 from midl.adaptation.batches import Data, collect, inputs_of, run, size_of
 from midl.adaptation.blocks import find_blocks_to_adapt, group_units, list_block_choices, sample_inputs
-from midl.adaptation.calibrate import calibrate
+from midl.adaptation.calibrate import calibrate, weight_of
 from midl.adaptation.distil import Loss, check_length, check_training, distil, squared_error
 from midl.adaptation.group import group_neurons
 from midl.adaptation.latency import choose_by_latency
 from midl.adaptation.measure import enough_outputs, output_error
 from midl.adaptation.normalization import refresh_normalization
 from midl.adaptation.outputs import hooked, to_rows
-from midl.adaptation.plan import Plan, choose_by_flops, find_layers, list_choices
+from midl.adaptation.plan import ActiveLimit, Plan, choose_by_flops, find_layers, list_choices
 from midl.adaptation.replace import make_replacements
 from midl.adaptation.report import AdaptedLayer, AdaptReport
 from midl.adaptation.sensitivity import weigh_outputs
@@ -32,7 +32,7 @@ from midl.conversion.convert import replace_modules, shared_parameters
 from midl.conversion.families import family_of
 from midl.errors import MIDLError
 
-__all__ = ["adapt"]
+__all__ = ["adapt", "check_max_active"]
 
 
 def adapt(
@@ -45,6 +45,7 @@ def adapt(
     group: bool = True,
     allocation: str = "layerwise",
     light_alone: bool = True,
+    max_active: float | None = None,
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     ffn: bool | Sequence[FFNBlock] = False,
     samples: int = 2048,
@@ -90,6 +91,8 @@ def adapt(
             density and the same share of light path for all, for comparison.
         light_alone: whether a layer may become its light path alone (``active=0``) where that loses least. With
             ``elastic`` or ``threshold`` none does: it would have nothing to choose.
+        max_active: the largest share of the neurons that may be active, of all layers among which the budget is divided
+            (hidden units of FFN blocks); a layer that stays dense has all of its own active. None: no limit.
         filter_fn: called with (module, qualified name); False keeps a layer dense.
         ffn: whether two-layer FFNs become :class:`midl.MIDFFN` blocks: True, or your own, as for :func:`midl.convert_`.
         samples: inputs to calibrate and measure on, from the start of ``data``.
@@ -106,11 +109,12 @@ def adapt(
         seed: of all random choices.
 
     Raises:
-        MIDLError: data that does not fit the model, a budget that cannot be met (the message says the nearest that
-            can), nothing to convert, or a distillation that diverges.
+        MIDLError: data that does not fit the model, a budget or ``max_active`` that cannot be met (the message says the
+            nearest that can), nothing to convert, or a distillation that diverges.
     """
     model = uncompiled(model)  # hooks would not be seen through what torch.compile made of it
     _check(model, data, budget, group_size, allocation, samples, epochs, latency_inputs, threshold, elastic, optimizer)
+    check_max_active(max_active)
     check_training("adapt", lr, kd_ratio, elastic, seed, loss=loss, task_loss=task_loss)
     for name, value in (("optimizer", optimizer), ("filter_fn", filter_fn)):
         check_callable("adapt", name, value)
@@ -178,10 +182,14 @@ def adapt(
                 model, block, inputs[name], batches, expected, rows=rows[name], group_size=group_size
             )
         uniform = allocation == "uniform"
+        limit = None
+        if max_active is not None:
+            ends = {**layers, **{name: block.parts["up"] for name, block in blocks.items()}}
+            limit = ActiveLimit(max_active, {name: weight_of(ends[name]).shape[0] for name in choices})
         if served is None:
-            plan = choose_by_flops(choices, dense_flops, budget, uniform=uniform)
+            plan = choose_by_flops(choices, dense_flops, budget, uniform=uniform, limit=limit)
         else:
-            plan = choose_by_latency(model, layers, blocks, choices, served, budget, uniform=uniform)
+            plan = choose_by_latency(model, layers, blocks, choices, served, budget, uniform=uniform, limit=limit)
         teacher = copy.deepcopy(model) if epochs else None
         replace_modules(model, make_replacements(layers, blocks, plan.chosen))
         refresh_normalization(model, batches, measured, expected)
@@ -220,6 +228,12 @@ def adapt(
         dense_flops / count, flops / count, error_initialised, error, tuple(losses), thresholds,
         plan.latency_before, plan.latency_after,
     )  # fmt: skip
+
+
+def check_max_active(value: object) -> None:
+    """Raise unless ``value`` is one of :func:`adapt`'s ``max_active``."""
+    if value is not None and not (isinstance(value, (int, float)) and 0 <= value <= 1):
+        raise MIDLError(f"adapt: max_active={value!r}, expected None or a share of the neurons, from 0 to 1")
 
 
 def _check(

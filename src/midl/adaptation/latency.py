@@ -21,6 +21,7 @@ from midl.adaptation.plan import (
     ACTIVE,
     LIGHT_ALONE,
     LIGHT_SHARES,
+    ActiveLimit,
     Choice,
     Plan,
     cheaper_than_dense,
@@ -58,6 +59,7 @@ def clock(wall: bool) -> int:
 def choose_by_latency(
     model: nn.Module, layers: Mapping[str, nn.Module], blocks: Mapping[str, Block],
     choices: Mapping[str, Sequence[Choice]], inputs: Any, budget: float, *, uniform: bool = False,
+    limit: ActiveLimit | None = None,
 ) -> Plan:  # fmt: skip
     """Return the plan that loses least among those with which one call takes ``1 / budget`` of the dense model's time.
 
@@ -71,7 +73,7 @@ def choose_by_latency(
         choices: the ways to run each of them, dense first.
         inputs: of the size that will be served.
         budget: the dense model's time, divided by that wanted. Met is what is at most 3 % slower.
-        uniform: as for :func:`midl.adaptation.plan.choose`.
+        uniform, limit: as for :func:`midl.adaptation.plan.choose`.
 
     Raises:
         MIDLError: no plan is as fast; the message says how fast the fastest one is.
@@ -79,12 +81,12 @@ def choose_by_latency(
     with _serving(model):
         call = _bind(model, inputs)
         timed, total = time_choices(model, layers, blocks, choices, call)
-        limit = largest_budget(timed, total, uniform=uniform)
+        fastest = largest_budget(timed, total, uniform=uniform)
         met: list[Plan] = []
-        nearest, target, missed, enough = 0.0, budget, 0.0, limit
-        for i in range(_PLANS if limit > 1 else 0):
-            target = limit if i == _PLANS - 1 and not met else min(target, limit)
-            chosen = choose(timed, total, target, uniform=uniform)
+        nearest, target, missed, enough = 0.0, budget, 0.0, fastest
+        for i in range(_PLANS if fastest > 1 else 0):
+            target = fastest if i == _PLANS - 1 and not met else min(target, fastest)
+            chosen = choose(timed, total, target, uniform=uniform, limit=limit)
             before, after = compare_latency(model, make_replacements(layers, blocks, chosen), call)
             ratio = before.whole / after.whole
             nearest = max(nearest, ratio)

@@ -23,6 +23,7 @@ from midl.errors import MIDLError
 from midl.layers import MIDLayer
 
 __all__ = [
+    "ActiveLimit",
     "Choice",
     "Plan",
     "cheaper_than_dense",
@@ -43,6 +44,8 @@ LIGHT_ALONE = (0.08, 0.12, 0.18, 0.23, 0.29, 0.36, 0.43, 0.52, 0.62, 0.75)
 # Convolutions compute channels in blocks of 8: other ranks cost them a tenth of their speed and more. Matrix products
 # lose little, and narrow layers would lose choices.
 _CHANNELS = 8
+# Errors are relative: what an active neuron may cost where all of them are too many.
+_LEAST_PRICE, _HIGHEST_PRICE = 1e-12, 1e3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +89,28 @@ class Plan:
     choices: dict[str, list[Choice]]
     latency_before: float | None = None
     latency_after: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ActiveLimit:
+    """At most this share of the neurons of some layers may be active; those of a dense layer all are.
+
+    Args:
+        share: of the neurons.
+        neurons: of each layer; hidden units of a block.
+    """
+
+    share: float
+    neurons: Mapping[str, int]
+
+    def active(self, plan: Mapping[str, Choice]) -> float:
+        """Return the share of the neurons that is active in a plan."""
+        count = sum(self.neurons[name] * choice.active for name, choice in plan.items())
+        return count / sum(self.neurons[name] for name in plan)
+
+    def met_by(self, plan: Mapping[str, Choice]) -> bool:
+        """Return whether a plan keeps to it."""
+        return self.active(plan) <= self.share + 1e-9
 
 
 # What a report names even though it has no MID-L counterpart.
@@ -248,12 +273,13 @@ def interpolate(
 
 
 def choose_by_flops(
-    choices: Mapping[str, Sequence[Choice]], dense_flops: int, budget: float, *, uniform: bool = False
-) -> Plan:
+    choices: Mapping[str, Sequence[Choice]], dense_flops: int, budget: float, *, uniform: bool = False,
+    limit: ActiveLimit | None = None,
+) -> Plan:  # fmt: skip
     """Return the plan that loses least with ``dense_flops / budget`` for the whole model; arguments as for ``choose``.
 
     Raises:
-        MIDLError: the budget cannot be met; the message says the nearest that can.
+        MIDLError: the budget, or the limit with it, cannot be met; the message says the nearest that can.
     """
     cheaper = {name: cheaper_than_dense(found) for name, found in choices.items()}
     largest = largest_budget(cheaper, dense_flops, uniform=uniform)
@@ -263,12 +289,13 @@ def choose_by_flops(
             f"{_elsewhere(cheaper, dense_flops) / dense_flops:.1%} of the FLOPs are outside the layers that can be "
             "converted"
         )
-    return Plan(choose(cheaper, dense_flops, budget, uniform=uniform), cheaper)
+    return Plan(choose(cheaper, dense_flops, budget, uniform=uniform, limit=limit), cheaper)
 
 
 def choose(
-    choices: Mapping[str, Sequence[Choice]], total: int, budget: float, *, uniform: bool = False
-) -> dict[str, Choice]:
+    choices: Mapping[str, Sequence[Choice]], total: int, budget: float, *, uniform: bool = False,
+    limit: ActiveLimit | None = None,
+) -> dict[str, Choice]:  # fmt: skip
     """Return the choice for each layer that together lose least with ``total / budget`` for the whole model.
 
     Args:
@@ -276,17 +303,60 @@ def choose(
         total: cost of the whole dense model.
         budget: ratio of the whole model; at most :func:`largest_budget`.
         uniform: let all layers have the same density and share of light path, as far as their groups allow.
+        limit: how many neurons may be active. The plan is then one of those that lose least for what they cost and
+            keep active, which need not be the very best.
+
+    Raises:
+        MIDLError: no plan meets the limit; the message says the nearest that can.
     """
     left = total / budget - _elsewhere(choices, total)
     # At the largest budget the cheapest plan must not be lost to rounding.
     if uniform:
         plans = _list_uniform(choices)
         left = max(left, min(map(_cost, plans)))
-        best = min((plan for plan in plans if _cost(plan) <= left), key=lambda plan: sum(c.error for c in plan))
-        return dict(zip(choices, best, strict=True))
+        named = [dict(zip(choices, plan, strict=True)) for plan in plans if _cost(plan) <= left]
+        met = [plan for plan in named if limit is None or limit.met_by(plan)]
+        if limit is not None and not met:
+            raise _unmet(limit, min(map(limit.active, named)))
+        return min(met, key=lambda plan: sum(choice.error for choice in plan.values()))
     left = max(left, sum(min(choice.cost for choice in found) for found in choices.values()))
-    options = [[Option(choice.cost, choice.error) for choice in found] for found in choices.values()]
-    return {name: found[i] for (name, found), i in zip(choices.items(), allocate(options, int(left)), strict=True)}
+
+    def cheapest(price: float) -> dict[str, Choice]:
+        """Return the choices of least error where an active neuron has a price in errors."""
+        options = [
+            [Option(c.cost, c.error + (price * limit.neurons[name] * c.active if limit else 0)) for c in found]
+            for name, found in choices.items()
+        ]
+        return {name: found[i] for (name, found), i in zip(choices.items(), allocate(options, int(left)), strict=True)}
+
+    plan = cheapest(0.0)
+    if limit is None or limit.met_by(plan):
+        return plan
+    return _lower_active(limit, cheapest)
+
+
+def _lower_active(limit: ActiveLimit, cheapest: Callable[[float], dict[str, Choice]]) -> dict[str, Choice]:
+    """Return the plan of the least price of an active neuron, to a thousandth, that meets the limit."""
+    low = high = _LEAST_PRICE
+    while not limit.met_by(plan := cheapest(high)):
+        if high > _HIGHEST_PRICE:
+            raise _unmet(limit, limit.active(plan))
+        low, high = high, 4 * high
+    while high > low * 1.001:
+        middle = math.sqrt(low * high)
+        tried = cheapest(middle)
+        if limit.met_by(tried):
+            high, plan = middle, tried
+        else:
+            low = middle
+    return plan
+
+
+def _unmet(limit: ActiveLimit, least: float) -> MIDLError:
+    return MIDLError(
+        f"adapt: max_active={limit.share:g} cannot be met, expected at least {math.ceil(1000 * least) / 1000:g}, which "
+        "the layers that cannot do with less have active"
+    )
 
 
 def largest_budget(choices: Mapping[str, Sequence[Choice]], total: int, *, uniform: bool = False) -> float:

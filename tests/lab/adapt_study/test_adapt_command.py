@@ -42,8 +42,8 @@ def test_adapts_saves_and_reports(tmp_path):
     midl.load_(model, tmp_path / "run" / "adapted.safetensors")
     assert any(isinstance(m, midl.MIDLinear) for m in model.modules())
     again = run(
-        "--checkpoint", str(tmp_path / "run" / "dense.safetensors"), "--budget", "1.5", "--threads", "1",
-        "--out", str(tmp_path / "again"),
+        "--checkpoint", str(tmp_path / "run" / "dense.safetensors"), "--budget", "1.5", "--max-active", "1",
+        "--threads", "1", "--out", str(tmp_path / "again"),
     )  # fmt: skip
     assert again.exit_code == 0, again.output
     assert json.loads((tmp_path / "again" / "report.json").read_text())["accuracy"] == report["accuracy"]
@@ -105,6 +105,7 @@ def test_a_curve_of_ones_own_model(tmp_path):
         (("--model", f"{__name__}:no_network"), "returned a str, expected torch.nn.Module"),
         (("--model", "torch.nn:Linear"), "failed (TypeError: "),
         (("--threads", "0"), "threads=0"),
+        (("--max-active", "1.5"), "max_active=1.5, expected None or a share of the neurons"),
         (("--budget", "0.5"), "budget=0.5, expected a ratio above 1"),
         (("--budget", "nan"), "budget=nan, expected a ratio above 1"),
         (("--checkpoint", "nowhere.safetensors"), "'nowhere.safetensors' is not a file"),

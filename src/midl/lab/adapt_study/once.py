@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import midl
+from midl.adaptation.adapt import check_max_active
 from midl.config import check_positive_int
 from midl.errors import MIDLError
 from midl.lab.adapt_study.batches import ShuffledBatches
@@ -46,6 +47,7 @@ class AdaptSettings:
     model: str | None = None
     latency_batch: int | None = None
     threshold: bool = False
+    max_active: float | None = None
 
     def __post_init__(self) -> None:
         # What adapt would find out only after the dense network is trained.
@@ -54,6 +56,7 @@ class AdaptSettings:
         for name in ("group_size", "epochs", "threads", "latency_batch"):
             if getattr(self, name) is not None:
                 check_positive_int("adapt", name, getattr(self, name))
+        check_max_active(self.max_active)
 
 
 def adapt_once(settings: AdaptSettings, out: Path, checkpoint: Path | None = None) -> Iterator[str]:
@@ -67,7 +70,7 @@ def adapt_once(settings: AdaptSettings, out: Path, checkpoint: Path | None = Non
     served = settings.latency_batch
     report = midl.adapt(
         model, ShuffledBatches(dataset, settings.seed), settings.budget, group_size=settings.group_size,
-        latency_inputs=None if served is None else _inputs(dataset, served),
+        latency_inputs=None if served is None else _inputs(dataset, served), max_active=settings.max_active,
         epochs=settings.distil_epochs, threshold=settings.threshold, seed=settings.seed,
         **distillation(recipes_for(settings.dataset)),
     )  # fmt: skip

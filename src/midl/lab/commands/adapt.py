@@ -21,6 +21,9 @@ def adapt(
         int | None,
         typer.Option(min=1, help="Inputs per call for which the budget is one of time.  [default: it counts FLOPs]"),
     ] = None,
+    max_active: Annotated[
+        float | None, typer.Option(help="Largest share of the neurons that may be active.  [default: no limit]")
+    ] = None,
     group_size: Annotated[int, typer.Option(help="Neurons that are selected together.")] = 16,
     threshold: Annotated[
         bool,
@@ -50,7 +53,8 @@ def adapt(
 
     with readable_errors():
         settings = AdaptSettings(
-            dataset, budget, group_size, epochs, distil_epochs, seed, threads, model, latency_batch, threshold
-        )
+            dataset, budget, group_size, epochs, distil_epochs, seed, threads, model, latency_batch, threshold,
+            max_active,
+        )  # fmt: skip
         for line in adapt_once(settings, out, checkpoint):
             typer.echo(line)
