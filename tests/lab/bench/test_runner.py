@@ -15,7 +15,7 @@ from midl.ops.dispatch import selected_kernels
 GROUPS = {
     "forward/float32", "forward/bfloat16", "efficiency/float32", "training/float32", "training/convolution",
     "selection/float32", "convolution/float32", "convolution/bfloat16", "scaling/density", "scaling/width",
-    "scaling/group_size", "scaling/threads", "overhead", "memory/float32", "ffn/float32",
+    "scaling/group_size", "scaling/threads", "overhead", "memory/float32", "ffn/float32", "ffn/bfloat16",
 }  # fmt: skip
 
 
