@@ -271,7 +271,9 @@ struct ForwardPlan {
   std::int64_t first_panel(std::int64_t index) const {
     return index / neuron_blocks.parts * neuron_blocks.groups_per_block * neuron_blocks.parts + index % neuron_blocks.parts;
   }
-  float* light_of(std::int64_t index) const { return light + index * chunk_rows * kPanelWidth; }
+  // interpolate() goes by whole vectors, which may reach beyond the last group: no other thread's block may lie there.
+  std::int64_t light_floats() const { return chunk_rows * kPanelWidth + L; }
+  float* light_of(std::int64_t index) const { return light + index * light_floats(); }
   std::int64_t end_block(std::int64_t first) const { return lesser(first + chunk_blocks, blocks.count); }
   std::int64_t last_row(std::int64_t first) const {
     const std::int64_t end = end_block(first);
@@ -288,8 +290,7 @@ struct ForwardPlan {
     gate = memory.take<float>(chunk_blocks * gate_stride);
     gate_weight = call.gate_weight || (packed_light && kGroupMeansPacked<T>) ? nullptr : memory.take<float>(call.groups * call.rank);
     gate_bias = memory.take<float>(gate_stride);
-    // interpolate() goes by whole vectors, which may reach beyond the last group.
-    light = light_first ? memory.take<float>(neuron_blocks.count * chunk_rows * kPanelWidth + L) : nullptr;
+    light = light_first ? memory.take<float>(neuron_blocks.count * light_floats()) : nullptr;
     taken = memory.take<std::atomic<std::int64_t>>(chunks());
     source.carve(memory);
   }
@@ -324,9 +325,8 @@ struct ThreadMemory {
     members = memory.take<std::int32_t>(plan.chunk_rows);
     weights = memory.take<float>(plan.chunk_rows);
     slice = memory.take<float>(slice_floats());
-    // interpolate() goes by whole vectors, which may reach beyond the last group.
-    light = memory.take<float>(plan.chunk_rows * kPanelWidth + L);
-    full = memory.take<float>(plan.chunk_rows * kPanelWidth + L);
+    light = memory.take<float>(plan.light_floats());
+    full = memory.take<float>(plan.light_floats());
     bias = memory.take<float>(kPanelWidth + L);
     keys = memory.take<std::int32_t>(round_up(c.groups, L));
     picks = memory.take<std::int32_t>(c.groups + 1);
