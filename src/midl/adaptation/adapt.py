@@ -147,7 +147,9 @@ def adapt(
     expected = enough_outputs(model, batches)
     measured = batches[: len(expected)]
     dense_flops = count_flops(model, batches[0])
-    rows = _count_rows(model, {**layers, **{name: block.parts["up"] for name, block in blocks.items()}}, batches[0])
+    # Whose neurons are chosen from.
+    selecting = {**layers, **{name: block.parts["up"] for name, block in blocks.items()}}
+    rows = _count_rows(model, selecting, batches[0])
     modes = {name: module.training for name, module in model.named_modules()}
     before = [(t, t.detach().clone()) for t in (*model.parameters(), *model.buffers())]
     gradients = {id(p): p.grad for p in model.parameters()}
@@ -184,8 +186,7 @@ def adapt(
         uniform = allocation == "uniform"
         limit = None
         if max_active is not None:
-            ends = {**layers, **{name: block.parts["up"] for name, block in blocks.items()}}
-            limit = ActiveLimit(max_active, {name: weight_of(ends[name]).shape[0] for name in choices})
+            limit = ActiveLimit(max_active, {name: len(weight_of(module)) for name, module in selecting.items()})
         if served is None:
             plan = choose_by_flops(choices, dense_flops, budget, uniform=uniform, limit=limit)
         else:
