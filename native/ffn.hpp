@@ -14,8 +14,10 @@ namespace {
 constexpr std::int64_t kFfnRows = 128;
 // Fewer rows per thread than this are computed by all threads together, or each would read most weights for a few rows.
 constexpr std::int64_t kFfnOwnRows = 128;
+// So many rows of hidden units, which lie close together, go over a panel of the down-projection at once.
+constexpr std::int64_t kFfnTallTile = L >= 16 ? 14 : panel_rows(2);
 // Up to this many rows wait for memory: all outputs of a group, which lie side by side, before the next group.
-constexpr std::int64_t kFfnByGroupRows = kTallTile;
+constexpr std::int64_t kFfnByGroupRows = kFfnTallTile;
 MIDL_INLINE std::int64_t groups_of_panels(std::int64_t groups, std::int64_t hidden) {
   return hidden / groups < midl::kFfnPanelGroup ? 1 : groups;
 }
@@ -145,7 +147,7 @@ template <int R, class T>
     for (int v = 0; v < 2; ++v) store(out[r] + column + v * L, acc[r][v]);
 }
 
-template <class T, int R = int(kTallTile), class... Args>
+template <class T, int R = int(kFfnTallTile), class... Args>
 void add_units_of(std::int64_t rows, Args... args) {
   if (rows == R) return add_units<R, T>(args...);
   if constexpr (R > 1) add_units_of<T, R - 1>(rows, args...);
@@ -678,7 +680,7 @@ class FfnThread {
     if constexpr (kTiles && sizeof(T) == 2) {
       if (m > kFfnTileRows) return add_units_by_tiles(hidden, m, panel, targets_, column, next);
     }
-    const std::int64_t tiles = m <= kTallTile ? 1 : divide_up(m, panel_rows(2)), even = divide_up(m, tiles);
+    const std::int64_t tiles = m <= kFfnTallTile ? 1 : divide_up(m, panel_rows(2)), even = divide_up(m, tiles);
     for (std::int64_t r = 0; r < m; r += even)
       for (int c = 0; c < kPanelWidth; c += 2 * L)
         add_units_of<T>(lesser(even, m - r), hidden + r * kPanelWidth, panel + c * units, count, targets_ + r, column + c,

@@ -23,17 +23,27 @@ using std::int64_t;
 namespace midl {
 
 std::uint64_t sample(std::uintptr_t data, int64_t bytes) {
-  // One word from each of 61 stretches, at places without a period: masks of rows or columns are seen.
-  constexpr int64_t kSamples = 61;
-  const int64_t words = bytes / 4, step = words / kSamples < 1 ? 1 : words / kSamples;
+  // 64 words at places without a period: masks of elements, rows or columns are seen. What costs is not a word but the page it
+  // lies in, whose place in memory has to be looked up, so of a large tensor four words share one.
+  constexpr int64_t kWords = 64, kTogether = 4, kPage = 1024;  // in words
+  const auto* base = reinterpret_cast<const char*>(data);
+  const int64_t words = bytes / 4, last = words - 1, together = words < kWords * kPage ? 1 : kTogether;
+  const int64_t step = words / (kWords / together) < 1 ? 1 : words / (kWords / together);
   std::uint64_t hash = 14695981039346656037u;
   std::uint32_t random = 0;  // the first word is one of them
-  for (int64_t i = 0; i < words; i += step) {
-    const int64_t at = i + int64_t(std::uint64_t(random) * std::uint64_t(step) >> 32);
+  const auto below = [&random](int64_t limit) {
+    const auto at = int64_t(std::uint64_t(random) * std::uint64_t(limit) >> 32);
     random = random * 1664525u + 1013904223u;
-    std::uint32_t word;
-    std::memcpy(&word, reinterpret_cast<const char*>(data) + 4 * (at < words ? at : words - 1), 4);
-    hash = (hash ^ word) * 1099511628211u;
+    return at;
+  };
+  for (int64_t i = 0; i < words; i += step) {
+    int64_t at = i + below(step);
+    const int64_t page = at - int64_t((data / 4 + std::uintptr_t(at)) % kPage);
+    for (int64_t j = 0; j < together; ++j, at = page + below(kPage)) {
+      std::uint32_t word;
+      std::memcpy(&word, base + 4 * (at < 0 ? 0 : at > last ? last : at), 4);
+      hash = (hash ^ word) * 1099511628211u;
+    }
   }
   return hash;
 }

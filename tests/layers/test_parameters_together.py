@@ -88,15 +88,25 @@ def test_cached_parametrizations(layer_and_input):
             assert torch.allclose(layer(x), expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("shape", [(256, 512), (784, 1024), (768, 3072)])
-def test_masks_of_columns_through_data_are_seen(shape):
+MASKS = {
+    "every other column": lambda n, d: torch.arange(d) % 2 == 1,
+    "every other row": lambda n, d: (torch.arange(n) % 2 == 1)[:, None],
+    "a third of the rows": lambda n, d: torch.rand(n, 1) < 1 / 3,
+    "an eighth of the elements": lambda n, d: torch.rand(n, d) < 1 / 8,
+    "a tenth of the rows, side by side": lambda n, d: (torch.arange(n) // (n // 10) == 5)[:, None],
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("shape", [(256, 512), (784, 1024), (768, 3072), (1024, 1024)])
+def test_masks_through_data_are_seen(shape, mask):
     torch.manual_seed(0)
     layer = midl.MIDLinear(*shape, group_size=16, gate="light", interpolation="hard").eval()
     x = torch.randn(4, shape[0])
     with torch.no_grad():
         for _ in range(3):
             layer(x)
-        layer.weight.data[:, 1::2] = 0
+        layer.weight.data.masked_fill_(MASKS[mask](*layer.weight.shape), 0)
         actual = layer(x)
         with midl.kernels("reference"):
             assert torch.allclose(actual, layer(x), atol=1e-3)
