@@ -1,5 +1,8 @@
 """Parameters of another dtype or device than the layer's, and others that the fast paths must not take."""
 
+import copy
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -97,11 +100,16 @@ MASKS = {
 }
 
 
+@functools.cache  # it begins with an SVD
+def wide_layer(*shape):
+    return midl.MIDLinear(*shape, group_size=16, gate="light", interpolation="hard").eval()
+
+
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("shape", [(256, 512), (784, 1024), (768, 3072), (1024, 1024)])
+@pytest.mark.parametrize("shape", [(256, 512), (784, 1024), (1024, 512)])
 def test_masks_through_data_are_seen(shape, mask):
     torch.manual_seed(0)
-    layer = midl.MIDLinear(*shape, group_size=16, gate="light", interpolation="hard").eval()
+    layer = copy.deepcopy(wide_layer(*shape))
     x = torch.randn(4, shape[0])
     with torch.no_grad():
         for _ in range(3):
