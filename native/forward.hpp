@@ -218,7 +218,7 @@ template <class Source>
 void read_gate_bias(ForwardPlan<Source>& plan);
 
 // Rows of y whose lines are fetched before they are written.
-constexpr std::int64_t kRowsAhead = 12;
+constexpr std::int64_t kRowsAhead = 32;
 
 // Everything the phases of a call share.
 template <class Source>
@@ -642,6 +642,13 @@ void compute_neurons(const ForwardPlan<S>& plan, ThreadMemory& memory, std::int6
   const auto& c = plan.call;
   const NeuronBlocks::Block block = plan.neuron_blocks[index];
   const std::int64_t m = rows.end - rows.begin;
+  using Output = typename S::Output;
+  Output* y = static_cast<Output*>(c.y) + rows.begin * c.neurons + block.first;
+  // Lines of y lie far apart.
+  const auto fetch = [&](std::int64_t r) {
+    __builtin_prefetch(y + r * c.neurons, 0, 2);
+    if constexpr (sizeof(Output) == 4) __builtin_prefetch(y + r * c.neurons + 16, 0, 2);
+  };
   if (plan.light_first) {
     memory.light = plan.light_of(index);
     read_bias(plan, memory, block);
@@ -649,6 +656,7 @@ void compute_neurons(const ForwardPlan<S>& plan, ThreadMemory& memory, std::int6
     compute_light(plan, memory, index, rows, chunk_start);
   }
 
+  for (std::int64_t r = 0; r < lesser(m, kRowsAhead); ++r) fetch(r);
   if (c.full)
     mix_computed(plan, memory, index, rows, chunk_block);
   else if (narrow<T>(plan.group_size))
@@ -656,16 +664,10 @@ void compute_neurons(const ForwardPlan<S>& plan, ThreadMemory& memory, std::int6
   else
     mix_groups(plan, memory, index, next, rows, chunk_block, chunk_start);
 
-  using Output = typename S::Output;
-  Output* y = static_cast<Output*>(c.y) + rows.begin * c.neurons + block.first;
   for (std::int64_t r = 0; r < m; ++r) {
     const float* from = memory.light + r * kPanelWidth;
     Output* to = y + r * c.neurons;
-    // Lines of y lie far apart.
-    if (r + kRowsAhead < m) {
-      __builtin_prefetch(to + kRowsAhead * c.neurons, 1);
-      if constexpr (sizeof(Output) == 4) __builtin_prefetch(to + kRowsAhead * c.neurons + 16, 1);
-    }
+    if (r + kRowsAhead < m) fetch(r + kRowsAhead);
     std::int64_t j = 0;
     if (c.relu) {
       // NaN stays.
