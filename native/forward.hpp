@@ -32,6 +32,9 @@ constexpr std::int64_t kApartRows = 128;
 // Up to this many rows, which one tile takes, a layer waits for memory: then threads read their part of light_up in one
 // go, before the panels that were selected.
 constexpr std::int64_t kLightFirstRows = panel_rows(2);
+// Rows per thread from which the code is always dealt out by rows, and what makes shares of its columns even.
+constexpr std::int64_t kColumnRows = 33;
+constexpr double kEvenShares = 1.1;
 // Below this many, every thread computes the gate for itself rather than wait for the others' share.
 constexpr double kRepeatWorth = 100e3;
 
@@ -43,6 +46,16 @@ struct Range {
 MIDL_INLINE Range part_of(std::int64_t n, std::int64_t i, std::int64_t parts, std::int64_t step) {
   const std::int64_t steps = divide_up(n, step);
   return {lesser(n, steps * i / parts * step), lesser(n, steps * (i + 1) / parts * step)};
+}
+
+// The size of the largest of them.
+MIDL_INLINE std::int64_t largest_part(std::int64_t n, std::int64_t parts, std::int64_t step) {
+  std::int64_t largest = 0;
+  for (std::int64_t i = 0; i < parts; ++i) {
+    const Range part = part_of(n, i, parts, step);
+    if (part.end - part.begin > largest) largest = part.end - part.begin;
+  }
+  return largest;
 }
 
 // The threads that compute a chunk together.
@@ -705,8 +718,10 @@ void forward_chunk(ForwardPlan<S>& plan, ThreadMemory& memory, std::int64_t firs
     plan.source.prepare({start, end}, team);
     team.wait();
   }
-  // Many rows are dealt out by rows, few rows by columns of the code.
-  const bool by_rows = rows >= team.threads * kTileRows;
+  // Many rows are dealt out by rows, few rows by columns of the code, so that each thread reads its share of light_down alone; of
+  // neither few nor many, by columns where their shares are even.
+  const double columns = double(largest_part(c.rank, team.threads, kPanelWidth) * team.threads) / double(c.rank);
+  const bool by_rows = rows >= team.threads * (columns < kEvenShares ? kColumnRows : kTileRows);
   compute_code(plan, memory, by_rows ? shift(part_of(rows, team.thread, team.threads, kTileRows), start) : Range{start, end},
                by_rows ? Range{0, c.rank} : part_of(c.rank, team.thread, team.threads, kPanelWidth), start);
   team.wait();
