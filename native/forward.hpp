@@ -25,10 +25,6 @@ constexpr std::int64_t kChunkRows = 512;
 constexpr std::int64_t kTileChunkElements = 512 * 1024, kLeastTileChunk = 64;
 // Below this many multiply-adds a second thread costs more than it brings.
 constexpr double kThreadWorth = 300e3;
-// Layers with at most this many weights: with many rows, threads take whole chunks and never wait for each other, though
-// each reads all weights.
-constexpr double kApartWeights = 1 << 20;
-constexpr std::int64_t kApartRows = 128;
 // Up to this many rows, which one tile takes, a layer waits for memory: then threads read their part of light_up in one
 // go, before the panels that were selected.
 constexpr std::int64_t kLightFirstRows = panel_rows(2);
@@ -122,6 +118,18 @@ template <class T>
 MIDL_INLINE Narrow narrow_form(std::int64_t rows, std::int64_t groups, std::int64_t selected, bool side_by_side) {
   if (kPicks<T> && side_by_side && rows >= kPickRows && double(selected) * kPickCost < double(groups)) return Narrow::picked;
   return rows >= kDenseRows && double(selected) * kDotCost<T> > double(groups) ? Narrow::dense : Narrow::sparse;
+}
+
+// With so many rows each, threads take whole chunks and never wait for each other, though each reads all weights. Where these are more
+// than fit into the last cache, many threads would wait for them, and so would tile registers.
+constexpr std::int64_t kApartRows = 64, kManyApartRows = 256, kApartThreads = 4;
+constexpr double kApartWeights = 1 << 20;
+template <class T>
+bool works_apart(const midl::LinearForward& call, int threads) {
+  const bool few = double(call.neurons) * double(call.depth) <= kApartWeights;
+  if (kTiles && sizeof(T) == 2 && !few) return false;
+  const std::int64_t each = narrow<T>(call.neurons / call.groups) || (kTiles && sizeof(T) == 2) ? 2 * kApartRows : kApartRows;
+  return call.rows >= threads * (few || threads <= kApartThreads ? each : kManyApartRows);
 }
 
 // Where the panels of a layer lie, in elements; those of the light path and gate in one buffer, those of the weight in
@@ -763,8 +771,8 @@ template <class Source>
 void run_forward(const midl::LinearForward& call, const Source& source) {
   if (call.rows == 0) return;
   const int threads = forward_work(call) < kThreadWorth ? 1 : call.threads;
-  const bool apart = threads > 1 && double(call.neurons) * double(call.depth) <= kApartWeights &&
-                     call.rows >= threads * kApartRows && call.rows / call.positions * divide_up(call.positions, call.span) >= threads;
+  const bool apart = threads > 1 && works_apart<typename Source::Element>(call, threads) &&
+                     call.rows / call.positions * divide_up(call.positions, call.span) >= threads;
   ForwardPlan<Source> plan(call, source, apart ? 1 : threads, apart ? threads : 1);
   Carver shared(nullptr), own(nullptr);
   plan.carve(shared);
