@@ -121,14 +121,15 @@ MIDL_INLINE Narrow narrow_form(std::int64_t rows, std::int64_t groups, std::int6
 }
 
 // With so many rows each, threads take whole chunks and never wait for each other, though each reads all weights. Where these are more
-// than fit into the last cache, many threads would wait for them, and so would tile registers.
+// than fit into the last cache, many threads would wait for them, and so would tile registers; shorter vectors gain nothing.
 constexpr std::int64_t kApartRows = 64, kManyApartRows = 256, kApartThreads = 4;
 constexpr double kApartWeights = 1 << 20;
 template <class T>
 bool works_apart(const midl::LinearForward& call, int threads) {
   const bool few = double(call.neurons) * double(call.depth) <= kApartWeights;
-  if (kTiles && sizeof(T) == 2 && !few) return false;
-  const std::int64_t each = narrow<T>(call.neurons / call.groups) || (kTiles && sizeof(T) == 2) ? 2 * kApartRows : kApartRows;
+  const bool waits = L < 16 || (kTiles && sizeof(T) == 2);
+  if (waits && !few) return false;
+  const std::int64_t each = narrow<T>(call.neurons / call.groups) || waits ? 2 * kApartRows : kApartRows;
   return call.rows >= threads * (few || threads <= kApartThreads ? each : kManyApartRows);
 }
 
