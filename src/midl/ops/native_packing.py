@@ -4,7 +4,8 @@ A panel copy costs as much memory as the parameters it copies, so it is made onl
 unchanged parameters: training, where every step changes them, packs slice by slice inside the kernel instead and keeps
 nothing. A copy dies with its weight and is replaced as soon as the parameters change: torch's version counters see
 in-place operations, addresses see swapped storage, and a sample of the values sees edits through ``.data``, which move
-no counter (an edit of a few elements through ``.data`` can slip through; ``clear_packed`` is for that).
+no counter (one of a few elements, or of a tenth of the rows here and there, can slip through; ``clear_packed`` is for
+that).
 """
 
 from __future__ import annotations
