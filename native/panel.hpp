@@ -289,19 +289,12 @@ template <int R, int V, class A, class P>
                          [panel](std::int64_t i, int v) { return panel + i * (V * L) + v * (L * kWord<P>); });
 }
 
-template <int R, int V, class A, class P>
-void panel_remainder(std::int64_t m, const A* const* rows, std::int64_t start, const P* panel, std::int64_t depth,
-                     const float* bias, float* out, std::int64_t ldo, bool accumulate, Ahead ahead) {
+// A tile of m <= R rows.
+template <int V, int R = panel_rows(V), class A, class P>
+void panel_rows_tile(std::int64_t m, const A* const* rows, std::int64_t start, const P* panel, std::int64_t depth,
+                     const float* bias, float* out, std::int64_t ldo, bool accumulate, Ahead ahead = {}) {
   if (m == R) return panel_tile<R, V>(rows, start, panel, depth, bias, out, ldo, accumulate, ahead);
-  if constexpr (R > 1) panel_remainder<R - 1, V>(m, rows, start, panel, depth, bias, out, ldo, accumulate, ahead);
-}
-
-// A tile of m <= panel_rows(V) rows.
-template <int V, class A, class P>
-MIDL_INLINE void panel_rows_tile(std::int64_t m, const A* const* rows, std::int64_t start, const P* panel,
-                                 std::int64_t depth, const float* bias, float* out, std::int64_t ldo,
-                                 bool accumulate, Ahead ahead = {}) {
-  panel_remainder<panel_rows(V), V>(m, rows, start, panel, depth, bias, out, ldo, accumulate, ahead);
+  if constexpr (R > 1) panel_rows_tile<V, R - 1>(m, rows, start, panel, depth, bias, out, ldo, accumulate, ahead);
 }
 
 // sum + row . column, word by word.
