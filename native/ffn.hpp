@@ -331,7 +331,7 @@ class FfnThread {
                               (p.by_group ? divide_up(p.output_panels(), team_.threads) : p.narrow ? kFfnWidePanels : 1));
     panels_ = memory.take<T>(p.narrow && !call_.panels ? kPanelWidth * kPanelWidth * kFfnWidePanels : 0);
     slice_ = memory.take<float>(slice_floats());
-    sums_ = memory.take<float>(p.narrow && kPicks<T> && p.room >= kPickRows ? kPickedSums : 0);
+    sums_ = memory.take<float>(p.narrow && narrow_form<T>(p.room, call_.depth, call_.groups, call_.selected_groups, true) == Narrow::picked ? kPickedSums : 0);
     for (float*& vector : vectors_) vector = memory.take<float>(kPanelWidth);
     own_gate_ = memory.take<float>(p.repeat_gate ? p.room * p.gate_stride : 0);
     gate_ = p.repeat_gate ? own_gate_ : p.gate;
@@ -416,11 +416,12 @@ class FfnThread {
   // Threads that repeat the gate write the same.
   void select(std::int64_t begin, Range rows) {
     const std::int64_t k = call_.selected_groups;
+    const Rule rule(k, call_.groups, call_.threshold, call_.hard);
     for (std::int64_t r = rows.begin; r < rows.end; ++r) {
       float* gate = gate_ + r * plan_.gate_stride;
       std::int32_t* selected = plan_.selected + r * k;
       select_row(gate, call_.noise ? call_.noise + (begin + r) * call_.groups : nullptr, call_.groups,
-                 {.k = k, .least = call_.threshold, .hard = call_.hard}, keys_, picks_, selected, gate);
+                 rule, keys_, picks_, selected, gate);
       float share = 0;
       for (std::int64_t i = 0; i < k && selected[i] >= 0; ++i) share += gate[selected[i]];
       plan_.light_share[r] = 1.0f - share / float(call_.groups);
@@ -524,8 +525,11 @@ class FfnThread {
   // selected units' outputs.
   void compute_parts(std::int64_t begin, std::int64_t rows, std::atomic<std::int64_t>& taken) {
     const std::int64_t parts = plan_.parts.per_group;
-    const Narrow form = narrow_form<T>(rows, call_.groups, call_.selected_groups, true);
-    for (std::int64_t p; (p = taken.fetch_add(1, std::memory_order_relaxed)) < parts;) {
+    const Narrow form = narrow_form<T>(rows, call_.depth, call_.groups, call_.selected_groups, true);
+    // Taken one ahead, as groups are.
+    const auto take = [&] { return taken.fetch_add(1, std::memory_order_relaxed); };
+    for (std::int64_t p = take(), next; p < parts; p = next) {
+      next = take();
       const std::int64_t first = plan_.parts.first(0, p);
       const int count = plan_.parts.count(p);
       HiddenUnit<T>* hidden = plan_.hidden + p * rows * kPanelWidth;
@@ -549,11 +553,12 @@ class FfnThread {
             float shares[kPanelWidth];
             spread_shares(r, first, count, shares, masks[r]);
           }
-          const auto pick = [&](const T* weight, float* out) {
-            dot_picked(inputs_, masks, rows, weight + first * call_.depth, call_.depth, count, call_.depth, slice_, sums_, out);
+          const auto pick = [&](const T* weight, const T* after, float* out) {
+            dot_picked(inputs_, masks, rows, weight + first * call_.depth, call_.depth, count, call_.depth, slice_, sums_, out, after);
           };
-          pick(call_.weight, sums);
-          if (call_.value_weight) pick(call_.value_weight, value_);
+          const T* after = next < parts ? call_.weight + plan_.parts.first(0, next) * call_.depth : nullptr;
+          pick(call_.weight, call_.value_weight ? call_.value_weight + first * call_.depth : after, sums);
+          if (call_.value_weight) pick(call_.value_weight, after, value_);
         }
       }
       for (std::int64_t r = 0; r < rows; ++r) {

@@ -102,12 +102,12 @@ struct NeuronBlocks {
 
 // Narrow groups (fewer neurons than fill a panel, even a folded one) have three forms. Sparse: dot products of the selected neurons, row by
 // row. Dense: all neurons by panels, those not selected ignored; per multiply-add that costs kDotCost times less, but
-// reads every weight, which only many rows repay. Picked, for many rows: dot products of the selected neurons, slice by
+// reads every weight, which only many rows repay. Picked, for neurons that several rows picked: dot products of the selected neurons, slice by
 // slice, see picked.hpp.
 enum class Narrow { sparse, dense, picked };
 template <class T>
 constexpr double kDotCost = kTiles && sizeof(T) == 2 ? 25 : 3.3;
-constexpr std::int64_t kDenseRows = 8;
+constexpr std::int64_t kDenseRows = 8, kPickRows = 32;
 
 template <class T>
 MIDL_INLINE bool narrow(std::int64_t group_size) {
@@ -115,9 +115,11 @@ MIDL_INLINE bool narrow(std::int64_t group_size) {
 }
 // Of the product of `rows` rows, each with elements `side_by_side`, with narrow groups of which each row selects some.
 template <class T>
-MIDL_INLINE Narrow narrow_form(std::int64_t rows, std::int64_t groups, std::int64_t selected, bool side_by_side) {
-  if (kPicks<T> && side_by_side && rows >= kPickRows && double(selected) * kPickCost < double(groups)) return Narrow::picked;
-  return rows >= kDenseRows && double(selected) * kDotCost<T> > double(groups) ? Narrow::dense : Narrow::sparse;
+MIDL_INLINE Narrow narrow_form(std::int64_t rows, std::int64_t depth, std::int64_t groups, std::int64_t selected, bool side_by_side) {
+  const bool densely = double(selected) * kDotCost<T> > double(groups);
+  if (side_by_side && enough_picks<T>(rows, groups, selected) && (!densely || (rows >= kPickRows && few_picks<T>(depth, groups, selected))))
+    return Narrow::picked;
+  return densely && rows >= kDenseRows ? Narrow::dense : Narrow::sparse;
 }
 
 // With so many rows each, threads take whole chunks and never wait for each other, though each reads all weights. Where these are more
@@ -286,7 +288,7 @@ struct ForwardPlan {
     row_parts = lesser(row_parts, divide_up(chunk_rows, 4 * kTileRows));
     if (threads == 1) row_parts = 1;
     light_first = chunk_rows <= kLightFirstRows;
-    form = narrow_form<T>(c.rows, c.groups, c.selected_groups, Source::kSideBySide);
+    form = narrow_form<T>(c.rows, c.depth, c.groups, c.selected_groups, Source::kSideBySide);
   }
   std::int64_t chunks() const { return divide_up(blocks.count, chunk_blocks); }
   // Of a block of neurons that fill panels.
@@ -457,11 +459,12 @@ template <class S>
 void select_groups(const ForwardPlan<S>& plan, ThreadMemory& memory, Range blocks, std::int64_t chunk_block) {
   // Threads that repeat the gate write the same selection.
   const auto& c = plan.call;
+  const Rule rule(c.selected_groups, c.groups, c.threshold, c.hard);
   for (std::int64_t b = blocks.begin; b < blocks.end; ++b) {
     const std::int64_t block = chunk_block + b;
     float* gate = memory.gate + b * plan.gate_stride;
-    select_row(gate, c.noise ? c.noise + block * c.groups : nullptr, c.groups,
-               {.k = c.selected_groups, .least = c.threshold, .hard = c.hard}, memory.keys, memory.picks, c.selected ? c.selected + block * c.selected_groups : nullptr, gate);
+    select_row(gate, c.noise ? c.noise + block * c.groups : nullptr, c.groups, rule, memory.keys,
+               memory.picks, c.selected ? c.selected + block * c.selected_groups : nullptr, gate);
   }
 }
 
@@ -882,11 +885,11 @@ midl::PackedSizes packed_sizes(const midl::LinearPack& call) {
                                                  : sizes(PackedLayout<float>(call.depth, call.rank, blocks));
 }
 
-bool wants_weight_panels(midl::Storage storage, std::int64_t rows, std::int64_t groups, std::int64_t selected,
+bool wants_weight_panels(midl::Storage storage, std::int64_t rows, std::int64_t depth, std::int64_t groups, std::int64_t selected,
                          std::int64_t group_size, bool convolution) {
   const auto wants = [&](auto element) {
     using T = decltype(element);
-    return !narrow<T>(group_size) || narrow_form<T>(rows, groups, selected, !convolution) == Narrow::dense;
+    return !narrow<T>(group_size) || narrow_form<T>(rows, depth, groups, selected, !convolution) == Narrow::dense;
   };
   return storage == midl::Storage::bfloat16 ? wants(bf16{}) : wants(float{});
 }
@@ -903,13 +906,14 @@ void topk(const midl::TopK& call) {
   const int threads = double(call.rows) * double(call.groups) < kThreadWorth / 16 ? 1 : call.threads;
   const std::size_t bytes = std::size_t(round_up(2 * padded + 1, 16)) * sizeof(std::int32_t);
   char* memory = midl::scratch(bytes * std::size_t(threads));
+  const Rule rule(call.k, call.groups, call.threshold, false);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     std::int32_t* keys = reinterpret_cast<std::int32_t*>(memory + bytes * std::size_t(omp_get_thread_num()));
     const Range rows = part_of(call.rows, omp_get_thread_num(), omp_get_num_threads(), 1);
     for (std::int64_t r = rows.begin; r < rows.end; ++r)
-      select_row(call.scores + r * call.groups, nullptr, call.groups,
-                 {.k = call.k, .least = call.threshold, .hard = false}, keys, keys + padded, call.selected + r * call.k, nullptr);
+      select_row(call.scores + r * call.groups, nullptr, call.groups, rule, keys, keys + padded,
+                 call.selected + r * call.k, nullptr);
   }
 }
 

@@ -249,7 +249,7 @@ struct Kernels {
   void (*convolution_code)(const ConvolutionCode&);
   void (*convolution_backward)(const ConvolutionBackward&);
   PackedSizes (*packed_sizes)(const LinearPack&);
-  bool (*wants_weight_panels)(Storage, std::int64_t rows, std::int64_t groups, std::int64_t selected,
+  bool (*wants_weight_panels)(Storage, std::int64_t rows, std::int64_t depth, std::int64_t groups, std::int64_t selected,
                               std::int64_t group_size, bool convolution);
   // Whether linear_backward multiplies what was picked, see picked_backward.hpp.
   bool (*backward_picks)(Storage, std::int64_t rows, std::int64_t groups, std::int64_t selected, std::int64_t group_size);

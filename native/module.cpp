@@ -147,9 +147,9 @@ std::pair<int64_t, int64_t> packed_sizes(bool bfloat16, int64_t depth, int64_t n
   return {sizes.light, sizes.weight};
 }
 
-bool wants_weight_panels(bool bfloat16, int64_t rows, int64_t groups, int64_t selected_groups, int64_t group_size,
-                         bool convolution) {
-  return midl::current().wants_weight_panels(storage_of(bfloat16), rows, groups, selected_groups, group_size, convolution);
+bool wants_weight_panels(bool bfloat16, int64_t rows, int64_t depth, int64_t groups, int64_t selected_groups,
+                         int64_t group_size, bool convolution) {
+  return midl::current().wants_weight_panels(storage_of(bfloat16), rows, depth, groups, selected_groups, group_size, convolution);
 }
 
 bool backward_picks(bool bfloat16, int64_t rows, int64_t groups, int64_t selected_groups, int64_t group_size) {
@@ -271,7 +271,7 @@ NB_MODULE(_native, m) {
         "code"_a, "light_up"_a, "hard"_a, "grad_light"_a, "grad_x"_a, "accumulate"_a, "grad_logits"_a, "grad_weight"_a,
         "threads"_a);
   m.def("packed_sizes", &packed_sizes, "bfloat16"_a, "depth"_a, "neurons"_a, "rank"_a, "groups"_a);
-  m.def("wants_weight_panels", &wants_weight_panels, "bfloat16"_a, "rows"_a, "groups"_a, "selected_groups"_a,
+  m.def("wants_weight_panels", &wants_weight_panels, "bfloat16"_a, "rows"_a, "depth"_a, "groups"_a, "selected_groups"_a,
         "group_size"_a, "convolution"_a);
   m.def("backward_picks", &backward_picks, "bfloat16"_a, "rows"_a, "groups"_a, "selected_groups"_a, "group_size"_a);
   m.def("pack", &pack, released, "bfloat16"_a, "depth"_a, "neurons"_a, "rank"_a, "groups"_a, "weight"_a,

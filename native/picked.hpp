@@ -12,10 +12,21 @@ namespace {
 // Whether there are registers for it, and no tile registers, with which all neurons take less time than the picked ones.
 template <class T>
 constexpr bool kPicks = L >= 16 && !(kTiles && sizeof(T) == 2);
-// Fewer rows don't repay copies of the neurons.
-constexpr std::int64_t kPickRows = 32;
-// Time of a multiply-add, that of one of all neurons by panels being 1.
-constexpr double kPickCost = 1.5;
+// Fewer picks of a neuron, on average, don't repay its copy.
+constexpr double kPicksWorthCopy = 3;
+// Time of a multiply-add, that of one of all neurons by panels being 1, and of a pick, in words of the depth.
+constexpr double kPickCost = 1.5, kPickWords = 80;
+
+// Whether picking takes less time than dot products row by row.
+template <class T>
+MIDL_INLINE bool enough_picks(std::int64_t rows, std::int64_t groups, std::int64_t selected) {
+  return kPicks<T> && double(rows) * double(selected) >= kPicksWorthCopy * double(groups);
+}
+// Whether many rows' picking does than all neurons by panels.
+template <class T>
+MIDL_INLINE bool few_picks(std::int64_t depth, std::int64_t groups, std::int64_t selected) {
+  return double(selected) * (kPickCost * double(depth) + kPickWords * kWord<T>) < double(groups) * double(depth);
+}
 
 // Vectors of a row in registers; kPanelWidth neurons as deep fill three quarters of a cache of 32 KiB.
 constexpr int kPickVectors = 12;

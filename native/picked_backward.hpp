@@ -12,6 +12,8 @@ namespace {
 
 // Wider groups fill the tiles of backward.hpp well enough.
 constexpr std::int64_t kPickedGroup = 2;
+// Fewer rows don't repay the copies.
+constexpr std::int64_t kPickBackwardRows = 32;
 constexpr std::int64_t kPickedBlock = 32;
 static_assert(kPickedBlock == kPanelWidth);
 // Rows whose gradients are kept in every form that is needed.
@@ -260,8 +262,8 @@ inline void run_picked_backward(const midl::LinearBackward& call) {
 }
 
 bool backward_picks(midl::Storage storage, std::int64_t rows, std::int64_t groups, std::int64_t selected, std::int64_t group_size) {
-  return storage == midl::Storage::float32 && group_size <= kPickedGroup &&
-         narrow_form<float>(rows, groups, selected, true) == Narrow::picked;
+  return kPicks<float> && storage == midl::Storage::float32 && group_size <= kPickedGroup && rows >= kPickBackwardRows &&
+         double(selected) * kPickCost < double(groups);
 }
 
 void linear_backward(const midl::LinearBackward& call) {

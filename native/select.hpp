@@ -1,10 +1,12 @@
 // Exact Top-k of a row by threshold search, fused with the sigmoid of the gate.
 //
 // Scores become integer keys of the same order (-0 as +0, NaN as -inf). The search narrows [low, high) with
-// count(key >= low) >= k > count(key >= high), by interpolation and, whenever that is slow, by halving; most rows end
-// early, at a threshold that exactly k keys reach. Ties at the threshold go to the lowest index. A call may set a least
+// count(key >= low) >= k > count(key >= high): the first guess is where the k-th key of a normal distribution would lie, the
+// next ones interpolate and, whenever that is slow, halve. Most rows end early, at a threshold that exactly k keys reach. Ties at the threshold go to the lowest index. A call may set a least
 // score of its own: the keys that reach it are counted first, and where they are fewer than k they are the selection.
 #pragma once
+
+#include <utility>
 
 #include "simd.hpp"
 
@@ -34,10 +36,32 @@ MIDL_INLINE std::int32_t to_key(float score) {
   return bits ^ ((bits >> 31) & 0x7fffffff);
 }
 
-MIDL_INLINE std::int64_t sum(IVec v) {
-  std::int64_t total = 0;
-  for (int i = 0; i < L; ++i) total += v[i];
-  return total;
+MIDL_INLINE IVec lesser_of(IVec a, IVec b) { return a < b ? a : b; }
+MIDL_INLINE IVec greater_of(IVec a, IVec b) { return a > b ? a : b; }
+
+// All lanes combined by `join`, which must not care for their order.
+template <int N, class V, class Join, std::size_t... I>
+MIDL_INLINE V join_rotated(V v, Join join, std::index_sequence<I...>) {
+  return join(v, __builtin_shufflevector(v, v, (int(I) + N) % L...));
+}
+template <int N = L / 2, class V, class Join>
+MIDL_INLINE auto join_lanes(V v, Join join) {
+  if constexpr (N == 0) return v[0];
+  else return join_lanes<N / 2>(join_rotated<N>(v, join, std::make_index_sequence<L>{}), join);
+}
+template <class V>
+MIDL_INLINE auto sum(V v) {
+  return join_lanes(v, [](V a, V b) { return a + b; });
+}
+
+// total + 1 in lanes where key >= threshold
+MIDL_INLINE IVec count_lanes(IVec total, IVec key, IVec threshold) {
+#ifdef __AVX512F__
+  return (IVec)_mm512_mask_sub_epi32((__m512i)total, _mm512_cmpge_epi32_mask((__m512i)key, (__m512i)threshold), (__m512i)total,
+                                     _mm512_set1_epi32(-1));
+#else
+  return total - (IVec)(key >= threshold);
+#endif
 }
 
 // Keys that reach `threshold`; `keys` is padded with kLowestKey to a multiple of L.
@@ -46,10 +70,10 @@ inline std::int64_t count_reaching(const std::int32_t* keys, std::int64_t padded
   IVec a = {}, b = {};
   std::int64_t i = 0;
   for (; i + 2 * L <= padded; i += 2 * L) {
-    a -= (IVec)(load(keys + i) >= t);
-    b -= (IVec)(load(keys + i + L) >= t);
+    a = count_lanes(a, load(keys + i), t);
+    b = count_lanes(b, load(keys + i + L), t);
   }
-  if (i < padded) a -= (IVec)(load(keys + i) >= t);
+  if (i < padded) a = count_lanes(a, load(keys + i), t);
   return sum(a + b);
 }
 
@@ -58,62 +82,81 @@ struct Threshold {
   std::int64_t ties;  // how many keys equal to `key` are selected, lowest index first; < 0: all of them
 };
 
-inline Threshold find_threshold(const std::int32_t* keys, std::int64_t n, std::int64_t padded, std::int64_t k) {
-  IVec least = splat(INT32_MAX), most = splat(kLowestKey);
-  std::int64_t i = 0;
-  for (; i + L <= n; i += L) {
-    const IVec key = load(keys + i);
-    least = key < least ? key : least;
-    most = key > most ? key : most;
+// Where a row's scores lie.
+struct Spread {
+  IVec least = splat(INT32_MAX), most = splat(kLowestKey);  // keys
+  Vec total = {}, squares = {};                             // scores
+  MIDL_INLINE void add(IVec key, Vec score) {
+    least = lesser_of(least, key), most = greater_of(most, key);
+    total += score, squares += score * score;
   }
-  std::int32_t minimum = INT32_MAX, maximum = kLowestKey;
-  for (int j = 0; j < L; ++j) {
-    if (least[j] < minimum) minimum = least[j];
-    if (most[j] > maximum) maximum = most[j];
+  // The score that lies so many standard deviations above their mean; anything where some are not finite.
+  MIDL_INLINE float above_mean(std::int64_t n, float deviations) const {
+    const float mean = sum(total) / float(n), variance = sum(squares) / float(n) - mean * mean;
+    return mean + deviations * __builtin_sqrtf(variance > 0.0f ? variance : 0.0f);
   }
-  for (; i < n; ++i) {
-    if (keys[i] < minimum) minimum = keys[i];
-    if (keys[i] > maximum) maximum = keys[i];
-  }
+};
+
+inline Threshold find_threshold(const std::int32_t* keys, std::int64_t n, std::int64_t padded, std::int64_t k,
+                                const Spread& spread, float deviations) {
+  const std::int32_t minimum = join_lanes(spread.least, lesser_of), maximum = join_lanes(spread.most, greater_of);
   if (k == n) return {minimum, -1};
   std::int64_t low = minimum, high = std::int64_t(maximum) + 1;
   std::int64_t reach_low = n, reach_high = 0;
-  bool halve = false;
-  while (high - low > 1) {
+  float guess = spread.above_mean(n, deviations);
+  // An end that stays weighs half as much each time, or the other would creep up to what is sought.
+  float weight_low = 1, weight_high = 1;
+  for (int slow = 0, last = 0; high - low > 1;) {
     std::int64_t middle = low + (high - low) / 2;
     const std::int64_t width = high - low;
-    if (!halve) {
+    if (slow < 2) {
       const float from = to_score(std::int32_t(low)), to = to_score(std::int32_t(high - 1));
-      const float share = (float(reach_low - k) + 0.5f) / float(reach_low - reach_high + 1);
-      const float guess = from + (to - from) * share;
+      if (last != 0) {
+        const float above = float(reach_low - k) * weight_low + 0.5f, below = float(k - reach_high) * weight_high + 0.5f;
+        guess = from + (to - from) * above / (above + below);
+      }
       if (guess > from && guess < to) middle = to_key(guess);  // false for infinities and NaN
       if (middle <= low) middle = low + 1;
       if (middle >= high) middle = high - 1;
+    } else {
+      slow = 0;
     }
     const std::int64_t reach = count_reaching(keys, padded, std::int32_t(middle));
     if (reach == k) return {std::int32_t(middle), -1};
     if (reach > k) {
-      low = middle, reach_low = reach;
+      weight_high = last > 0 ? weight_high / 2 : 1;
+      low = middle, reach_low = reach, weight_low = 1, last = 1;
     } else {
-      high = middle, reach_high = reach;
+      weight_low = last < 0 ? weight_low / 2 : 1;
+      high = middle, reach_high = reach, weight_high = 1, last = -1;
     }
-    halve = !halve && (high - low) > width / 2;
+    slow = high - low > width / 2 ? slow + 1 : 0;
   }
   return {std::int32_t(low), reach_low == k ? -1 : k - reach_high};
 }
 
 // Where to cut off the k largest keys that reach `least`, or the largest alone where none does; k becomes how many.
 inline Threshold find_cut(const std::int32_t* keys, std::int64_t n, std::int64_t padded, std::int32_t least,
-                          std::int64_t& k) {
+                          std::int64_t& k, const Spread& spread, float deviations) {
   const std::int64_t reach = least > kMinusInfinityKey ? count_reaching(keys, padded, least) : n;
   if (reach < k) k = reach > 0 ? reach : 1;
-  return k == reach ? Threshold{least, -1} : find_threshold(keys, n, padded, k);
+  return k == reach ? Threshold{least, -1} : find_threshold(keys, n, padded, k, spread, deviations);
 }
+
+#ifdef __AVX512F__
+// A mask for the sake of compilers, which else warn of lanes that nobody set.
+constexpr __mmask16 kAllLanes = 0xffff;
+#endif
 
 MIDL_INLINE Vec exponential(Vec x) {
   const Vec upper = splat(88.7f), lower = splat(-103.9f);
-  x = x > upper ? upper : x;  // NaN passes both comparisons
+  // NaN passes both comparisons.
+#ifdef __AVX512F__
+  x = (Vec)_mm512_maskz_max_ps(kAllLanes, (__m512)lower, _mm512_maskz_min_ps(kAllLanes, (__m512)upper, (__m512)x));
+#else
+  x = x > upper ? upper : x;
   x = x < lower ? lower : x;
+#endif
   const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   const Vec shifted = x * 1.44269504088896341f + magic;
   const Vec whole = shifted - magic;
@@ -126,13 +169,26 @@ MIDL_INLINE Vec exponential(Vec x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
+#ifdef __AVX512F__
+  return (Vec)_mm512_maskz_scalef_ps(kAllLanes, (__m512)p, (__m512)whole);
+#else
   // 2^whole in two steps, so that results below the normal range come out right.
   const IVec exponent = (IVec)shifted - (IVec)splat(magic);
   const IVec half = exponent >> 1;
   return p * (Vec)((half + 127) << 23) * (Vec)((exponent - half + 127) << 23);
+#endif
 }
 
-MIDL_INLINE Vec sigmoid(Vec x) { return 1.0f / (1.0f + exponential(-x)); }
+MIDL_INLINE Vec sigmoid(Vec x) {
+  const Vec divisor = 1.0f + exponential(-x);
+#ifdef __AVX512F__
+  // A division would take as long as all the rest. Good to a unit in the last place.
+  const Vec quotient = (Vec)_mm512_maskz_rcp14_ps(kAllLanes, (__m512)divisor);
+  return quotient + quotient * (1.0f - divisor * quotient);
+#else
+  return 1.0f / divisor;
+#endif
+}
 
 // Marks a group that is not selected among the weights of those that are, which lie in [0, 1] or are NaN.
 constexpr float kUnselected = -1.0f;
@@ -159,6 +215,15 @@ struct Rule {
   std::int64_t k;      // groups at most; at least one
   float least;         // score that all but the first must reach
   bool hard;           // interpolation weight 1 instead of sigmoid
+  float deviations;    // how many standard deviations above the mean k of the groups lie if they are normally distributed
+
+  Rule(std::int64_t k_, std::int64_t groups, float least_, bool hard_) : k(k_), least(least_), hard(hard_) {
+    // Abramowitz and Stegun 26.2.22, good to 0.003.
+    const double share = (double(k) - 0.5) / double(groups), tail = share < 0.5 ? share : 1 - share;
+    const double t = __builtin_sqrt(-2 * __builtin_log(tail));
+    const double above = t - (2.30753 + 0.27061 * t) / (1 + t * (0.99229 + 0.04481 * t));
+    deviations = float(share < 0.5 ? above : -above);
+  }
 };
 
 inline void write_selected(const std::int32_t* picks, std::int64_t picked, std::int64_t k, std::int32_t* selected) {
@@ -199,21 +264,31 @@ inline void select_few(const float* logits, std::int64_t n, const Rule& rule, co
 inline void select_row(const float* logits, const float* noise, std::int64_t n, const Rule& rule, std::int32_t* keys,
                        std::int32_t* picks, std::int32_t* selected, float* weights) {
   const std::int64_t padded = (n + L - 1) / L * L;
+  Spread spread;
   std::int64_t whole = 0;
-  for (; whole + L <= n; whole += L)
-    store(keys + whole, to_keys(noise ? load(logits + whole) + load(noise + whole) : load(logits + whole)));
+  for (; whole + L <= n; whole += L) {
+    const Vec score = noise ? load(logits + whole) + load(noise + whole) : load(logits + whole);
+    const IVec key = to_keys(score);
+    store(keys + whole, key);
+    spread.add(key, score);
+  }
   if (whole < n) {
     // A whole vector where there is padding: gathering single lanes would take longer than all the rest of a short row.
     const std::int64_t count = n - whole;
     Vec score = weights ? load(logits + whole) : load_first(logits + whole, count);
     if (noise) score += load_first(noise + whole, count);
-    store(keys + whole, (IVec)(lane_numbers() < splat(std::int32_t(count))) ? to_keys(score) : splat(kLowestKey));
+    const IVec inside = (IVec)(lane_numbers() < splat(std::int32_t(count))), key = to_keys(score);
+    store(keys + whole, inside ? key : splat(kLowestKey));
+    spread.least = lesser_of(spread.least, inside ? key : splat(INT32_MAX));
+    spread.most = greater_of(spread.most, inside ? key : splat(kLowestKey));
+    score = inside ? score : Vec{};
+    spread.total += score, spread.squares += score * score;
   }
 
   if (padded == L) return select_few(logits, n, rule, keys, picks, selected, weights);
 
   std::int64_t count = rule.k;
-  const Threshold threshold = find_cut(keys, n, padded, to_key(rule.least), count);
+  const Threshold threshold = find_cut(keys, n, padded, to_key(rule.least), count, spread, rule.deviations);
   if (threshold.ties >= 0) {
     // Lift the ties that are selected above the threshold and lower the others below it.
     std::int64_t left = threshold.ties;

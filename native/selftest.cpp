@@ -258,12 +258,12 @@ void test_forward(const Kernels& kernels, const Case& c) {
     if (packed) {
       midl::LinearPack call = parameters;
       call.packed_light = packed_light.data();
-      if (kernels.wants_weight_panels(c.storage, s.rows, s.groups, s.k, s.group_size, false)) call.packed_weight = packed_weight.data();
+      if (kernels.wants_weight_panels(c.storage, s.rows, s.depth, s.groups, s.k, s.group_size, false)) call.packed_weight = packed_weight.data();
       kernels.pack(call);
     }
     Tensor y(c.storage, s.rows * s.neurons());
     vector<std::int32_t> selected(std::size_t(s.blocks() * s.k), -2);
-    const bool weight_panels = packed && kernels.wants_weight_panels(c.storage, s.rows, s.groups, s.k, s.group_size, false);
+    const bool weight_panels = packed && kernels.wants_weight_panels(c.storage, s.rows, s.depth, s.groups, s.k, s.group_size, false);
     midl::LinearForward call{
         .storage = c.storage, .x = layer.x.data(), .x_stride = s.depth, .rows = s.rows, .depth = s.depth,
         .neurons = s.neurons(), .rank = s.rank, .groups = s.groups, .selected_groups = s.k, .threshold = c.threshold,
@@ -472,7 +472,7 @@ void test_convolution(const Kernels& kernels, Storage storage, bool channels_las
       .gate_weight = c.light_gate ? nullptr : layer.gate_weight.data(), .packed_light = nullptr,
       .packed_weight = nullptr, .threads = 1};
   const midl::PackedSizes sizes = kernels.packed_sizes(parameters);
-  const bool panels = kernels.wants_weight_panels(c.storage, s.rows, s.groups, s.k, s.group_size, true);
+  const bool panels = kernels.wants_weight_panels(c.storage, s.rows, s.depth, s.groups, s.k, s.group_size, true);
   Tensor packed_light(c.storage, sizes.light), packed_weight(c.storage, sizes.weight);
   parameters.packed_light = packed_light.data();
   if (panels) parameters.packed_weight = packed_weight.data();

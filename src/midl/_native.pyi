@@ -46,7 +46,7 @@ def convolution_backward(
 ) -> None: ...  # fmt: skip
 def packed_sizes(bfloat16: bool, depth: int, neurons: int, rank: int, groups: int) -> tuple[int, int]: ...
 def wants_weight_panels(
-    bfloat16: bool, rows: int, groups: int, selected_groups: int, group_size: int, convolution: bool
+    bfloat16: bool, rows: int, depth: int, groups: int, selected_groups: int, group_size: int, convolution: bool
 ) -> bool: ...  # fmt: skip
 def backward_picks(bfloat16: bool, rows: int, groups: int, selected_groups: int, group_size: int) -> bool: ...
 def pack(

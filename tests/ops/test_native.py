@@ -106,8 +106,8 @@ def test_neighbours_that_share_a_selection(instruction_set, dtype, gate, shape, 
 
 
 @pytest.mark.parametrize("dtype", LIMITS)
-@pytest.mark.parametrize("rows", [31, 32, 150, 530])
-@pytest.mark.parametrize(("group_size", "k"), [(1, 1), (1, 29), (2, 15), (4, 7)])
+@pytest.mark.parametrize("rows", [5, 17, 32, 150, 530])
+@pytest.mark.parametrize(("group_size", "k"), [(1, 1), (1, 12), (1, 29), (2, 15), (4, 3), (4, 7)])
 def test_many_rows_pick_among_narrow_groups(instruction_set, dtype, rows, group_size, k):
     for depth in (1, 193, 416):
         tensors = random_tensors((rows, depth), (68, depth), min(depth, 5), group_size, dtype=dtype)

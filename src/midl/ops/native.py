@@ -183,7 +183,7 @@ def linear(
     keeps = rows < _ROWS_THAT_PACK_THEMSELVES
     light, wide = packed_panels(
         _native, weight, light_down, light_up, gate_weight, group_size, light=keeps,
-        wide=keeps and full is None and wants_weight_panels(x.dtype, rows, n // group_size, k, group_size),
+        wide=keeps and full is None and wants_weight_panels(x.dtype, rows, depth, n // group_size, k, group_size),
     )  # fmt: skip
     _native.linear_forward(
         x.dtype == torch.bfloat16, x.data_ptr(), stride, rows, depth, n, light_down.shape[0],
@@ -234,10 +234,10 @@ def multiplies_as_is(dtype: torch.dtype) -> bool:
 
 
 def wants_weight_panels(
-    dtype: torch.dtype, rows: int, groups: int, k: int, group_size: int, *, convolution: bool = False
+    dtype: torch.dtype, rows: int, depth: int, groups: int, k: int, group_size: int, *, convolution: bool = False
 ) -> bool:
     """Return whether a forward call of these sizes with weights of ``dtype`` reads the weight's panels."""
-    return _native.wants_weight_panels(dtype == torch.bfloat16, rows, groups, k, group_size, convolution)
+    return _native.wants_weight_panels(dtype == torch.bfloat16, rows, depth, groups, k, group_size, convolution)
 
 
 def infers_plainly(x: Any) -> bool:

@@ -184,7 +184,9 @@ def _prepare_linear(packed: Packed, x: Tensor, parameters: dict[str, Any], choic
     )
     if run not in (native.linear, dense.linear):
         return None
-    wide = run is native.linear and native.wants_weight_panels(x.dtype, rows, groups, choices.k, choices.group_size)
+    wide = run is native.linear and native.wants_weight_panels(
+        x.dtype, rows, depth, groups, choices.k, choices.group_size
+    )
     if wide and packed.weight is None:
         return None
     return native.prepare_linear(packed, parameters, choices, wide=wide, dense=run is dense.linear)
@@ -212,7 +214,9 @@ def _prepare_conv2d(
         product = functools.partial(_dense_product, window)
     elif (
         run is not native.convolution
-        or not native.wants_weight_panels(x.dtype, rows, n // group_size, k, group_size, convolution=True)
+        or not native.wants_weight_panels(
+            x.dtype, rows, weight[0].numel(), n // group_size, k, group_size, convolution=True
+        )
         or packed.weight is None
     ):
         return None

@@ -48,7 +48,9 @@ def conv2d(
     def matrix(t: Tensor) -> Tensor:
         return as_matrix(t, dtype)
 
-    by_panels = full is None and kernels.wants_weight_panels(dtype == torch.bfloat16, rows, groups, k, group_size, True)
+    by_panels = full is None and kernels.wants_weight_panels(
+        dtype == torch.bfloat16, rows, weight[0].numel(), groups, k, group_size, True
+    )
     weight, light_down = _without_gaps(weight), _without_gaps(light_down)
     light_up = light_up.contiguous()
     gate_weight = None if gate_weight is None else gate_weight.contiguous()
