@@ -230,6 +230,28 @@ template <int P, class T>
     for (int v = 0; v < V; ++v) store(out + p * kPanelWidth + v * L, acc[p][v]);
 }
 
+// Fetch into the cache what add_masked() reads next for the units that `mask` names.
+template <class T>
+MIDL_INLINE void fetch_masked(const T* panels, std::int64_t count, std::uint32_t mask, std::int64_t units) {
+  constexpr int K = kWord<T>;
+  if constexpr (K == 2) mask = (mask | mask >> 1) & 0x55555555u;
+  for (; mask; mask &= mask - 1)
+    for (std::int64_t v = 0; v < count * kPanelWidth; v += 2 * L) {
+      const T* line = panels + v * units + __builtin_ctz(mask) * (2 * L);
+      __builtin_prefetch(line, 0, 2);
+      if constexpr (L >= 16) __builtin_prefetch(line + L * K, 0, 2);
+    }
+}
+
+// More rows than this need nearly all lines: row `row` of `rows` fetches its share of them.
+constexpr std::int64_t kFetchMaskedRows = 3;
+template <class T>
+MIDL_INLINE void fetch_share(const T* lines, std::int64_t elements, std::int64_t row, std::int64_t rows) {
+  constexpr std::int64_t kLine = 64 / sizeof(T);
+  const std::int64_t count = divide_up(elements, kLine);
+  for (std::int64_t i = row * count / rows; i < (row + 1) * count / rows; ++i) __builtin_prefetch(lines + i * kLine, 0, 2);
+}
+
 template <class T, int P = kFfnWidePanels, class... Args>
 void add_masked_of(std::int64_t panels, Args... args) {
   if (panels == P) return add_masked<P, T>(args...);
@@ -538,21 +560,27 @@ class FfnThread {
       pad_panel(call_.value_bias ? call_.value_bias + first : nullptr, count, vectors_[1]);
       pad_panel(call_.light_hidden + first, count, vectors_[2]);
       for (std::int64_t r = 0; r < rows; ++r) inputs_[r] = plan_.row(begin, r);
-      const auto project = [&](const T* weight, std::int64_t panel, const float* bias, float* out) {
-        multiply(inputs_, rows, {weight + first * call_.depth, call_.depth, plan_.panel_at(panel), count}, call_.depth, bias, out,
-                 kPanelWidth);
-      };
+      const GateSpread spread(first, count, call_.hidden / call_.groups, 0.0f);
+      float shares[kPanelWidth];
       std::uint32_t* masks = plan_.masks + p * rows;
+      const std::uint32_t inside = ~0u >> (kPanelWidth - count);
+      for (std::int64_t r = 0; r < rows; ++r) {
+        spread(gate_ + r * plan_.gate_stride, shares);
+        masks[r] = selected_bits(shares) & inside;
+      }
+      const auto project = [&](const T* weight, std::int64_t panel, const float* bias, float* out, const T* after) {
+        multiply(inputs_, rows, {weight + first * call_.depth, call_.depth, plan_.panel_at(panel), count, after}, call_.depth, bias,
+                 out, kPanelWidth);
+      };
       if (form == Narrow::dense) {
-        project(call_.weight, plan_.layout.up_panel(first), vectors_[0], sums);
-        if (call_.value_weight) project(call_.value_weight, plan_.layout.value_panel(first), vectors_[1], value_);
+        const FfnLayout<T>& layout = plan_.layout;
+        const T* after = next < parts ? plan_.panel_at(layout.up_panel(plan_.parts.first(0, next))) : nullptr;
+        project(call_.weight, layout.up_panel(first), vectors_[0], sums,
+                call_.value_weight ? plan_.panel_at(layout.value_panel(first)) : after);
+        if (call_.value_weight) project(call_.value_weight, layout.value_panel(first), vectors_[1], value_, after);
       }
       if constexpr (kPicks<T>) {
         if (form == Narrow::picked) {
-          for (std::int64_t r = 0; r < rows; ++r) {
-            float shares[kPanelWidth];
-            spread_shares(r, first, count, shares, masks[r]);
-          }
           const auto pick = [&](const T* weight, const T* after, float* out) {
             dot_picked(inputs_, masks, rows, weight + first * call_.depth, call_.depth, count, call_.depth, slice_, sums_, out, after);
           };
@@ -562,8 +590,7 @@ class FfnThread {
         }
       }
       for (std::int64_t r = 0; r < rows; ++r) {
-        float shares[kPanelWidth];
-        spread_shares(r, first, count, shares, masks[r]);
+        spread(gate_ + r * plan_.gate_stride, shares);
         const std::uint32_t mask = masks[r];
         float *unit = sums + r * kPanelWidth, *value = value_ + r * kPanelWidth;
         if (form == Narrow::picked) {
@@ -587,24 +614,6 @@ class FfnThread {
     for (int v = 0; v < kPanelWidth; v += L) store(units + v, load(units + v) + load(bias + v));
   }
 
-  // Each unit's share and, as bits, whether it is selected, of `count` units from `first` on.
-  void spread_shares(std::int64_t row, std::int64_t first, int count, float* shares, std::uint32_t& mask) const {
-    mask = 0;
-    const float* gate = gate_ + row * plan_.gate_stride;
-    const std::int64_t size = call_.hidden / call_.groups;
-    if (size == 1 && count == kPanelWidth) {
-      for (int v = 0; v < kPanelWidth; v += L) store(shares + v, load(gate + first + v));
-      mask = selected_bits(shares);
-      return;
-    }
-    std::int64_t group = first / size, left = (group + 1) * size - first;
-    for (int i = 0; i < kPanelWidth; ++i) {
-      shares[i] = i < count ? gate[group] : 0.0f;
-      mask |= std::uint32_t(i < count && is_selected(shares[i])) << i;
-      if (--left == 0) ++group, left = size;
-    }
-  }
-
   // out[i] = x . unit i + bias[i], of the units that `mask` names; anything elsewhere.
   void dot_selected(const Code<T>* x, const T* weight, std::uint32_t mask, const float* bias, float* out) {
     const T* units[kPanelWidth];
@@ -623,31 +632,43 @@ class FfnThread {
   // The outputs of all parts: few rows take all outputs of a part, which lie side by side, before the next part.
   void outputs_by_part(std::int64_t begin, std::int64_t rows) {
     if (outputs_.begin == outputs_.end) return;
-    const auto add = [&](std::int64_t p, std::int64_t panel, std::int64_t panels, float* out, std::int64_t stride) {
-      const std::int64_t first = plan_.parts.first(0, p), output = panel * kPanelWidth;
+    const auto tile = [&](std::int64_t o) { return lesser(outputs_.end - o, kFfnWidePanels); };
+    const auto lines_at = [&](std::int64_t p, std::int64_t o) {
+      return plan_.panel_at(plan_.layout.down_panel(plan_.parts.first(0, p), plan_.parts.count(p), o * kPanelWidth));
+    };
+    // Meanwhile what tile `next_o` of part `next_p` reads is fetched.
+    const auto add = [&](std::int64_t p, std::int64_t o, float* out, std::int64_t stride, std::int64_t next_p, std::int64_t next_o) {
+      const std::int64_t first = plan_.parts.first(0, p), output = o * kPanelWidth, panels = tile(o);
       const int count = plan_.parts.count(p);
-      const T* lines = plan_.panel_at(plan_.layout.down_panel(first, count, output));
+      const T* lines = lines_at(p, o);
+      const T* next = next_p < plan_.parts.per_group ? lines_at(next_p, next_o) : nullptr;
+      const std::int64_t next_units = next ? padded_units<T>(plan_.parts.count(next_p)) : 0;
       if (!lines) {
         for (std::int64_t i = 0; i < panels; ++i)
           pack_outputs(call_.down_weight + (output + i * kPanelWidth) * call_.hidden + first, call_.hidden,
                        call_.outputs - output - i * kPanelWidth, count, panels_ + i * kPanelWidth * padded_units<T>(count));
         lines = panels_;
       }
-      for (std::int64_t r = 0; r < rows; ++r)
+      for (std::int64_t r = 0; r < rows; ++r) {
+        if (next && rows > kFetchMaskedRows)
+          fetch_share(next, tile(next_o) * kPanelWidth * next_units, r, rows);
+        else if (next)
+          fetch_masked<T>(next, tile(next_o), plan_.masks[next_p * rows + r], next_units);
         add_masked_of<T>(panels, plan_.hidden + (p * rows + r) * kPanelWidth, plan_.masks[p * rows + r], lines, count, out + r * stride);
+      }
     };
-    const auto tile = [&](std::int64_t o) { return lesser(outputs_.end - o, kFfnWidePanels); };
     const auto columns = [&](std::int64_t from, std::int64_t to) { return Range{from * kPanelWidth, lesser(to * kPanelWidth, call_.outputs)}; };
     if (plan_.by_group) {
       for (std::int64_t p = 0; p < plan_.parts.per_group; ++p)
         for (std::int64_t o = outputs_.begin; o < outputs_.end; o += kFfnWidePanels)
-          add(p, o, tile(o), out_ + (o - outputs_.begin) * kPanelWidth, own_stride());
+          add(p, o, out_ + (o - outputs_.begin) * kPanelWidth, own_stride(), o + kFfnWidePanels < outputs_.end ? p : p + 1,
+              o + kFfnWidePanels < outputs_.end ? o + kFfnWidePanels : outputs_.begin);
       return write_outputs(begin, rows, columns(outputs_.begin, outputs_.end), out_, own_stride());
     }
     for (std::int64_t o = outputs_.begin; o < outputs_.end; o += kFfnWidePanels) {
       const std::int64_t stride = tile(o) * kPanelWidth;
       for (std::int64_t i = 0; i < tile(o); ++i) compute_light(rows, (o + i) * kPanelWidth, out_ + i * kPanelWidth, stride);
-      for (std::int64_t p = 0; p < plan_.parts.per_group; ++p) add(p, o, tile(o), out_, stride);
+      for (std::int64_t p = 0; p < plan_.parts.per_group; ++p) add(p, o, out_, stride, p + 1, o);
       write_outputs(begin, rows, columns(o, o + tile(o)), out_, stride);
     }
   }

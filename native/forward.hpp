@@ -545,12 +545,61 @@ void mix_groups(const ForwardPlan<S>& plan, ThreadMemory& memory, std::int64_t i
   }
 }
 
-// Repeat the weight of each group for its `size` neurons.
-MIDL_INLINE void spread_gate(const float* gate, std::int64_t groups, std::int64_t size, float* weights) {
-  if (size == 1) return copy_floats(gate, groups, weights);
-  for (std::int64_t g = 0, j = 0; g < groups; ++g)
-    for (const std::int64_t end = j + size; j < end; ++j) weights[j] = gate[g];
-}
+// Spreads a row's gate, one weight per group, over `count` <= kPanelWidth neurons from `first` on; `rest` behind them.
+class GateSpread {
+ public:
+  GateSpread(std::int64_t first, std::int64_t count, std::int64_t group_size, float rest)
+      : group_size_(group_size), count_(count), group_(first / group_size), left_((group_ + 1) * group_size - first), rest_(rest),
+        copies_(group_size == 1 && count == kPanelWidth) {
+#ifdef __AVX512F__
+    if (copies_) return;
+    std::int32_t groups[kPanelWidth] = {};
+    each_run([&](std::int64_t group, std::int64_t begin, std::int64_t end) {
+      for (std::int64_t j = begin; j < end; ++j) groups[j] = std::int32_t(group);
+    });
+    for (int v = 0; v < kVectors; ++v) {
+      from_[v] = groups[v * L];
+      index_[v] = load(groups + v * L) - from_[v];
+      const std::int64_t inside = count - v * L;
+      inside_[v] = __mmask16(inside >= L ? 0xffff : inside > 0 ? (1 << inside) - 1 : 0);
+    }
+#endif
+  }
+  void operator()(const float* gate, float* weights) const {
+    if (copies_) {
+      for (int v = 0; v < kPanelWidth; v += L) store(weights + v, load(gate + group_ + v));
+      return;
+    }
+#ifdef __AVX512F__
+    for (int v = 0; v < kVectors; ++v)
+      store(weights + v * L, (Vec)_mm512_mask_permutexvar_ps((__m512)splat(rest_), inside_[v], (__m512i)index_[v],
+                                                             (__m512)load(gate + from_[v])));
+#else
+    each_run([&](std::int64_t group, std::int64_t begin, std::int64_t end) {
+      for (std::int64_t j = begin; j < end; ++j) weights[j] = gate[group];
+    });
+    for (std::int64_t j = count_; j < kPanelWidth; ++j) weights[j] = rest_;
+#endif
+  }
+
+ private:
+  // The neurons [begin, end) of each group.
+  template <class Visit>
+  MIDL_INLINE void each_run(const Visit& visit) const {
+    std::int64_t group = group_, begin = 0;
+    for (std::int64_t end = left_; begin < count_; begin = end, end += group_size_) visit(group++, begin, lesser(end, count_));
+  }
+
+  std::int64_t group_size_, count_, group_, left_;
+  float rest_;
+  bool copies_;
+#ifdef __AVX512F__
+  static constexpr int kVectors = kPanelWidth / L;
+  IVec index_[kVectors];
+  std::int32_t from_[kVectors];
+  __mmask16 inside_[kVectors];
+#endif
+};
 
 // Narrow groups, many to a block of neurons: see Narrow.
 template <class S>
@@ -563,13 +612,10 @@ void mix_narrow_groups(const ForwardPlan<S>& plan, ThreadMemory& memory, std::in
   const std::int64_t m = rows.end - rows.begin;
   const auto pointers = row_pointers(plan, memory);
   for (std::int64_t r = 0; r < m; ++r) pointers[r] = plan.source.row(rows.begin + r, chunk_start);
-  float spread[kPanelWidth];
-  const auto weights_of = [&](std::int64_t r) -> const float* {
-    const float* gate = memory.gate + (plan.blocks.block_of(rows.begin + r) - chunk_block) * plan.gate_stride + block.first_group;
-    if (plan.group_size == 1 && block.size == kPanelWidth) return gate;
-    spread_gate(gate, block.end_group - block.first_group, plan.group_size, spread);
-    for (std::int64_t j = block.size; j < kPanelWidth; ++j) spread[j] = kUnselected;
-    return spread;
+  float weights[kPanelWidth];
+  const GateSpread spread(block.first, block.size, plan.group_size, kUnselected);
+  const auto read_weights = [&](std::int64_t r) {
+    spread(memory.gate + (plan.blocks.block_of(rows.begin + r) - chunk_block) * plan.gate_stride, weights);
   };
   if (plan.form == Narrow::dense) {
     plan.source.multiply(pointers, m,
@@ -578,14 +624,17 @@ void mix_narrow_groups(const ForwardPlan<S>& plan, ThreadMemory& memory, std::in
                          memory.slice, memory.full, kPanelWidth, true);
   } else if constexpr (kPicks<T> && S::kSideBySide) {
     if (plan.form == Narrow::picked) {
-      for (std::int64_t r = 0; r < m; ++r) memory.masks[r] = selected_bits(weights_of(r));
+      for (std::int64_t r = 0; r < m; ++r) {
+        read_weights(r);
+        memory.masks[r] = selected_bits(weights);
+      }
       const T* after = next < 0 ? nullptr : static_cast<const T*>(c.weight) + plan.neuron_blocks[next].first * c.depth;
       dot_picked(pointers, memory.masks, m, weight, c.depth, int(block.size), c.depth, memory.slice, memory.sums, memory.full, after);
     }
   }
   for (std::int64_t r = 0; r < m; ++r) {
     float* light = memory.light + r * kPanelWidth;
-    const float* weights = weights_of(r);
+    read_weights(r);
     if (plan.form != Narrow::sparse) {
       const float* full = memory.full + r * kPanelWidth;
       for (int j = 0; j < kPanelWidth; j += L) {
@@ -595,7 +644,7 @@ void mix_narrow_groups(const ForwardPlan<S>& plan, ThreadMemory& memory, std::in
       }
       continue;
     }
-    const T* neurons[kPanelWidth];
+    const T* neurons[kPanelWidth] = {};
     int picks[kPanelWidth], count = 0;
     for (int j = 0; j < kPanelWidth; ++j) {
       picks[count] = j;
@@ -615,13 +664,13 @@ void mix_computed(const ForwardPlan<S>& plan, ThreadMemory& memory, std::int64_t
                   std::int64_t chunk_block) {
   const auto& c = plan.call;
   const NeuronBlocks::Block block = plan.neuron_blocks[index];
-  const std::int64_t size = lesser(block.size, plan.group_size);
+  const GateSpread spread(block.first, block.size, plan.group_size, kUnselected);
   for (std::int64_t r = rows.begin; r < rows.end; ++r) {
     const float* gate = memory.gate + (plan.blocks.block_of(r) - chunk_block) * plan.gate_stride;
     const auto* full = static_cast<const typename S::Output*>(c.full) + r * c.neurons + block.first;
     float* light = memory.light + (r - rows.begin) * kPanelWidth;
     float weights[kPanelWidth];
-    spread_gate(gate + block.first_group, block.end_group - block.first_group, size, weights);
+    spread(gate, weights);
     std::int64_t j = 0;
     for (; j + L <= block.size; j += L) {
       const Vec weight = load(weights + j), l = load(light + j);
