@@ -345,7 +345,7 @@ class FfnThread {
     rows_ = memory.take<std::int32_t>(p.narrow ? 0 : p.room * call_.selected_groups);
     shares_ = memory.take<float>(p.narrow ? 0 : p.room * call_.selected_groups);
     keys_ = memory.take<std::int32_t>(round_up(call_.groups, L));
-    picks_ = memory.take<std::int32_t>(call_.groups + 1);
+    picks_ = memory.take<std::int32_t>(round_up(call_.groups, L));
     unit_ = memory.take<float>(sizeof(HiddenUnit<T>) == 4 ? 0 : p.room * kPanelWidth);
     value_ = memory.take<float>(p.room * kPanelWidth);
     // Whole blocks, of all outputs of its own or of one after the other.

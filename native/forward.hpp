@@ -353,7 +353,7 @@ struct ThreadMemory {
     full = memory.take<float>(plan.light_floats());
     bias = memory.take<float>(kPanelWidth + L);
     keys = memory.take<std::int32_t>(round_up(c.groups, L));
-    picks = memory.take<std::int32_t>(c.groups + 1);
+    picks = memory.take<std::int32_t>(round_up(c.groups, L));
     gate = memory.take<float>(plan.repeat_gate ? plan.chunk_blocks * plan.gate_stride : 0);
     if (!plan.repeat_gate) gate = plan.gate;
     const bool picks = narrow<typename S::Element>(plan.group_size) && plan.form == Narrow::picked;
@@ -953,7 +953,7 @@ void pack(const midl::LinearPack& call) {
 void topk(const midl::TopK& call) {
   const std::int64_t padded = round_up(call.groups, L);
   const int threads = double(call.rows) * double(call.groups) < kThreadWorth / 16 ? 1 : call.threads;
-  const std::size_t bytes = std::size_t(round_up(2 * padded + 1, 16)) * sizeof(std::int32_t);
+  const std::size_t bytes = std::size_t(round_up(2 * padded, 16)) * sizeof(std::int32_t);
   char* memory = midl::scratch(bytes * std::size_t(threads));
   const Rule rule(call.k, call.groups, call.threshold, false);
 #pragma omp parallel num_threads(threads) if (threads > 1)

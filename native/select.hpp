@@ -231,36 +231,66 @@ inline void write_selected(const std::int32_t* picks, std::int64_t picked, std::
   for (std::int64_t i = picked; i < k; ++i) selected[i] = -1;
 }
 
-// Of one vector of keys: a key is selected if fewer than k keys come before it.
+// Write the numbers, from `first` on, of the lanes that are chosen, up to L of them and something behind; return how many.
+MIDL_INLINE std::int64_t write_lanes(IVec chosen, std::int64_t first, std::int32_t* picks) {
+  const IVec number = lane_numbers() + std::int32_t(first);
+#ifdef __AVX512F__
+  const __mmask16 mask = _mm512_cmplt_epi32_mask((__m512i)chosen, _mm512_setzero_si512());
+  store(picks, (IVec)_mm512_maskz_compress_epi32(mask, (__m512i)number));
+  return __builtin_popcount(mask);
+#else
+  std::int64_t picked = 0;
+  for (int lane = 0; lane < L; ++lane) {
+    picks[picked] = number[lane];
+    picked -= chosen[lane];
+  }
+  return picked;
+#endif
+}
+
+// Of so many vectors of keys it is faster to count what comes before each.
+constexpr int kFewVectors = 3;
+
+// Of V vectors of keys: one is selected if fewer than k keys come before it.
+template <int V>
 inline void select_few(const float* logits, std::int64_t n, const Rule& rule, const std::int32_t* keys,
                        std::int32_t* picks, std::int32_t* selected, float* weights) {
-  const IVec key = load(keys);
   const IVec lane = lane_numbers();
-  IVec before = {};
-  for (std::int64_t i = 0; i < n; ++i) {
-    const IVec other = splat(keys[i]);
-    before -= (IVec)((other > key) | ((other == key) & (lane > splat(std::int32_t(i)))));
-  }
-  const IVec reaches = (IVec)(key >= splat(to_key(rule.least)));
-  const IVec chosen = (IVec)(before < splat(std::int32_t(rule.k))) & (reaches | (IVec)(before == splat(0)));
-  if (selected) {
-    std::int32_t mask[L];
-    store(mask, chosen);
-    std::int64_t picked = 0;
-    for (std::int64_t i = 0; i < n; ++i) {
-      picks[picked] = std::int32_t(i);
-      picked -= mask[i];
+  IVec key[V], above[V], before[V];  // `above`: the next higher key
+  for (int v = 0; v < V; ++v) key[v] = load(keys + v * L), above[v] = key[v] + 1, before[v] = IVec{};
+#pragma GCC unroll 3
+  for (int w = 0; w < V; ++w) {
+    const std::int64_t lanes = n - w * L < L ? n - w * L : L;
+    for (std::int64_t i = 0; i < lanes; ++i) {
+      // An equal key comes before those of higher number.
+      const IVec other = splat(keys[w * L + i]);
+#pragma GCC unroll 3
+      for (int v = 0; v < V; ++v)
+        before[v] = count_lanes(before[v], other, v < w ? above[v] : v > w ? key[v] : lane > splat(std::int32_t(i)) ? key[v] : above[v]);
     }
-    write_selected(picks, picked, rule.k, selected);
   }
-  if (!weights) return;
-  const Vec weight = rule.hard ? splat(1.0f) : sigmoid(load(logits));
-  store(weights, chosen ? weight : splat(kUnselected));
+  const IVec least = splat(to_key(rule.least)), k = splat(std::int32_t(rule.k));
+  std::int64_t picked = 0;
+#pragma GCC unroll 3
+  for (int v = 0; v < V; ++v) {
+    const IVec chosen = (IVec)(before[v] < k) & ((IVec)(key[v] >= least) | (IVec)(before[v] == splat(0)));
+    if (selected) picked += write_lanes(chosen, v * L, picks + picked);
+    if (!weights) continue;
+    const Vec weight = rule.hard ? splat(1.0f) : sigmoid(load(logits + v * L));
+    store(weights + v * L, chosen ? weight : splat(kUnselected));
+  }
+  if (selected) write_selected(picks, picked, rule.k, selected);
+}
+
+template <int V = kFewVectors, class... Args>
+MIDL_INLINE void select_vectors(std::int64_t vectors, Args... args) {
+  if (vectors == V) return select_few<V>(args...);
+  if constexpr (V > 1) select_vectors<V - 1>(vectors, args...);
 }
 
 // Select up to k of n groups of one row: indices into `selected` (unless null), ascending, -1 behind them; logits are
-// replaced by the interpolation weights (kUnselected elsewhere) unless `weights` is null. `keys` and `picks` hold
-// padded + 1 entries; logits and weights are padded to a multiple of L.
+// replaced by the interpolation weights (kUnselected elsewhere) unless `weights` is null. `keys` and `picks` hold as many
+// entries, padded to a multiple of L like logits and weights.
 inline void select_row(const float* logits, const float* noise, std::int64_t n, const Rule& rule, std::int32_t* keys,
                        std::int32_t* picks, std::int32_t* selected, float* weights) {
   const std::int64_t padded = (n + L - 1) / L * L;
@@ -285,7 +315,7 @@ inline void select_row(const float* logits, const float* noise, std::int64_t n, 
     spread.total += score, spread.squares += score * score;
   }
 
-  if (padded == L) return select_few(logits, n, rule, keys, picks, selected, weights);
+  if (padded <= kFewVectors * L) return select_vectors(padded / L, logits, n, rule, keys, picks, selected, weights);
 
   std::int64_t count = rule.k;
   const Threshold threshold = find_cut(keys, n, padded, to_key(rule.least), count, spread, rule.deviations);
@@ -295,20 +325,16 @@ inline void select_row(const float* logits, const float* noise, std::int64_t n, 
     for (std::int64_t i = 0; i < n; ++i)
       if (keys[i] == threshold.key && left-- <= 0) keys[i] = kLowestKey;
   }
-  if (selected) {
-    std::int64_t picked = 0;
-    for (std::int64_t i = 0; i < n; ++i) {
-      picks[picked] = std::int32_t(i);
-      picked += keys[i] >= threshold.key;
-    }
-    write_selected(picks, count, rule.k, selected);
-  }
-  if (!weights) return;
   const IVec t = splat(threshold.key);
+  std::int64_t picked = 0;
   for (std::int64_t i = 0; i < padded; i += L) {
+    const IVec chosen = (IVec)(load(keys + i) >= t);
+    if (selected) picked += write_lanes(chosen, i, picks + picked);
+    if (!weights) continue;
     const Vec weight = rule.hard ? splat(1.0f) : sigmoid(load(logits + i));
-    store(weights + i, (IVec)(load(keys + i) >= t) ? weight : splat(kUnselected));
+    store(weights + i, chosen ? weight : splat(kUnselected));
   }
+  if (selected) write_selected(picks, picked, rule.k, selected);
 }
 
 }  // namespace
