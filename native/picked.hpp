@@ -9,9 +9,9 @@
 
 namespace {
 
-// Whether there are registers for it, and no tile registers, with which all neurons take less time than the picked ones.
+// Whether vectors are worth adding up for each pick, and there are no tile registers, with which all neurons take less time.
 template <class T>
-constexpr bool kPicks = L >= 16 && !(kTiles && sizeof(T) == 2);
+constexpr bool kPicks = L >= 8 && !(kTiles && sizeof(T) == 2);
 // Fewer picks of a neuron, on average, don't repay its copy.
 constexpr double kPicksWorthCopy = 3;
 // Time of a multiply-add, that of one of all neurons by panels being 1, and of a pick, in words of the depth.
