@@ -189,6 +189,12 @@ inline void add_units_by_tiles(const bf16*, std::int64_t, const bf16*, float* co
 // Panels of outputs that registers can sum at once for one row.
 constexpr int kFfnWidePanels = 12 * L / kPanelWidth < 1 ? 1 : 12 * L / kPanelWidth;
 
+// The first unit of each word that holds one which `mask` names.
+template <class T>
+MIDL_INLINE std::uint32_t words_of(std::uint32_t mask) {
+  return kWord<T> == 2 ? (mask | mask >> 1) & 0x55555555u : mask;
+}
+
 // out (P panels of outputs) += the units of a row that `mask` names . their lines of the panels. Units that share a word
 // with them are zero.
 template <int P, class T>
@@ -200,8 +206,7 @@ template <int P, class T>
   for (int p = 0; p < P; ++p)
 #pragma GCC unroll 16
     for (int v = 0; v < V; ++v) acc[p][v] = load(out + p * kPanelWidth + v * L);
-  if constexpr (K == 2) mask = (mask | mask >> 1) & 0x55555555u;
-  for (; mask; mask &= mask - 1) {
+  for (mask = words_of<T>(mask); mask; mask &= mask - 1) {
     const int i = __builtin_ctz(mask);
     const T* line = panels + i * (2 * L);
     const auto add = [&](auto product) {
@@ -233,13 +238,11 @@ template <int P, class T>
 // Fetch into the cache what add_masked() reads next for the units that `mask` names.
 template <class T>
 MIDL_INLINE void fetch_masked(const T* panels, std::int64_t count, std::uint32_t mask, std::int64_t units) {
-  constexpr int K = kWord<T>;
-  if constexpr (K == 2) mask = (mask | mask >> 1) & 0x55555555u;
-  for (; mask; mask &= mask - 1)
+  for (mask = words_of<T>(mask); mask; mask &= mask - 1)
     for (std::int64_t v = 0; v < count * kPanelWidth; v += 2 * L) {
       const T* line = panels + v * units + __builtin_ctz(mask) * (2 * L);
       __builtin_prefetch(line, 0, 2);
-      if constexpr (L >= 16) __builtin_prefetch(line + L * K, 0, 2);
+      if constexpr (L >= 16) __builtin_prefetch(line + L * kWord<T>, 0, 2);
     }
 }
 

@@ -1,9 +1,10 @@
 // Exact Top-k of a row by threshold search, fused with the sigmoid of the gate.
 //
 // Scores become integer keys of the same order (-0 as +0, NaN as -inf). The search narrows [low, high) with
-// count(key >= low) >= k > count(key >= high): the first guess is where the k-th key of a normal distribution would lie, the
-// next ones interpolate and, whenever that is slow, halve. Most rows end early, at a threshold that exactly k keys reach. Ties at the threshold go to the lowest index. A call may set a least
-// score of its own: the keys that reach it are counted first, and where they are fewer than k they are the selection.
+// count(key >= low) >= k > count(key >= high): the first guess is where the k-th key of a normal distribution would lie,
+// the next ones interpolate and, whenever that is slow, halve. Most rows end early, at a threshold that exactly k keys
+// reach. Ties at the threshold go to the lowest index. A call may set a least score of its own: the keys that reach it
+// are counted first, and where they are fewer than k they are the selection.
 #pragma once
 
 #include <utility>
@@ -86,14 +87,21 @@ struct Threshold {
 struct Spread {
   IVec least = splat(INT32_MAX), most = splat(kLowestKey);  // keys
   Vec total = {}, squares = {};                             // scores
-  MIDL_INLINE void add(IVec key, Vec score) {
-    least = lesser_of(least, key), most = greater_of(most, key);
-    total += score, squares += score * score;
+  MIDL_INLINE void add(IVec key, Vec score) { add(key, key, score); }
+  // Of the first lanes, which `inside` names.
+  MIDL_INLINE void add_inside(IVec key, Vec score, IVec inside) {
+    add(inside ? key : splat(INT32_MAX), inside ? key : splat(kLowestKey), inside ? score : Vec{});
   }
   // The score that lies so many standard deviations above their mean; anything where some are not finite.
   MIDL_INLINE float above_mean(std::int64_t n, float deviations) const {
     const float mean = sum(total) / float(n), variance = sum(squares) / float(n) - mean * mean;
     return mean + deviations * __builtin_sqrtf(variance > 0.0f ? variance : 0.0f);
+  }
+
+ private:
+  MIDL_INLINE void add(IVec low, IVec high, Vec score) {
+    least = lesser_of(least, low), most = greater_of(most, high);
+    total += score, squares += score * score;
   }
 };
 
@@ -309,10 +317,7 @@ inline void select_row(const float* logits, const float* noise, std::int64_t n, 
     if (noise) score += load_first(noise + whole, count);
     const IVec inside = (IVec)(lane_numbers() < splat(std::int32_t(count))), key = to_keys(score);
     store(keys + whole, inside ? key : splat(kLowestKey));
-    spread.least = lesser_of(spread.least, inside ? key : splat(INT32_MAX));
-    spread.most = greater_of(spread.most, inside ? key : splat(kLowestKey));
-    score = inside ? score : Vec{};
-    spread.total += score, spread.squares += score * score;
+    spread.add_inside(key, score, inside);
   }
 
   if (padded <= kFewVectors * L) return select_vectors(padded / L, logits, n, rule, keys, picks, selected, weights);

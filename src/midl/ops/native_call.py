@@ -215,7 +215,7 @@ def _prepare_conv2d(
     elif (
         run is not native.convolution
         or not native.wants_weight_panels(
-            x.dtype, rows, weight[0].numel(), n // group_size, k, group_size, convolution=True
+            x.dtype, rows, weight.shape[1:].numel(), n // group_size, k, group_size, convolution=True
         )
         or packed.weight is None
     ):

@@ -49,7 +49,7 @@ def conv2d(
         return as_matrix(t, dtype)
 
     by_panels = full is None and kernels.wants_weight_panels(
-        dtype == torch.bfloat16, rows, weight[0].numel(), groups, k, group_size, True
+        dtype == torch.bfloat16, rows, weight.shape[1:].numel(), groups, k, group_size, True
     )
     weight, light_down = _without_gaps(weight), _without_gaps(light_down)
     light_up = light_up.contiguous()
