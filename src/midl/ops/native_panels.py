@@ -38,7 +38,9 @@ def runs_on_panels(parameters: dict[str, Any], group_size: int) -> bool:
         and all(_has_no_gaps(t) and t.dtype == weight.dtype and t.device == weight.device for t in tensors)
         and (parameters["gate_weight"] is not None or weight.dtype == torch.float32)
         and (weight.dim() == 2 or native.multiplies_as_is(weight.dtype))
-        and native.wants_weight_panels(weight.dtype, 1, weight.shape[1:].numel(), weight.shape[0] // group_size, 1, group_size)
+        and native.wants_weight_panels(
+            weight.dtype, 1, weight.shape[1:].numel(), weight.shape[0] // group_size, 1, group_size
+        )
     )
 
 
