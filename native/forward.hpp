@@ -691,7 +691,7 @@ void read_bias(const ForwardPlan<S>& plan, ThreadMemory& memory, const NeuronBlo
 
 // The light path of a block of neurons, with their bias, which memory.bias gets.
 template <class S>
-void compute_light(const ForwardPlan<S>& plan, ThreadMemory& memory, std::int64_t index, Range rows, std::int64_t chunk_start) {
+void compute_light(const ForwardPlan<S>& plan, ThreadMemory& memory, std::int64_t index, std::int64_t next, Range rows, std::int64_t chunk_start) {
   using T = typename S::Element;
   const auto& c = plan.call;
   const NeuronBlocks::Block block = plan.neuron_blocks[index];
@@ -700,7 +700,8 @@ void compute_light(const ForwardPlan<S>& plan, ThreadMemory& memory, std::int64_
   for (std::int64_t r = rows.begin; r < rows.end; ++r)
     light_rows[r - rows.begin] = plan.light_code + (r - chunk_start) * plan.code_stride;
   const auto neurons = neurons_at(static_cast<const T*>(c.light_up) + block.first * c.rank, c.rank, plan.packed_light,
-                                  plan.layout.up + index * kPanelWidth * plan.layout.rank, block.size);
+                                  plan.layout.up + index * kPanelWidth * plan.layout.rank, block.size,
+                                  next < 0 ? -1 : plan.layout.up + next * kPanelWidth * plan.layout.rank);
   if constexpr (kTiles && sizeof(T) == 2)
     multiply_tiles(light_rows, rows.end - rows.begin, neurons, c.rank,
                    whole_steps(round_up(c.rank, kTileDepth), 2 * plan.code_stride), memory.bias, memory.slice, memory.light,
@@ -727,7 +728,7 @@ void compute_neurons(const ForwardPlan<S>& plan, ThreadMemory& memory, std::int6
     memory.light = plan.light_of(index);
     read_bias(plan, memory, block);
   } else {
-    compute_light(plan, memory, index, rows, chunk_start);
+    compute_light(plan, memory, index, next, rows, chunk_start);
   }
 
   for (std::int64_t r = 0; r < lesser(m, kRowsAhead); ++r) fetch(r);
@@ -755,6 +756,16 @@ void compute_neurons(const ForwardPlan<S>& plan, ThreadMemory& memory, std::int6
     for (; j + L <= block.size; j += L) store_as(to + j, load(from + j));
     for (; j < block.size; ++j) store_as(to + j, from[j]);
   }
+}
+
+// Whether one of the chunk's `count` blocks of rows selected one of a block of neurons.
+template <class S>
+bool is_wanted(const ForwardPlan<S>& plan, const ThreadMemory& memory, std::int64_t index, std::int64_t count) {
+  const NeuronBlocks::Block block = plan.neuron_blocks[index];
+  for (std::int64_t b = 0; b < count; ++b)
+    for (std::int64_t g = block.first_group; g < block.end_group; ++g)
+      if (is_selected(memory.gate[b * plan.gate_stride + g])) return true;
+  return plan.call.full != nullptr;
 }
 
 template <class S>
@@ -805,18 +816,26 @@ void forward_chunk(ForwardPlan<S>& plan, ThreadMemory& memory, std::int64_t firs
     const Range own = part_of(plan.neuron_blocks.count, team.thread, team.threads, 1);
     for (std::int64_t i = own.begin; i < own.end; ++i) {
       memory.light = plan.light_of(i);
-      compute_light(plan, memory, i, {start, end}, start);
+      compute_light(plan, memory, i, -1, {start, end}, start);
     }
   }
   if (!plan.repeat_gate || plan.light_first) team.wait();
   // Items are taken one ahead, so that a thread knows which panel to fetch while it is busy with another.
   const std::int64_t items = plan.neuron_blocks.count * plan.row_parts;
   auto& taken = plan.taken[first / plan.chunk_blocks];
-  const auto take = [&] { return taken.fetch_add(1, std::memory_order_relaxed); };
+  const auto rows_of = [&](std::int64_t i) { return shift(part_of(rows, i % plan.row_parts, plan.row_parts, kTileRows), start); };
+  const auto take = [&] {
+    for (;;) {
+      const std::int64_t i = taken.fetch_add(1, std::memory_order_relaxed);
+      if (i >= items || !plan.light_first || is_wanted(plan, memory, i / plan.row_parts, count)) return i;
+      // Nothing to multiply, so the panel is not the next one.
+      compute_neurons(plan, memory, i / plan.row_parts, -1, rows_of(i), first, start);
+    }
+  };
   for (std::int64_t i = take(), next; i < items; i = next) {
     next = take();
     compute_neurons(plan, memory, i / plan.row_parts, next < items ? next / plan.row_parts : -1,
-                    shift(part_of(rows, i % plan.row_parts, plan.row_parts, kTileRows), start), first, start);
+                    rows_of(i), first, start);
   }
 }
 

@@ -419,6 +419,19 @@ Ahead fetch_ahead(const P* panel, const P* next, std::int64_t column, int lanes,
   return {reinterpret_cast<const char*>(next + column + next_at * lanes) + tile * step * (length / kWord<P>), step};
 }
 
+// panel_rows_tile for a single tile and the end of its sub-panel: what it fetches behind that is the beginning of `next`.
+template <int V, class A, class P>
+void panel_rows_to_next(std::int64_t m, const A* const* rows, std::int64_t start, const P* panel, std::int64_t depth,
+                        const float* bias, float* out, std::int64_t ldo, bool accumulate, const P* next) {
+  constexpr std::int64_t kStep = 4 * V * L, kBehind = kSingleTileAhead / kStep * kWord<P>;
+  const std::int64_t head = depth > kBehind ? (depth - kBehind) / kWord<P> * kWord<P> : 0;
+  if (head)
+    panel_rows_tile<V>(m, rows, start, panel, head, bias, out, ldo, accumulate,
+                       Ahead{reinterpret_cast<const char*>(panel) + kSingleTileAhead, kStep});
+  panel_rows_tile<V>(m, rows, start + head, panel + head * (V * L), depth - head, bias, out, ldo, accumulate || head,
+                     Ahead{reinterpret_cast<const char*>(next), kStep});
+}
+
 // out (m x round_up(count, L)) (+)= rows[start ..) . panel over one slice of the depth. The sub-panels are `panel_depth`
 // deep and the slice begins at depth `offset` in them, where a word begins. Where several tiles of rows go over the
 // slice, they meanwhile fetch the one that comes after it: at depth `next_offset` of the panel `next`, or null.
@@ -432,6 +445,8 @@ void panel_slice(const A* const* rows, std::int64_t m, const P* panel, std::int6
   const auto fetch = [&](int column, int lanes, std::int64_t tile, std::int64_t tiles) {
     return fetch_ahead(panel, next, column * panel_depth, lanes, offset, next_offset, depth, tile, tiles);
   };
+  // Whether a sub-panel whose lanes end so is the end of the panel, and something else is next.
+  const auto to_next = [&](int end, std::int64_t tiles) { return tiles == 1 && end >= count && next && next != panel; };
   const std::int64_t tiles = divide_up(m, R2);
   const std::int64_t even = divide_up(m, tiles ? tiles : 1);
   for (std::int64_t r = 0; r < m; r += even) {
@@ -447,6 +462,8 @@ void panel_slice(const A* const* rows, std::int64_t m, const P* panel, std::int6
         else
           panel_pair<2>(rows + r, start, sub, right, depth, from, to, ldo, accumulate);
         c += 2 * L;
+      } else if (to_next(c + 2 * L, tiles)) {
+        panel_rows_to_next<2>(tile, rows + r, start, sub, depth, from, to, ldo, accumulate, next);
       } else {
         panel_rows_tile<2>(tile, rows + r, start, sub, depth, from, to, ldo, accumulate, fetch(c, 2 * L, r / even, tiles));
       }
@@ -456,10 +473,16 @@ void panel_slice(const A* const* rows, std::int64_t m, const P* panel, std::int6
   const std::int64_t narrow_tiles = divide_up(m, R1), narrow_even = divide_up(m, narrow_tiles ? narrow_tiles : 1);
   int c = wide;
   if (sub_panel_lanes<P>(count - c) == L) {
-    for (std::int64_t r = 0; r < m; r += narrow_even)
-      panel_rows_tile<1>(lesser(m - r, narrow_even), rows + r, start, panel + c * panel_depth + offset * L, depth,
-                         bias ? bias + c : nullptr, out + r * ldo + c, ldo, accumulate,
-                         fetch(c, L, r / narrow_even, narrow_tiles));
+    for (std::int64_t r = 0; r < m; r += narrow_even) {
+      const std::int64_t tile = lesser(m - r, narrow_even);
+      const P* sub = panel + c * panel_depth + offset * L;
+      const float* from = bias ? bias + c : nullptr;
+      float* to = out + r * ldo + c;
+      if (to_next(c + L, narrow_tiles))
+        panel_rows_to_next<1>(tile, rows + r, start, sub, depth, from, to, ldo, accumulate, next);
+      else
+        panel_rows_tile<1>(tile, rows + r, start, sub, depth, from, to, ldo, accumulate, fetch(c, L, r / narrow_even, narrow_tiles));
+    }
     c += L;
   }
   if constexpr (sizeof(A) == sizeof(P) && kFolds<P>) {
