@@ -7,8 +7,9 @@ from midl.errors import KernelError
 from midl.lab.bench.ceilings import Ceilings
 from midl.lab.bench.contest import Contender, Contest, hold
 from midl.lab.bench.parity import Parity
+from midl.lab.bench.reads import add_reads
 from midl.lab.bench.registry import Case
-from midl.lab.bench.session import Session
+from midl.lab.bench.session import Coldness, Session
 from midl.ops.dispatch import selected_kernels
 
 GREEN, RED = Parity(0.0, 1e-5), Parity(1.0, 1e-5)
@@ -20,7 +21,7 @@ def session() -> Session:
     return Session(ceilings, seconds=0.0, min_rounds=3, cache=2**20)
 
 
-def contender(name: str, role: Literal["user", "dense", "midl"], parity: Parity, calls: list[str]) -> Contender:
+def contender(name: str, role: Literal["user", "dense", "midl", "read"], parity: Parity, calls: list[str]) -> Contender:
     def call(_: Any) -> None:
         calls.append(name)
 
@@ -61,6 +62,32 @@ def test_a_red_dense_contender_cannot_be_the_best_and_the_reason_is_kept(session
     assert row.best == "nn.Linear"
     assert "parity is red" in row.left_out["fast but wrong"]
     assert "fast but wrong" not in calls
+
+
+def test_a_plain_read_takes_part_but_is_no_baseline(session: Session) -> None:
+    calls: list[str] = []
+    (row,) = run(
+        session,
+        contender("nn.Linear", "user", GREEN, calls),
+        contender("ours", "midl", GREEN, calls),
+        contender("read", "read", GREEN, calls),
+    )
+    assert row.best == "nn.Linear"
+    assert set(row.times) == {"nn.Linear", "ours", "read"}
+    assert row.of_read is not None
+    assert row.of_read["q1"] <= row.of_read["median"] <= row.of_read["q3"]
+    (row,) = run(session, contender("nn.Linear", "user", GREEN, calls), contender("ours", "midl", GREEN, calls))
+    assert row.of_read is None
+
+
+def test_readers_take_as_many_copies_as_the_weights(session: Session) -> None:
+    contest = Contest(Coldness(copies=3, buffer=None), gflops=None)
+    add_reads(contest, 1000, torch.bfloat16)
+    for reader in contest.contenders:
+        seen = [reader.prepare(i) for i in range(4)]
+        assert len({t.data_ptr() for t in seen}) == 3
+        assert all(t.shape == (1000,) and t.dtype == torch.bfloat16 for t in seen)
+        reader.call(seen[0])
 
 
 def test_what_this_machine_cannot_run_is_left_out_with_its_reason(session: Session) -> None:

@@ -30,7 +30,8 @@ class Contender:
     Args:
         name: unique in its contest.
         role: ``"user"``: the dense layer as a user has it, also a candidate for best dense. ``"dense"``: another
-            candidate. ``"midl"``: ours, with a row of its own.
+            candidate. ``"midl"``: ours, with a row of its own. ``"read"``: reads as many bytes as ours must, from cold
+            memory: the ceiling of the memory while the others ran.
         prepare: gets the round, returns the argument of ``call``; not timed.
         call: what is timed.
         check: compares the contender with the reference.
@@ -41,7 +42,7 @@ class Contender:
     """
 
     name: str
-    role: Literal["user", "dense", "midl"]
+    role: Literal["user", "dense", "midl", "read"]
     prepare: Callable[[int], Any]
     call: Callable[[Any], object]
     check: Callable[[], Parity]
@@ -117,19 +118,23 @@ def hold(contest: Contest, session: Session, case: Case) -> list[Row]:
         )
     times = {c.name: sample for c, sample in zip(runners, samples, strict=True)}
     spreads = {name: Spread.of(undisturbed(sample)) for name, sample in times.items()}
-    dense = [c.name for c in runners if c.role != "midl"]
-    best = min(dense, key=lambda name: spreads[name].median, default=None)
+    best = _fastest(spreads, [c.name for c in runners if c.role in ("user", "dense")])
+    read = _fastest(spreads, [c.name for c in runners if c.role == "read"])
     user = next(c.name for c in contest.contenders if c.role == "user")
     return [
-        _row(contest, session, case, c, verdicts[c.name], times, spreads, user, best)
+        _row(contest, session, case, c, verdicts[c.name], times, spreads, user, best, read)
         for c in entered
         if c.role == "midl"
     ]
 
 
+def _fastest(spreads: dict[str, Spread], names: Sequence[str]) -> str | None:
+    return min(names, key=lambda name: spreads[name].median, default=None)
+
+
 def _row(
     contest: Contest, session: Session, case: Case, contender: Contender, parity: Parity,
-    times: dict[str, list[Sample]], spreads: dict[str, Spread], user: str, best: str | None,
+    times: dict[str, list[Sample]], spreads: dict[str, Spread], user: str, best: str | None, read: str | None,
 ) -> Row:  # fmt: skip
     row = Row(
         case=case.name,
@@ -155,6 +160,8 @@ def _row(
     if best is not None:
         row.best = best
         row.over_best = paired_ratio(times[best], ours).to_dict()
+    if read is not None:
+        row.of_read = paired_ratio(times[read], ours).to_dict()
     if contest.gflops is not None and contender.read_bytes:
         seconds = spreads[contender.name].median
         row.roofline = roofline(

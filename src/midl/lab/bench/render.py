@@ -35,7 +35,9 @@ The roofline column gives the achieved rate and the share of the measured ceilin
 (or the largest matrix product) and bytes read per second. The work counted is what the formula needs: selected neurons,
 light path and gate; bytes are the weights that at least one input selected, input and output. The `efficiency` cases
 look at the full path alone: layers whose light path and gate cost next to nothing, and the work counted is that of the
-selected neurons.
+selected neurons. The ceilings are the best that was measured at the start and at the end; on a shared machine the
+bandwidth at hand is another every second, so at batch 1 `torch.sum` and `torch.max` read as many cold bytes, side by
+side and in huge pages, in the same rounds: the share of that speed is the last figure.
 """
 
 

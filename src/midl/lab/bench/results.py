@@ -21,9 +21,10 @@ class Row:
 
     ``times`` maps every contender to ``{"median", "q1", "q3"}`` in seconds per call; ``over_user`` and ``over_best``
     are the same three numbers of the round-by-round ratio baseline / contender. A row whose parity check is red has
-    neither. Rows of the memory cases have ``memory`` (bytes) instead. ``preempted`` is the share
-    of our calls during which the scheduler took a processor away; such calls count only where fewer than three others
-    were left.
+    neither. ``of_read`` is that ratio for a plain read of the bytes that the contender must read: its share of the
+    memory's bandwidth, measured in the same rounds. Rows of the memory cases have ``memory`` (bytes) instead.
+    ``preempted`` is the share of our calls during which the scheduler took a processor away; such calls count only
+    where fewer than three others were left.
     """
 
     case: str
@@ -37,6 +38,7 @@ class Row:
     times: dict[str, dict[str, float]] = field(default_factory=dict)
     over_user: dict[str, float] | None = None
     over_best: dict[str, float] | None = None
+    of_read: dict[str, float] | None = None
     roofline: dict[str, Any] | None = None
     memory: dict[str, dict[str, int | None]] | None = None
     left_out: dict[str, str] = field(default_factory=dict)
@@ -100,7 +102,7 @@ def _read_row(value: dict[str, Any]) -> Row:
     row = Row(**value)
     if "ok" not in row.parity:
         raise KeyError("parity without 'ok'")
-    for name in ("over_user", "over_best"):
+    for name in ("over_user", "over_best", "of_read"):
         spread = getattr(row, name)
         if spread is not None and sorted(spread) != ["median", "q1", "q3"]:
             raise KeyError(f"{name} has {sorted(spread)}, expected median, q1 and q3")

@@ -72,9 +72,10 @@ def format_ratio(spread: dict[str, float] | None) -> str:
 
 
 def format_roofline(row: Row) -> str:
-    """Return the achieved rate and the share of the ceiling that binds."""
+    """Return the achieved rate and the share of the ceiling that binds, and of what was read beside it."""
     if row.roofline is None:
         return ""
     line = row.roofline
     rate = f"{line['gflops']:.3g} GFLOP/s" if line["bound"] == "compute" else f"{line['gbs']:.3g} GB/s"
-    return f"{rate}, {100 * line['share']:.0f} % of {line['bound']}"
+    paired = "" if row.of_read is None else f", {100 * row.of_read['median']:.0f} % of a plain read's speed"
+    return f"{rate}, {100 * line['share']:.0f} % of {line['bound']}{paired}"

@@ -12,6 +12,7 @@ from midl.lab.bench.cases.forward import ACTIVE, midl_linear
 from midl.lab.bench.contest import Contender, Contest, hold
 from midl.lab.bench.dense import add_dense_linears, dense_count
 from midl.lab.bench.midl_layers import contender_name
+from midl.lab.bench.reads import add_reads
 from midl.lab.bench.registry import Case, register
 from midl.lab.bench.results import Row
 from midl.lab.bench.session import Session, fresh_inputs
@@ -43,15 +44,18 @@ def _case(d: int, n: int, batch: int, *, quick: bool) -> Case:
             )
             add_dense_linears(contest, d, n, inputs, compiling=False)
 
+            selected = round(ACTIVE * n / _GROUP_SIZE) * _GROUP_SIZE
+
             def full_path() -> Contender:
                 contender = midl_linear(contest, "native", n, _GROUP_SIZE, ACTIVE, inputs, rank=_RANK)
-                selected = round(ACTIVE * n / _GROUP_SIZE) * _GROUP_SIZE
                 # One row reads what it selected; many rows together want every neuron.
                 wanted = selected if batch == 1 else n
                 flops, read_bytes = 2.0 * batch * selected * d, float(wanted * d * dtype.itemsize)
                 return dataclasses.replace(contender, flops=flops, read_bytes=read_bytes)
 
             contest.add(contender_name("native", G=_GROUP_SIZE, active=ACTIVE), full_path)
+            if batch == 1:
+                add_reads(contest, selected * d, dtype)
             return hold(contest, session, case)
 
     params = {"dtype": "float32", "in_features": d, "out_features": n, "batch": batch}
