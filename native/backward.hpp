@@ -398,8 +398,8 @@ void grad_gate(const BackwardPlan<E>& plan, std::int64_t group) {
 
 // sums[j][0 .. kOuterColumns) (+)= sum over members k of scaled[k][j] * x[rows[k]], for R neurons.
 template <int R>
-[[gnu::noinline]] void weight_tile(const float* scaled, std::int64_t size, const float* x, std::int64_t stride,
-                                   const std::int32_t* rows, std::int64_t members, float* sums, bool accumulate) {
+[[gnu::noinline]] void weight_tile(const float* scaled, std::int64_t size, const float* x, std::int64_t x_stride,
+                                   const std::int32_t* rows, std::int64_t members, float* sums, std::int64_t stride, bool accumulate) {
   constexpr int V = kOuterVectors;
   Vec acc[R][V];
 #pragma GCC unroll 16
@@ -409,7 +409,7 @@ template <int R>
   }
 #pragma GCC unroll 4
   for (std::int64_t k = 0; k < members; ++k, scaled += size) {
-    const float* b = x + rows[k] * stride;
+    const float* b = x + rows[k] * x_stride;
     Vec column[V];
 #pragma GCC unroll 16
     for (int v = 0; v < V; ++v) column[v] = load(b + v * L);
@@ -429,8 +429,8 @@ template <int R>
 
 // The same for bfloat16, two members at once; pairs[k / 2][j] holds scaled[k][j] and scaled[k + 1][j], zero behind the last.
 template <int R>
-[[gnu::noinline]] void weight_tile(const std::uint32_t* pairs, std::int64_t size, const bf16* x, std::int64_t stride,
-                                   const std::int32_t* rows, std::int64_t members, float* sums, bool accumulate) {
+[[gnu::noinline]] void weight_tile(const std::uint32_t* pairs, std::int64_t size, const bf16* x, std::int64_t x_stride,
+                                   const std::int32_t* rows, std::int64_t members, float* sums, std::int64_t stride, bool accumulate) {
   constexpr int V = kOuterVectors / 2 * 2;
   Vec acc[R][V];
 #pragma GCC unroll 16
@@ -439,10 +439,10 @@ template <int R>
     for (int v = 0; v < V; ++v) acc[r][v] = accumulate ? load(sums + r * stride + v * L) : Vec{};
   }
   for (std::int64_t k = 0; k < members; k += 2, pairs += size) {
-    const bf16* a = x + rows[k] * stride;
+    const bf16* a = x + rows[k] * x_stride;
     UVec column[V];
     if (k + 1 < members) {
-      const bf16* b = x + rows[k + 1] * stride;
+      const bf16* b = x + rows[k + 1] * x_stride;
 #pragma GCC unroll 16
       for (int v = 0; v < V; v += 2) {
         const Halves first = (Halves)load_pairs(a + v * L), second = (Halves)load_pairs(b + v * L);
@@ -497,9 +497,10 @@ inline void add_sums(const float* sums, std::int64_t stride, std::int64_t size, 
 }
 
 // grad[j][0 .. width) (+)= sum over a group's members k of scaled[k][j] * x[rows[k]] for its `size` neurons; x is a block
-// of columns, `sums` has room for (size, block_stride(width)). S is float, or words of two members' bfloat16.
+// of columns whose rows lie x_stride apart and may be read up to a multiple of kOuterColumns, `sums` has room for
+// (size, block_stride(width)). S is float, or words of two members' bfloat16.
 template <class S, class E>
-void grad_group(const S* scaled, std::int64_t size, const E* x, const std::int32_t* rows, std::int64_t members,
+void grad_group(const S* scaled, std::int64_t size, const E* x, std::int64_t x_stride, const std::int32_t* rows, std::int64_t members,
                 std::int64_t width, float* sums, float* grad, std::int64_t grad_stride, bool accumulate) {
   constexpr std::int64_t kMembers = kWord<E>;  // in a row of `scaled`
   const std::int64_t stride = block_stride(width), tiles = divide_up(size, kOuterRows);
@@ -512,8 +513,8 @@ void grad_group(const S* scaled, std::int64_t size, const E* x, const std::int32
       for (std::int64_t t = 0; t < tiles; ++t) {
         const std::int64_t j = size * t / tiles;
         if (item < shares) fetch.share(item++, shares);
-        weight_rows(size * (t + 1) / tiles - j, scaled + done / kMembers * size + j, size, x + i, stride,
-                    rows + done, some, sums + j * stride + i, done > 0);
+        weight_rows(size * (t + 1) / tiles - j, scaled + done / kMembers * size + j, size, x + i, x_stride,
+                    rows + done, some, sums + j * stride + i, stride, done > 0);
       }
     done += some;
   } while (done < members);
@@ -540,10 +541,10 @@ inline void turn_members(const bf16* scaled, std::int64_t count, std::int64_t si
 }
 
 // The second: columns of `count` members' rows, two members to a word, zeros behind the last.
-inline void join_members(const bf16* x, const std::int32_t* rows, std::int64_t count, std::int64_t stride, std::int64_t width,
-                         float* to) {
+inline void join_members(const bf16* x, std::int64_t x_stride, const std::int32_t* rows, std::int64_t count, std::int64_t stride,
+                         std::int64_t width, float* to) {
   for (std::int64_t k = 0; k < round_up(count, kTileDepth); k += 2, to += stride) {
-    const bf16 *a = k < count ? x + rows[k] * stride : nullptr, *b = k + 1 < count ? x + rows[k + 1] * stride : nullptr;
+    const bf16 *a = k < count ? x + rows[k] * x_stride : nullptr, *b = k + 1 < count ? x + rows[k + 1] * x_stride : nullptr;
     for (std::int64_t i = 0; i < width; i += 2 * L) {
       const Halves first = a ? (Halves)load_pairs(a + i) : Halves{}, second = b ? (Halves)load_pairs(b + i) : Halves{};
       store(to + i, (Vec)join_halves<false>(first, second));
@@ -579,13 +580,13 @@ template <int M>
 
 // grad_group by tile registers; `scaled` has `scaled_size` elements per member. Memory has pairs, joined and weights.
 template <class Memory>
-void grad_group_tiles(const bf16* scaled, std::int64_t scaled_size, std::int64_t size, const bf16* x,
+void grad_group_tiles(const bf16* scaled, std::int64_t scaled_size, std::int64_t size, const bf16* x, std::int64_t x_stride,
                              const std::int32_t* rows, std::int64_t members, std::int64_t width, Memory& memory,
                              float* grad, std::int64_t grad_stride, bool accumulate) {
   const std::int64_t stride = block_stride(width), steps = divide_up(members, kTileDepth), columns = round_up(width, 2 * L);
   const Fetch fetch{reinterpret_cast<const char*>(grad), grad_stride * 4, size, width * 4, true};
   turn_members(scaled, members, scaled_size, memory.pairs);
-  join_members(x, rows, members, stride, columns, memory.joined);
+  join_members(x, x_stride, rows, members, stride, columns, memory.joined);
   for (std::int64_t i = 0; i < columns; i += 2 * L) {
     fetch.share(i / (2 * L), columns / (2 * L));
     for (std::int64_t j = 0; j < size; j += 2 * L) {
@@ -622,16 +623,16 @@ void grad_neurons(const BackwardPlan<E>& plan, BackwardMemory<E>& memory, std::i
         float* grad = c.grad_weight + g * size * c.depth + col;
         if constexpr (kTiles && sizeof(E) == 2) {
           if (plan.by_tiles) {
-            grad_group_tiles(plan.scaled + begin * plan.scaled_size, plan.scaled_size, size, inputs, rows, end - begin, width,
+            grad_group_tiles(plan.scaled + begin * plan.scaled_size, plan.scaled_size, size, inputs, block_stride(width), rows, end - begin, width,
                              memory, grad, c.depth, start > 0);
             continue;
           }
         }
         if constexpr (sizeof(E) == 2) {
           join_rows(plan.scaled + begin * plan.scaled_size, end - begin, plan.scaled_size, size, memory.pairs);
-          grad_group(memory.pairs, size, inputs, rows, end - begin, width, memory.weights, grad, c.depth, start > 0);
+          grad_group(memory.pairs, size, inputs, block_stride(width), rows, end - begin, width, memory.weights, grad, c.depth, start > 0);
         } else {
-          grad_group(plan.scaled + begin * size, size, inputs, rows, end - begin, width, memory.weights, grad, c.depth,
+          grad_group(plan.scaled + begin * size, size, inputs, block_stride(width), rows, end - begin, width, memory.weights, grad, c.depth,
                      start > 0);
         }
       }

@@ -26,6 +26,7 @@ struct Unit {
   std::int64_t* first;  // (groups + 2): the first member of each group, then the end
   std::int32_t* pixel;  // of a member, counted within the unit
   std::int32_t* slot;   // of a member, in `selected`
+  std::int32_t* start;  // of a member: where its window begins in x
   E* scaled;            // (members, scaled_size): gradient of the full path, zeros behind the group
   float* light_sum;     // (members): sum over the group of grad_y * l
   float* full_sum;      // (members): sum over the group of the full path's gradient * f
@@ -62,7 +63,7 @@ struct ConvolutionBackwardPlan {
     units = divide_up(images, unit_images);
     unit_rows = unit_images * image_rows;
     // Stretches of columns are handled in whole vectors, which may reach beyond the last window.
-    unit_floats = unit_images * padded.lines * padded.line_stride + 2 * L;
+    unit_floats = unit_images * padded.lines * padded.line_stride + kOuterColumns;
     pieces = divide_up(padded.run, kWindowColumns);
     const double work = double(c.rows) * double(c.selected_groups) * double(group_size) * double(padded.depth);
     threads = work < kThreadWorth ? 1 : c.threads;
@@ -74,7 +75,7 @@ struct ConvolutionBackwardPlan {
     unit = memory.take<Unit<E>>(round_units);
     for (std::int64_t i = 0; i < round_units; ++i) {
       const Unit<E> u{memory.take<E>(unit_floats), memory.take<std::int64_t>(call.groups + 2),
-                   memory.take<std::int32_t>(members), memory.take<std::int32_t>(members),
+                   memory.take<std::int32_t>(members), memory.take<std::int32_t>(members), memory.take<std::int32_t>(members),
                    // A tile of members may begin with the last one.
                    memory.take<E>((members + (by_tiles ? kTileRegisterRows : 0)) * scaled_size), memory.take<float>(members), memory.take<float>(members)};
       if (unit) unit[i] = u;
@@ -97,7 +98,6 @@ template <class E>
 struct ConvolutionBackwardMemory {
   const float** rows;
   float *slice, *light, *gradients, *weights, *sums;
-  E* inputs;
   std::uint32_t* pairs;
   float *joined, *tile;  // for tile registers
 
@@ -107,7 +107,6 @@ struct ConvolutionBackwardMemory {
     light = memory.take<float>(kLightRows * kPanelWidth);
     gradients = memory.take<float>(plan.call.grad_x ? plan.unit_floats : 0);
     weights = memory.take<float>((plan.by_tiles ? plan.scaled_size : plan.group_size) * block_stride(kWindowColumns));
-    inputs = memory.take<E>(plan.unit_rows * block_stride(kWindowColumns));
     pairs = memory.take<std::uint32_t>(sizeof(E) != 2 ? 0
                                        : plan.by_tiles ? round_up(plan.unit_rows, kTileDepth) / 2 * plan.scaled_size
                                                        : divide_up(plan.unit_rows, 2) * plan.group_size);
@@ -136,6 +135,7 @@ void find_members(const ConvolutionBackwardPlan<E>& plan, const Unit<E>& u, std:
   for (std::int64_t g = 2; g <= c.groups + 1; ++g) u.first[g] += u.first[g - 1];
   for_each([&](std::int64_t g, std::int64_t r, std::int64_t slot) {
     u.pixel[u.first[g + 1]] = std::int32_t(r);
+    u.start[u.first[g + 1]] = std::int32_t(plan.window[r]);
     u.slot[u.first[g + 1]++] = std::int32_t(slot);
   });
 }
@@ -198,8 +198,7 @@ MIDL_INLINE void add_window(Vec u0, Vec u1, const E* from, float* to, std::int64
 // sums += u * inputs where somebody wants them. Of the last stretch of a run only `count` columns are there.
 template <int R, class E>
 [[gnu::noinline]] void window_tile(const E* scaled, std::int64_t size, const float* weights,
-                                   std::int64_t weights_stride, const std::int64_t* window, const std::int32_t* pixel,
-                                   const E* inputs, float* gradients, std::int64_t count, float* sums) {
+                                   std::int64_t weights_stride, const std::int32_t* starts, const E* inputs, float* gradients, std::int64_t count, float* sums) {
   Vec acc[R][2] = {};
   const E* a[R];
 #pragma GCC unroll 16
@@ -215,7 +214,7 @@ template <int R, class E>
   }
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
-    add_window(acc[r][0], acc[r][1], inputs + window[pixel[r]], gradients + window[pixel[r]], count, sums ? sums + r * L : nullptr);
+    add_window(acc[r][0], acc[r][1], inputs + starts[r], gradients + starts[r], count, sums ? sums + r * L : nullptr);
 }
 
 template <int R = kUnitTile, class... Args>
@@ -227,8 +226,7 @@ void window_rows(std::int64_t m, Args... args) {
 #ifdef MIDL_TILES
 // The same for up to 16 members by tile registers; `size` is a multiple of kTileDepth, zeros behind the neurons.
 [[gnu::noinline]] inline void window_tiles(std::int64_t m, const bf16* scaled, std::int64_t size, const float* weights,
-                                           std::int64_t weights_stride, const std::int64_t* window, const std::int32_t* pixel,
-                                           const bf16* inputs, float* gradients, std::int64_t count, float* sums, float* tile) {
+                                           std::int64_t weights_stride, const std::int32_t* starts, const bf16* inputs, float* gradients, std::int64_t count, float* sums, float* tile) {
   tile_zero<0>(), tile_zero<1>();
   for (std::int64_t k = 0; k < size; k += kTileDepth, weights += kTileRegisterRows * weights_stride) {
     tile_load<4>(scaled + k, 2 * size);
@@ -240,7 +238,7 @@ void window_rows(std::int64_t m, Args... args) {
   tile_store<0>(tile, 8 * L);
   tile_store<1>(tile + L, 8 * L);
   for (std::int64_t r = 0; r < m; ++r)
-    add_window(load(tile + r * 2 * L), load(tile + r * 2 * L + L), inputs + window[pixel[r]], gradients + window[pixel[r]], count,
+    add_window(load(tile + r * 2 * L), load(tile + r * 2 * L + L), inputs + starts[r], gradients + starts[r], count,
                sums ? sums + r * L : nullptr);
 }
 #endif
@@ -274,15 +272,14 @@ void grad_images(const ConvolutionBackwardPlan<E>& plan, ConvolutionBackwardMemo
         for (std::int64_t i = 0; i < columns.width; i += 2 * L) {
           if constexpr (kTiles && sizeof(E) == 2) {
             if (plan.by_tiles) {
-              window_tiles(m, u.scaled + e * plan.scaled_size, plan.scaled_size, memory.weights + i, stride, plan.window,
-                           u.pixel + e, u.x + columns.start + i, memory.gradients + columns.start + i, columns.width - i, sums,
+              window_tiles(m, u.scaled + e * plan.scaled_size, plan.scaled_size, memory.weights + i, stride, u.start + e, u.x + columns.start + i, memory.gradients + columns.start + i, columns.width - i, sums,
                            memory.tile);
               continue;
             }
           }
           window_rows(m, static_cast<const E*>(u.scaled + e * plan.scaled_size), plan.scaled_size,
                       static_cast<const float*>(memory.weights + i), stride,
-                      static_cast<const std::int64_t*>(plan.window), static_cast<const std::int32_t*>(u.pixel + e),
+                      static_cast<const std::int32_t*>(u.start + e),
                       static_cast<const E*>(u.x + columns.start + i), memory.gradients + columns.start + i,
                       columns.width - i, sums);
         }
@@ -318,7 +315,7 @@ void compute_unit(const ConvolutionBackwardPlan<E>& plan, ConvolutionBackwardMem
   const std::int64_t first = plan.first_image(index) * plan.padded.lines;
   for (std::int64_t i = 0; i < plan.images_of(index) * plan.padded.lines; ++i)
     plan.padded.fill_line(plan.x, first + i, u.x + i * plan.padded.line_stride);
-  __builtin_memset(u.x + plan.images_of(index) * plan.padded.lines * plan.padded.line_stride, 0, 2 * L * sizeof(E));
+  __builtin_memset(u.x + plan.images_of(index) * plan.padded.lines * plan.padded.line_stride, 0, kOuterColumns * sizeof(E));
   find_members(plan, u, index);
   split_unit(plan, memory, u, index);
   if (plan.call.grad_x) grad_images(plan, memory, u, index);
@@ -331,30 +328,28 @@ void grad_filters(const ConvolutionBackwardPlan<E>& plan, ConvolutionBackwardMem
   const auto& c = plan.call;
   const Columns columns = plan.stretch(stretch);
   if (columns.width == 0) return;
-  const std::int64_t size = plan.group_size, stride = block_stride(columns.width);
+  const std::int64_t size = plan.group_size;
   for (std::int64_t index = units.begin; index < units.end; ++index) {
     const Unit<E>& u = plan.unit[index - units.begin];
-    for (std::int64_t r = 0; r < plan.rows_of(index); ++r)
-      copy_columns(u.x + plan.window[r] + columns.start, columns.width, kOuterColumns, memory.inputs + r * stride);
+    const E* inputs = u.x + columns.start;
     for (std::int64_t g = 0; g < c.groups; ++g) {
       const std::int64_t begin = u.first[g], end = u.first[g + 1];
       if (begin == end && index > 0) continue;
       float* grad = c.grad_weight + g * size * plan.padded.depth + columns.at;
-      const E* inputs = memory.inputs;
-      const std::int32_t* pixel = u.pixel + begin;
+      const std::int32_t* starts = u.start + begin;
       if constexpr (kTiles && sizeof(E) == 2) {
         if (plan.by_tiles) {
-          grad_group_tiles(u.scaled + begin * plan.scaled_size, plan.scaled_size, size, inputs, pixel, end - begin, columns.width,
+          grad_group_tiles(u.scaled + begin * plan.scaled_size, plan.scaled_size, size, inputs, 1, starts, end - begin, columns.width,
                            memory, grad, plan.padded.depth, index > 0);
           continue;
         }
       }
       if constexpr (sizeof(E) == 2) {
         join_rows(u.scaled + begin * plan.scaled_size, end - begin, plan.scaled_size, size, memory.pairs);
-        grad_group(memory.pairs, size, inputs, pixel, end - begin, columns.width, memory.weights, grad,
+        grad_group(memory.pairs, size, inputs, 1, starts, end - begin, columns.width, memory.weights, grad,
                    plan.padded.depth, index > 0);
       } else {
-        grad_group(u.scaled + begin * size, size, inputs, pixel, end - begin, columns.width, memory.weights, grad,
+        grad_group(u.scaled + begin * size, size, inputs, 1, starts, end - begin, columns.width, memory.weights, grad,
                    plan.padded.depth, index > 0);
       }
     }
