@@ -399,7 +399,8 @@ void grad_gate(const BackwardPlan<E>& plan, std::int64_t group) {
 // sums[j][0 .. kOuterColumns) (+)= sum over members k of scaled[k][j] * x[rows[k]], for R neurons.
 template <int R>
 [[gnu::noinline]] void weight_tile(const float* scaled, std::int64_t size, const float* x, std::int64_t x_stride,
-                                   const std::int32_t* rows, std::int64_t members, float* sums, std::int64_t stride, bool accumulate) {
+                                   const std::int32_t* rows, std::int64_t members, float* sums, std::int64_t stride,
+                                   bool accumulate) {
   constexpr int V = kOuterVectors;
   Vec acc[R][V];
 #pragma GCC unroll 16
@@ -430,7 +431,8 @@ template <int R>
 // The same for bfloat16, two members at once; pairs[k / 2][j] holds scaled[k][j] and scaled[k + 1][j], zero behind the last.
 template <int R>
 [[gnu::noinline]] void weight_tile(const std::uint32_t* pairs, std::int64_t size, const bf16* x, std::int64_t x_stride,
-                                   const std::int32_t* rows, std::int64_t members, float* sums, std::int64_t stride, bool accumulate) {
+                                   const std::int32_t* rows, std::int64_t members, float* sums, std::int64_t stride,
+                                   bool accumulate) {
   constexpr int V = kOuterVectors / 2 * 2;
   Vec acc[R][V];
 #pragma GCC unroll 16
@@ -500,8 +502,8 @@ inline void add_sums(const float* sums, std::int64_t stride, std::int64_t size, 
 // of columns whose rows lie x_stride apart and may be read up to a multiple of kOuterColumns, `sums` has room for
 // (size, block_stride(width)). S is float, or words of two members' bfloat16.
 template <class S, class E>
-void grad_group(const S* scaled, std::int64_t size, const E* x, std::int64_t x_stride, const std::int32_t* rows, std::int64_t members,
-                std::int64_t width, float* sums, float* grad, std::int64_t grad_stride, bool accumulate) {
+void grad_group(const S* scaled, std::int64_t size, const E* x, std::int64_t x_stride, const std::int32_t* rows,
+                std::int64_t members, std::int64_t width, float* sums, float* grad, std::int64_t grad_stride, bool accumulate) {
   constexpr std::int64_t kMembers = kWord<E>;  // in a row of `scaled`
   const std::int64_t stride = block_stride(width), tiles = divide_up(size, kOuterRows);
   const Fetch fetch{reinterpret_cast<const char*>(grad), grad_stride * 4, size, width * 4, true};
@@ -621,18 +623,19 @@ void grad_neurons(const BackwardPlan<E>& plan, BackwardMemory<E>& memory, std::i
         const E* inputs = memory.inputs - start * block_stride(width);
         const std::int32_t* rows = plan.members.row + begin;
         float* grad = c.grad_weight + g * size * c.depth + col;
+        const std::int64_t stride = block_stride(width);
         if constexpr (kTiles && sizeof(E) == 2) {
           if (plan.by_tiles) {
-            grad_group_tiles(plan.scaled + begin * plan.scaled_size, plan.scaled_size, size, inputs, block_stride(width), rows, end - begin, width,
-                             memory, grad, c.depth, start > 0);
+            grad_group_tiles(plan.scaled + begin * plan.scaled_size, plan.scaled_size, size, inputs, stride, rows, end - begin,
+                             width, memory, grad, c.depth, start > 0);
             continue;
           }
         }
         if constexpr (sizeof(E) == 2) {
           join_rows(plan.scaled + begin * plan.scaled_size, end - begin, plan.scaled_size, size, memory.pairs);
-          grad_group(memory.pairs, size, inputs, block_stride(width), rows, end - begin, width, memory.weights, grad, c.depth, start > 0);
+          grad_group(memory.pairs, size, inputs, stride, rows, end - begin, width, memory.weights, grad, c.depth, start > 0);
         } else {
-          grad_group(plan.scaled + begin * size, size, inputs, block_stride(width), rows, end - begin, width, memory.weights, grad, c.depth,
+          grad_group(plan.scaled + begin * size, size, inputs, stride, rows, end - begin, width, memory.weights, grad, c.depth,
                      start > 0);
         }
       }

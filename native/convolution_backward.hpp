@@ -26,7 +26,7 @@ struct Unit {
   std::int64_t* first;  // (groups + 2): the first member of each group, then the end
   std::int32_t* pixel;  // of a member, counted within the unit
   std::int32_t* slot;   // of a member, in `selected`
-  std::int32_t* start;  // of a member: where its window begins in x
+  std::int32_t* start;  // of a member: the pixel of x where its window begins
   E* scaled;            // (members, scaled_size): gradient of the full path, zeros behind the group
   float* light_sum;     // (members): sum over the group of grad_y * l
   float* full_sum;      // (members): sum over the group of the full path's gradient * f
@@ -77,7 +77,8 @@ struct ConvolutionBackwardPlan {
       const Unit<E> u{memory.take<E>(unit_floats), memory.take<std::int64_t>(call.groups + 2),
                    memory.take<std::int32_t>(members), memory.take<std::int32_t>(members), memory.take<std::int32_t>(members),
                    // A tile of members may begin with the last one.
-                   memory.take<E>((members + (by_tiles ? kTileRegisterRows : 0)) * scaled_size), memory.take<float>(members), memory.take<float>(members)};
+                   memory.take<E>((members + (by_tiles ? kTileRegisterRows : 0)) * scaled_size), memory.take<float>(members),
+                   memory.take<float>(members)};
       if (unit) unit[i] = u;
     }
   }
@@ -135,7 +136,7 @@ void find_members(const ConvolutionBackwardPlan<E>& plan, const Unit<E>& u, std:
   for (std::int64_t g = 2; g <= c.groups + 1; ++g) u.first[g] += u.first[g - 1];
   for_each([&](std::int64_t g, std::int64_t r, std::int64_t slot) {
     u.pixel[u.first[g + 1]] = std::int32_t(r);
-    u.start[u.first[g + 1]] = std::int32_t(plan.window[r]);
+    u.start[u.first[g + 1]] = std::int32_t(plan.window[r] / c.images.channels);
     u.slot[u.first[g + 1]++] = std::int32_t(slot);
   });
 }
@@ -195,10 +196,12 @@ MIDL_INLINE void add_window(Vec u0, Vec u1, const E* from, float* to, std::int64
 }
 
 // u = full path's gradient of R members . two vectors of columns of their group's weights; gradients += u,
-// sums += u * inputs where somebody wants them. Of the last stretch of a run only `count` columns are there.
+// sums += u * inputs where somebody wants them. Windows begin with the pixels `starts`. Of the last stretch of a run only `count`
+// columns are there.
 template <int R, class E>
-[[gnu::noinline]] void window_tile(const E* scaled, std::int64_t size, const float* weights,
-                                   std::int64_t weights_stride, const std::int32_t* starts, const E* inputs, float* gradients, std::int64_t count, float* sums) {
+[[gnu::noinline]] void window_tile(const E* scaled, std::int64_t size, const float* weights, std::int64_t weights_stride,
+                                   const std::int32_t* starts, std::int64_t channels, const E* inputs, float* gradients,
+                                   std::int64_t count, float* sums) {
   Vec acc[R][2] = {};
   const E* a[R];
 #pragma GCC unroll 16
@@ -213,8 +216,10 @@ template <int R, class E>
     }
   }
 #pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
-    add_window(acc[r][0], acc[r][1], inputs + starts[r], gradients + starts[r], count, sums ? sums + r * L : nullptr);
+  for (int r = 0; r < R; ++r) {
+    const std::int64_t window = starts[r] * channels;
+    add_window(acc[r][0], acc[r][1], inputs + window, gradients + window, count, sums ? sums + r * L : nullptr);
+  }
 }
 
 template <int R = kUnitTile, class... Args>
@@ -226,7 +231,8 @@ void window_rows(std::int64_t m, Args... args) {
 #ifdef MIDL_TILES
 // The same for up to 16 members by tile registers; `size` is a multiple of kTileDepth, zeros behind the neurons.
 [[gnu::noinline]] inline void window_tiles(std::int64_t m, const bf16* scaled, std::int64_t size, const float* weights,
-                                           std::int64_t weights_stride, const std::int32_t* starts, const bf16* inputs, float* gradients, std::int64_t count, float* sums, float* tile) {
+                                           std::int64_t weights_stride, const std::int32_t* starts, std::int64_t channels,
+                                           const bf16* inputs, float* gradients, std::int64_t count, float* sums, float* tile) {
   tile_zero<0>(), tile_zero<1>();
   for (std::int64_t k = 0; k < size; k += kTileDepth, weights += kTileRegisterRows * weights_stride) {
     tile_load<4>(scaled + k, 2 * size);
@@ -237,9 +243,11 @@ void window_rows(std::int64_t m, Args... args) {
   }
   tile_store<0>(tile, 8 * L);
   tile_store<1>(tile + L, 8 * L);
-  for (std::int64_t r = 0; r < m; ++r)
-    add_window(load(tile + r * 2 * L), load(tile + r * 2 * L + L), inputs + starts[r], gradients + starts[r], count,
+  for (std::int64_t r = 0; r < m; ++r) {
+    const std::int64_t window = starts[r] * channels;
+    add_window(load(tile + r * 2 * L), load(tile + r * 2 * L + L), inputs + window, gradients + window, count,
                sums ? sums + r * L : nullptr);
+  }
 }
 #endif
 
@@ -272,14 +280,15 @@ void grad_images(const ConvolutionBackwardPlan<E>& plan, ConvolutionBackwardMemo
         for (std::int64_t i = 0; i < columns.width; i += 2 * L) {
           if constexpr (kTiles && sizeof(E) == 2) {
             if (plan.by_tiles) {
-              window_tiles(m, u.scaled + e * plan.scaled_size, plan.scaled_size, memory.weights + i, stride, u.start + e, u.x + columns.start + i, memory.gradients + columns.start + i, columns.width - i, sums,
-                           memory.tile);
+              window_tiles(m, u.scaled + e * plan.scaled_size, plan.scaled_size, memory.weights + i, stride, u.start + e,
+                           c.images.channels, u.x + columns.start + i, memory.gradients + columns.start + i, columns.width - i,
+                           sums, memory.tile);
               continue;
             }
           }
           window_rows(m, static_cast<const E*>(u.scaled + e * plan.scaled_size), plan.scaled_size,
                       static_cast<const float*>(memory.weights + i), stride,
-                      static_cast<const std::int32_t*>(u.start + e),
+                      static_cast<const std::int32_t*>(u.start + e), c.images.channels,
                       static_cast<const E*>(u.x + columns.start + i), memory.gradients + columns.start + i,
                       columns.width - i, sums);
         }
@@ -328,7 +337,7 @@ void grad_filters(const ConvolutionBackwardPlan<E>& plan, ConvolutionBackwardMem
   const auto& c = plan.call;
   const Columns columns = plan.stretch(stretch);
   if (columns.width == 0) return;
-  const std::int64_t size = plan.group_size;
+  const std::int64_t size = plan.group_size, channels = c.images.channels;
   for (std::int64_t index = units.begin; index < units.end; ++index) {
     const Unit<E>& u = plan.unit[index - units.begin];
     const E* inputs = u.x + columns.start;
@@ -339,18 +348,18 @@ void grad_filters(const ConvolutionBackwardPlan<E>& plan, ConvolutionBackwardMem
       const std::int32_t* starts = u.start + begin;
       if constexpr (kTiles && sizeof(E) == 2) {
         if (plan.by_tiles) {
-          grad_group_tiles(u.scaled + begin * plan.scaled_size, plan.scaled_size, size, inputs, 1, starts, end - begin, columns.width,
-                           memory, grad, plan.padded.depth, index > 0);
+          grad_group_tiles(u.scaled + begin * plan.scaled_size, plan.scaled_size, size, inputs, channels, starts, end - begin,
+                           columns.width, memory, grad, plan.padded.depth, index > 0);
           continue;
         }
       }
       if constexpr (sizeof(E) == 2) {
         join_rows(u.scaled + begin * plan.scaled_size, end - begin, plan.scaled_size, size, memory.pairs);
-        grad_group(memory.pairs, size, inputs, 1, starts, end - begin, columns.width, memory.weights, grad,
-                   plan.padded.depth, index > 0);
+        grad_group(memory.pairs, size, inputs, channels, starts, end - begin, columns.width, memory.weights,
+                   grad, plan.padded.depth, index > 0);
       } else {
-        grad_group(u.scaled + begin * size, size, inputs, 1, starts, end - begin, columns.width, memory.weights, grad,
-                   plan.padded.depth, index > 0);
+        grad_group(u.scaled + begin * size, size, inputs, channels, starts, end - begin, columns.width, memory.weights,
+                   grad, plan.padded.depth, index > 0);
       }
     }
   }

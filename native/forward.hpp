@@ -689,9 +689,10 @@ void read_bias(const ForwardPlan<S>& plan, ThreadMemory& memory, const NeuronBlo
     memory.bias[j] = bias && j < block.size ? to_float(bias[block.first + j]) : 0.0f;
 }
 
-// The light path of a block of neurons, with their bias, which memory.bias gets.
+// The light path of a block of neurons, with their bias, which memory.bias gets. Tiles fetch the panel of the block `next`.
 template <class S>
-void compute_light(const ForwardPlan<S>& plan, ThreadMemory& memory, std::int64_t index, std::int64_t next, Range rows, std::int64_t chunk_start) {
+void compute_light(const ForwardPlan<S>& plan, ThreadMemory& memory, std::int64_t index, std::int64_t next, Range rows,
+                   std::int64_t chunk_start) {
   using T = typename S::Element;
   const auto& c = plan.call;
   const NeuronBlocks::Block block = plan.neuron_blocks[index];
@@ -823,7 +824,9 @@ void forward_chunk(ForwardPlan<S>& plan, ThreadMemory& memory, std::int64_t firs
   // Items are taken one ahead, so that a thread knows which panel to fetch while it is busy with another.
   const std::int64_t items = plan.neuron_blocks.count * plan.row_parts;
   auto& taken = plan.taken[first / plan.chunk_blocks];
-  const auto rows_of = [&](std::int64_t i) { return shift(part_of(rows, i % plan.row_parts, plan.row_parts, kTileRows), start); };
+  const auto rows_of = [&](std::int64_t i) {
+    return shift(part_of(rows, i % plan.row_parts, plan.row_parts, kTileRows), start);
+  };
   const auto take = [&] {
     for (;;) {
       const std::int64_t i = taken.fetch_add(1, std::memory_order_relaxed);
