@@ -85,6 +85,13 @@ def test_any_window(instruction_set, channels, kernel, window):
     check(tensors, 1, 16, **window)
 
 
+@pytest.mark.parametrize("images", [1, 2])
+@pytest.mark.parametrize("group_size", [1, 2, 8])
+def test_filters_of_one_pixel_on_images_with_channels_first(instruction_set, images, group_size):
+    """Of one image, torch's product then has its columns side by side once it is a matrix."""
+    check(random_tensors((images, 8, 10, 7), (16, 8, 1, 1), 2, group_size), 8 // group_size, group_size, padding=0)
+
+
 @pytest.mark.parametrize("copied", [1, 1 << 30], ids=["image by image", "all at once"])
 @pytest.mark.parametrize(("kernel", "window"), WINDOWS)
 def test_gradients_of_filters_by_copied_windows(monkeypatch, kernel, window, copied):

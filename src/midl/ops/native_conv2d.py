@@ -182,7 +182,8 @@ class _Convolutions:
 
     def forward(self, filters: Tensor) -> Tensor:
         y = F.conv2d(self._image, filters.contiguous(memory_format=torch.channels_last), None, *self._window)
-        return y.permute(0, 2, 3, 1).reshape(-1, len(filters))
+        # Of one image, 1 x 1 filters and channels first the reshaped view has columns side by side.
+        return y.permute(0, 2, 3, 1).reshape(-1, len(filters)).contiguous()
 
     def backward(
         self, grad: Tensor, filters: Tensor, need_x: bool, need_filters: bool
